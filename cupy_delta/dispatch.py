@@ -1,0 +1,12 @@
+"""Arrays decide where a call runs: the backend for a kind of array."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+BACKENDS = {"numpy": "cupy_delta.reference", "cupy": "cupy_delta.cuda"}
+
+
+def backend_for(kind: str):
+    """Return the backend module; it is imported on first use, so NumPy users never load CuPy."""
+    return import_module(BACKENDS[kind])

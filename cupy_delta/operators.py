@@ -1,0 +1,384 @@
+"""The public operators: documentation, one check, one dispatch. No arithmetic."""
+
+from __future__ import annotations
+
+from . import problem as checks
+from .arrays import describe
+from .dispatch import backend_for
+from .results import DeltaRuleForward, DeltaRuleGradients, DeltaRuleOutput, Residuals
+
+
+def chunk_delta_rule(
+    q,
+    k,
+    v,
+    beta,
+    g=None,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    qk_l2norm=False,
+    chunk_size=None,
+    state_layout="kv",
+    out=None,
+) -> DeltaRuleOutput:
+    """Apply the delta rule to whole sequences, chunk by chunk in WY form.
+
+    Every head keeps a state ``S``, a K x V associative memory. Token t updates and reads it::
+
+        S <- exp(g_t) S                  (only with a gate)
+        S <- S + beta_t k_t (v_t - S^T k_t)^T
+        o_t = scale S^T q_t
+
+    Parameters
+    ----------
+    q, k : array, (B, T, H, K)
+        Queries and keys; float64, float32, float16 or bfloat16, one dtype with `v`. The rule is
+        stable for keys of unit length, see `qk_l2norm`.
+    v : array, (B, T, HV, V)
+        Values. HV is a multiple of H; value head hv uses key head ``hv // (HV // H)``.
+    beta : array, (B, T, HV)
+        Writing strength, after any sigmoid; [0, 2] is the stable range for unit keys. Dtype of
+        `v` or float32.
+    g : array, (B, T, HV) or (B, T, HV, K), optional
+        Log decay, natural logarithm, at most 0: a scalar gate per head or one per key channel.
+        Dtype of `v` or float32.
+    scale : float, optional
+        Factor on the outputs, ``K ** -0.5`` by default.
+    initial_state : array, (N, HV, K, V), optional
+        State before the first token of each sequence, zero by default; float32, or float64 with
+        float64 inputs.
+    cu_seqlens : integer array, (N + 1,), optional
+        Sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]`` of the only batch row
+        (B = 1); int32 or int64, nondecreasing from 0 to T. Empty sequences are legal.
+    qk_l2norm : bool
+        Replace q and k by ``x * rsqrt(sum(x**2) + 1e-6)`` along K first.
+    chunk_size : int, optional
+        Tokens per chunk; None lets the library choose. It changes the result by rounding only.
+    state_layout : {"kv", "vk"}
+        Layout of the states' last two axes, going in and coming out.
+    out : array, (B, T, HV, V), optional
+        Written and returned as ``o``; dtype of `v`, C-contiguous, no memory shared with inputs.
+
+    Returns
+    -------
+    DeltaRuleOutput
+        ``o`` (B, T, HV, V) in the dtype of `v`, and ``final_state`` (N, HV, K, V) in float32
+        (float64 with float64 inputs). Arrays of the kind that came in, on the same device.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind or dtype of an argument, or NumPy and CuPy arrays in one call.
+    ValueError
+        Wrong shape, value or layout. Nothing has been written then.
+    NotImplementedError
+        An option that the backend of these arrays lacks; the message says what works.
+
+    Notes
+    -----
+    Accumulation is in float64 for float64 inputs and in float32 otherwise; the state is never
+    kept in 16 bits. The result is bitwise repeatable on one device with one library version,
+    for any number of threads, and causal: tokens from t on never change outputs before t. CuPy
+    arrays run on the current stream without synchronising.
+
+    References
+    ----------
+    S. Yang, B. Wang, Y. Zhang, Y. Shen, Y. Kim, "Parallelizing Linear Transformers with the
+    Delta Rule over Sequence Length", NeurIPS 2024, arXiv:2406.06484.
+
+    Examples
+    --------
+    Store two values under one key; the second replaces the first.
+
+    >>> import numpy as np
+    >>> import cupy_delta
+    >>> k = np.ones((1, 2, 1, 1))
+    >>> v = np.array([3.0, 5.0]).reshape(1, 2, 1, 1)
+    >>> o, final_state = cupy_delta.chunk_delta_rule(k, k, v, np.ones((1, 2, 1)))
+    >>> o.ravel(), final_state.ravel()
+    (array([3., 5.]), array([5.]))
+    """
+    problem = checks.operator_problem(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+        chunk_size=chunk_size,
+        state_layout=state_layout,
+        out=out,
+    )
+    return DeltaRuleOutput(*backend_for(problem.kind).chunk_delta_rule(problem))
+
+
+def recurrent_delta_rule(
+    q,
+    k,
+    v,
+    beta,
+    g=None,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    qk_l2norm=False,
+    state_layout="kv",
+    out=None,
+) -> DeltaRuleOutput:
+    """Apply the delta rule token by token: the definition itself, slow for long sequences.
+
+    Parameters
+    ----------
+    q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, state_layout, out
+        As in `chunk_delta_rule`. `beta` may also be (B, T, HV, V), one strength per value
+        channel.
+
+    Returns
+    -------
+    DeltaRuleOutput
+        ``o`` (B, T, HV, V) and ``final_state`` (N, HV, K, V).
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `chunk_delta_rule`.
+
+    Notes
+    -----
+    Accumulates in float64 for float64 inputs, otherwise in float32; one token after the other,
+    in the order of the definition. Bitwise repeatable; CuPy arrays run on the current stream.
+
+    References
+    ----------
+    B. Widrow, M. E. Hoff, "Adaptive switching circuits", IRE WESCON 1960; I. Schlag, K. Irie,
+    J. Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers", ICML 2021,
+    arXiv:2102.11174.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupy_delta
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 1, 100, 2, 8))
+    >>> beta = rng.uniform(0, 1, (1, 100, 2))
+    >>> exact = cupy_delta.recurrent_delta_rule(q, k, v, beta, qk_l2norm=True)
+    >>> chunked = cupy_delta.chunk_delta_rule(q, k, v, beta, qk_l2norm=True)
+    >>> bool(np.allclose(exact.o, chunked.o, rtol=0, atol=1e-12))
+    True
+    """
+    problem = checks.operator_problem(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+        state_layout=state_layout,
+        out=out,
+        beta_shapes=("B T HV", "B T HV V"),
+    )
+    return DeltaRuleOutput(*backend_for(problem.kind).recurrent_delta_rule(problem))
+
+
+def delta_rule_step(
+    q,
+    k,
+    v,
+    beta,
+    g=None,
+    *,
+    state,
+    state_indices=None,
+    scale=None,
+    qk_l2norm=False,
+    state_layout="kv",
+    out=None,
+):
+    """Advance a pool of states by one to eight new tokens per sequence, in place.
+
+    Parameters
+    ----------
+    q, k, v, beta, g, scale, qk_l2norm, state_layout, out
+        As in `chunk_delta_rule`, with T at most 8. Each batch row is one sequence.
+    state : array, (slots, HV, K, V)
+        The pool, updated in place. float32, or bfloat16 / float16, which are rounded to nearest
+        once a call; float64 with float64 inputs. C-contiguous; ``slots = B`` unless
+        `state_indices` is given. With ``state_layout="vk"`` it is (slots, HV, V, K).
+    state_indices : integer array, (B,), optional
+        Slot of each sequence; int32 or int64, each slot at most once. A negative index is
+        padding: nothing is read or written for that sequence and its output is zero.
+
+    Returns
+    -------
+    array, (B, T, HV, V)
+        Outputs in the dtype of `v`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `chunk_delta_rule`; `state` is untouched then.
+
+    Notes
+    -----
+    The arithmetic is that of `recurrent_delta_rule`: float32 (float64 for float64 inputs).
+    Values of `state_indices` in device memory are not read back; an index past the pool is
+    treated as padding there, and a repeated one gives undefined numbers in its slot.
+
+    References
+    ----------
+    I. Schlag, K. Irie, J. Schmidhuber, arXiv:2102.11174 (the recurrence of each step).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupy_delta
+    >>> state = np.zeros((3, 1, 2, 2), np.float32)
+    >>> k = np.array([[[[1.0, 0.0]]]], np.float32)
+    >>> v = np.array([[[[7.0, 8.0]]]], np.float32)
+    >>> beta = np.ones((1, 1, 1), np.float32)
+    >>> cupy_delta.delta_rule_step(
+    ...     k, k, v, beta, scale=1.0, state=state, state_indices=np.array([2])
+    ... ).ravel()
+    array([7., 8.], dtype=float32)
+    >>> state[2, 0, 0]
+    array([7., 8.], dtype=float32)
+    """
+    problem = checks.step_problem(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        state=state,
+        state_indices=state_indices,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        state_layout=state_layout,
+        out=out,
+    )
+    return backend_for(problem.kind).delta_rule_step(problem)
+
+
+def chunk_delta_rule_fwd(
+    q,
+    k,
+    v,
+    beta,
+    g=None,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    qk_l2norm=False,
+    chunk_size=None,
+    state_layout="kv",
+    out=None,
+) -> DeltaRuleForward:
+    """Do as `chunk_delta_rule` does, and keep what the gradients need.
+
+    Parameters
+    ----------
+    q, k, v, beta, g, scale, initial_state, cu_seqlens, qk_l2norm, chunk_size, state_layout, out
+        As in `chunk_delta_rule`. The arrays must not change before the backward.
+
+    Returns
+    -------
+    DeltaRuleForward
+        ``o``, ``final_state`` and the opaque ``residuals`` for `chunk_delta_rule_bwd`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `chunk_delta_rule`.
+
+    Notes
+    -----
+    On NumPy the residuals hold the inputs and one state per 16 chunks; on CuPy one state and one
+    C x C factor per chunk.
+
+    References
+    ----------
+    arXiv:2406.06484, section 3; the backward is derived in docs/derivation.md.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupy_delta
+    >>> k = np.ones((1, 2, 1, 1))
+    >>> v, beta = 3.0 * k, np.ones((1, 2, 1))
+    >>> o, final_state, residuals = cupy_delta.chunk_delta_rule_fwd(k, k, v, beta)
+    >>> cupy_delta.chunk_delta_rule_bwd(residuals, np.ones_like(o)).v.ravel()
+    array([1., 1.])
+    """
+    problem = checks.operator_problem(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        qk_l2norm=qk_l2norm,
+        chunk_size=chunk_size,
+        state_layout=state_layout,
+        out=out,
+    )
+    o, final_state, saved = backend_for(problem.kind).chunk_delta_rule_fwd(problem)
+    return DeltaRuleForward(o, final_state, Residuals(problem, saved))
+
+
+def chunk_delta_rule_bwd(residuals, do, dfinal_state=None) -> DeltaRuleGradients:
+    """Return the exact gradients of `chunk_delta_rule_fwd`.
+
+    Parameters
+    ----------
+    residuals : Residuals
+        From `chunk_delta_rule_fwd`.
+    do : array, (B, T, HV, V)
+        Gradient of the loss with respect to ``o``, in the dtype of `v`.
+    dfinal_state : array, (N, HV, K, V), optional
+        Gradient with respect to ``final_state``, in its dtype and layout; zero by default.
+
+    Returns
+    -------
+    DeltaRuleGradients
+        Gradients of q, k, v, beta, g and initial_state in the shapes and dtypes of these inputs;
+        None for an input that was absent.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong kind, dtype or shape.
+    NotImplementedError
+        On CuPy arrays with a gate: gradients through `g` run on NumPy arrays.
+
+    Notes
+    -----
+    No finite differences and no automatic differentiation: the adjoint of the chunk's algebra,
+    with the accumulation of the forward. Bitwise repeatable.
+
+    References
+    ----------
+    The derivation is in docs/derivation.md of the project.
+
+    Examples
+    --------
+    See `chunk_delta_rule_fwd`.
+    """
+    if not isinstance(residuals, Residuals):
+        raise TypeError(
+            f"residuals: expected those of chunk_delta_rule_fwd, got {describe(residuals)}"
+        )
+    checks.backward_arrays(residuals.problem, do, dfinal_state)
+    backend = backend_for(residuals.problem.kind)
+    return DeltaRuleGradients(*backend.chunk_delta_rule_bwd(residuals, do, dfinal_state))
