@@ -112,14 +112,17 @@ def forward_block(block: Block, S, o=None, trace: list | None = None):
     Writes the outputs to `o` (h, G, n, C, V) and appends a `Trace` per chunk, if given.
     """
     for i in range(block.k.shape[2]):
-        R = block.v[:, :, i] - block.k_read[:, :, i] @ S
+        R = block.k_read[:, :, i] @ S
+        np.subtract(block.v[:, :, i], R, out=R)
         N = solve_unit_lower(block.A[:, :, i], block.b[:, :, i] * R)
         if o is not None:
             np.matmul(block.q_read[:, :, i], S, out=o[:, :, i])
             o[:, :, i] += block.P[:, :, i] @ N
         if trace is not None:
             trace.append(Trace(S, R, N))
-        S = block.decay.carry(S, i) + transpose(block.k_write[:, :, i]) @ N
+        written = transpose(block.k_write[:, :, i]) @ N
+        written += block.decay.carry(S, i)
+        S = written
     return S
 
 

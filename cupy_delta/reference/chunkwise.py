@@ -1,6 +1,6 @@
 """The chunkwise operator and its gradients: walks over sequences, block after block.
 
-Memory beyond inputs and outputs is bounded: a thread holds one block of at most 16 chunks, and
+Memory beyond inputs and outputs is bounded: a thread holds one block of at most 8 chunks, and
 the forward keeps one state per block, from which the backward runs the block again.
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..problem import Problem
 
 DEFAULT_CHUNK = 64
-CHUNKS_PER_BLOCK = 16
+CHUNKS_PER_BLOCK = 8
 HEADS_PER_ITEM = 4
 L2NORM_EPS = 1e-6
 
