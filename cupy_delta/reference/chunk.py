@@ -1,0 +1,208 @@
+"""The algebra of chunks, forward and backward, on stacks (h, G, n, C, ...).
+
+Letters of docs/derivation.md, per chunk and head, with rows as tokens: Q (already scaled), K, V,
+b = beta as a column, S the entering state, and every product of tokens i >= j carrying the
+decay. `M = tril(K K^T, -1)`, `A = diag(b) M`, `P = tril(Q K^T)`::
+
+    R = V - K S          N = (I + A)^-1 (b R)
+    O = Q S + P N        S' = S + K^T N
+
+The backward divides by nothing, so it is exact at beta = 0: `N = b N^` with `N^ = R - M N`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from ..problem import Problem
+from .decay import make_decay, transpose
+from .tiles import Span, l2norm, l2norm_gradient
+
+
+def solve_unit_lower(A, B, *, transposed: bool = False):
+    """Solve (I + tril(A, -1)) X = B, or its transpose, for stacks of matrices.
+
+    LAPACK reads only the strict lower triangle of A, and works in place on columns: X is built
+    as a stack of its transposes.
+    """
+    Xt = np.empty((*A.shape[:-2], B.shape[-1], B.shape[-2]), A.dtype)
+    Xt[...] = transpose(B)
+    for index in np.ndindex(A.shape[:-2]):
+        x = solve_triangular(
+            A[index],
+            Xt[index].T,
+            trans=int(transposed),
+            lower=True,
+            unit_diagonal=True,
+            overwrite_b=True,
+            check_finite=False,
+        )
+        if not np.may_share_memory(x, Xt):
+            Xt[index] = x.T
+    return transpose(Xt)
+
+
+@dataclass
+class Block:
+    """The chunks of one span: inputs as stacks, and the products that need no state."""
+
+    q: np.ndarray | None
+    k: np.ndarray
+    v: np.ndarray
+    b: np.ndarray
+    decay: object
+    KK: np.ndarray
+    A: np.ndarray
+    P: np.ndarray | None
+    q_read: np.ndarray | None
+    k_read: np.ndarray
+    k_write: np.ndarray
+    q_norm: tuple | None = None
+    k_norm: tuple | None = None
+
+
+def load_block(problem: Problem, span: Span) -> Block:
+    """Load a span; q is scaled and, like k, normalised if the problem says so."""
+    dtype = problem.compute_dtype
+    k, k_norm = span.key_heads(problem.k, dtype), None
+    q, q_norm = None, None
+    if problem.qk_l2norm:
+        k, k_norm = _normalised(k)
+    if problem.q is not None:
+        q = span.key_heads(problem.q, dtype)
+        if problem.qk_l2norm:
+            q, q_norm = _normalised(q)
+        q = q * dtype.type(problem.scale)
+    g = None if problem.g is None else span.value_heads(problem.g, np.float64)
+    decay = make_decay(problem.gate, g, dtype)
+    b = span.value_heads(problem.beta, dtype)[..., None]
+    KK = decay.pairs(k, k)
+    return Block(
+        q=q,
+        k=k,
+        v=span.value_heads(problem.v, dtype),
+        b=b,
+        decay=decay,
+        KK=KK,
+        A=b * KK,
+        P=None if q is None else decay.pairs(q, k),
+        q_read=None if q is None else decay.read(q),
+        k_read=decay.read(k),
+        k_write=decay.write(k),
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
+
+
+@dataclass
+class Trace:
+    """What the backward needs of one chunk's forward."""
+
+    S: np.ndarray
+    R: np.ndarray
+    N: np.ndarray
+
+
+def forward_block(block: Block, S, o=None, trace: list | None = None):
+    """Walk the chunks of a block from state S; return the state after the last.
+
+    Writes the outputs to `o` (h, G, n, C, V) and appends a `Trace` per chunk, if given.
+    """
+    for i in range(block.k.shape[2]):
+        R = block.v[:, :, i] - block.k_read[:, :, i] @ S
+        N = solve_unit_lower(block.A[:, :, i], block.b[:, :, i] * R)
+        if o is not None:
+            np.matmul(block.q_read[:, :, i], S, out=o[:, :, i])
+            o[:, :, i] += block.P[:, :, i] @ N
+        if trace is not None:
+            trace.append(Trace(S, R, N))
+        S = block.decay.carry(S, i) + transpose(block.k_write[:, :, i]) @ N
+    return S
+
+
+@dataclass
+class BlockGradients:
+    """Gradients of a block's q, k (h, n, C, K), v, beta and g (h, G, n, C, ...)."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    beta: np.ndarray
+    g: np.ndarray | None
+
+
+def backward_block(problem: Problem, block: Block, trace: list[Trace], do, D):
+    """Walk the chunks backwards from D, the gradient of the state leaving the block.
+
+    Returns the `BlockGradients` and the gradient of the state entering the block.
+    """
+    dtype = problem.compute_dtype
+    stack = do.shape[:-1]
+    N = np.stack([t.N for t in trace], axis=2)
+    R = np.stack([t.R for t in trace], axis=2)
+    dR = np.empty_like(do)
+    dbeta = np.empty((*stack, 1), dtype)
+    # Rows that meet the entering and the leaving state: dO S^T, dR S^T and N D'^T.
+    shape = (*stack, block.k.shape[-1])
+    dO_S, dR_S, N_D = np.empty(shape, dtype), np.empty(shape, dtype), np.empty(shape, dtype)
+    # Gradient of the log decay of the state carried through each chunk, per key channel.
+    carried = np.empty((*stack[:3], D.shape[-2]), dtype)
+    strict = np.tri(block.k.shape[3], k=-1, dtype=dtype)
+    for i in reversed(range(stack[2])):
+        S, b = trace[i].S, block.b[:, :, i]
+        dO = do[:, :, i]
+        dN = transpose(block.P[:, :, i]) @ dO + block.k_write[:, :, i] @ D
+        G = solve_unit_lower(block.A[:, :, i], dN, transposed=True)
+        dR[:, :, i] = b * G
+        N_hat = R[:, :, i] - (block.KK[:, :, i] * strict) @ N[:, :, i]
+        dbeta[:, :, i] = np.sum(G * N_hat, axis=-1, keepdims=True)
+        np.matmul(dO, transpose(S), out=dO_S[:, :, i])
+        np.matmul(dR[:, :, i], transpose(S), out=dR_S[:, :, i])
+        np.matmul(N[:, :, i], transpose(D), out=N_D[:, :, i])
+        through = block.decay.carry(D, i)
+        if problem.gate:
+            carried[:, :, i] = np.sum(through * S, axis=-1)
+        D = through + transpose(block.q_read[:, :, i]) @ dO
+        D -= transpose(block.k_read[:, :, i]) @ dR[:, :, i]
+
+    decay = block.decay
+    dP = np.tril(do @ transpose(N))
+    E = np.tril(dR @ transpose(N), -1)
+    np.negative(E, out=E)
+    q_pairs, q_state = decay.lower(dP, block.k), decay.read(dO_S)
+    k_late, k_early = decay.lower(E, block.k), decay.upper(E, block.k) + decay.upper(dP, block.q)
+    k_state, k_write = decay.read(dR_S), decay.write(N_D)
+    dq, dk = q_pairs + q_state, k_late + k_early - k_state + k_write
+    dg = None
+    if problem.gate:
+        # G_i enters with the later token of a pair and with reads, -G_j with the earlier token
+        # and with writes; G_C with every write and with the state carried through.
+        dG = block.q * dq + block.k * (k_late - k_early - k_state - k_write)
+        dG[:, :, :, -1] += np.sum(block.k * k_write, axis=3) + carried
+        if problem.gate == "scalar":
+            dG = np.sum(dG, axis=-1)
+        dg = np.cumsum(dG[:, :, :, ::-1], axis=3, dtype=np.float64)[:, :, :, ::-1]
+    gradients = BlockGradients(
+        q=_through_norm(dq.sum(axis=1) * dtype.type(problem.scale), block.q_norm),
+        k=_through_norm(dk.sum(axis=1), block.k_norm),
+        v=dR,
+        beta=dbeta[..., 0],
+        g=dg,
+    )
+    return gradients, D
+
+
+def _normalised(x):
+    y, r = l2norm(x)
+    return y, (y, r)
+
+
+def _through_norm(dy, norm):
+    """Gradient before `l2norm`, from that after it; `norm` is (y, r), or None without it."""
+    if norm is None:
+        return dy
+    y, r = norm
+    return l2norm_gradient(dy, y[:, 0], r[:, 0])

@@ -1,0 +1,108 @@
+"""The chunkwise operator and its gradients: walks over sequences, block after block.
+
+Memory beyond inputs and outputs is bounded: a thread holds one block of at most 16 chunks, and
+the forward keeps one state per block, from which the backward runs the block again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..problem import Problem
+from .chunk import backward_block, forward_block, load_block
+from .parallel import for_each
+from .tiles import DEFAULT_CHUNK, Item, block_count, items
+
+
+def chunk_delta_rule(problem: Problem):
+    """Return (o, final_state)."""
+    return _forward(problem, checkpoints=None)
+
+
+def chunk_delta_rule_fwd(problem: Problem):
+    """Return (o, final_state, saved); saved holds the state entering each block."""
+    chunk = chunk_of(problem)
+    shape = (block_count(problem, chunk), problem.HV, problem.K, problem.V)
+    checkpoints = np.empty(shape, problem.state_dtype)
+    o, final_state = _forward(problem, checkpoints)
+    return o, final_state, {"checkpoints": checkpoints}
+
+
+def chunk_delta_rule_bwd(residuals, do, dfinal_state):
+    """Return the gradients of (q, k, v, beta, g, initial_state)."""
+    problem, checkpoints = residuals.problem, residuals.saved["checkpoints"]
+    dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in (problem.q, problem.k, problem.v))
+    dbeta = np.empty(problem.beta.shape, native(problem.beta))
+    dg = None if problem.g is None else np.empty(problem.g.shape, native(problem.g))
+    dinitial = np.empty(problem.state_shape, problem.state_dtype)
+    dtype = problem.compute_dtype
+
+    def walk(item: Item) -> None:
+        D = _state_in(problem, item, dfinal_state)
+        for j in reversed(range(len(item.spans))):
+            span = item.spans[j]
+            S = checkpoints[item.first_block + j, item.heads]
+            S = S.reshape(-1, item.groups, *S.shape[1:])
+            block, trace = load_block(problem, span), []
+            forward_block(block, S, trace=trace)
+            gradients, D = backward_block(problem, block, trace, span.value_heads(do, dtype), D)
+            span.store_key_heads(dq, gradients.q)
+            span.store_key_heads(dk, gradients.k)
+            span.store_value_heads(dv, gradients.v)
+            span.store_value_heads(dbeta, gradients.beta)
+            if dg is not None:
+                span.store_value_heads(dg, gradients.g)
+        _state_out(problem, item, dinitial, D)
+
+    _walk_all(problem, walk)
+    return dq, dk, dv, dbeta, dg, None if problem.initial_state is None else dinitial
+
+
+def chunk_of(problem: Problem) -> int:
+    """The chunk size in force."""
+    return problem.chunk_size or DEFAULT_CHUNK
+
+
+def native(x) -> np.dtype:
+    return x.dtype.newbyteorder("=")
+
+
+def _forward(problem: Problem, checkpoints):
+    o = problem.out
+    if o is None:
+        o = np.empty(problem.v.shape, problem.dtype)
+    final_state = np.empty(problem.state_shape, problem.state_dtype)
+    dtype = problem.compute_dtype
+
+    def walk(item: Item) -> None:
+        S = _state_in(problem, item, problem.initial_state)
+        for j, span in enumerate(item.spans):
+            if checkpoints is not None:
+                checkpoints[item.first_block + j, item.heads] = S.reshape(-1, *S.shape[2:])
+            block = load_block(problem, span)
+            tile = np.empty(block.v.shape, dtype)
+            S = forward_block(block, S, tile)
+            span.store_value_heads(o, tile)
+        _state_out(problem, item, final_state, S)
+
+    _walk_all(problem, walk)
+    return o, final_state
+
+
+def _walk_all(problem: Problem, walk) -> None:
+    for_each(walk, ((item,) for item in items(problem, chunk_of(problem))))
+
+
+def _state_in(problem: Problem, item: Item, states):
+    """Load an item's states (h, G, K, V) from the API's layout; zero where there are none."""
+    if states is None:
+        heads = item.heads.stop - item.heads.start
+        shape = (heads // item.groups, item.groups, problem.K, problem.V)
+        return np.zeros(shape, problem.state_dtype)
+    S = item.states(states, problem.state_dtype)
+    return S if problem.state_layout == "kv" else np.ascontiguousarray(S.swapaxes(-1, -2))
+
+
+def _state_out(problem: Problem, item: Item, states, S) -> None:
+    S = S.reshape(-1, *S.shape[2:])
+    states[item.index, item.heads] = S if problem.state_layout == "kv" else S.swapaxes(-1, -2)

@@ -1,0 +1,149 @@
+"""What a gate does inside a chunk.
+
+With G the inclusive cumulative sum of g over the chunk's tokens, the product of tokens i >= j
+gains exp(G_i - G_j), a read of the chunk's entering state exp(G_i), a write to its leaving state
+exp(G_C - G_j), and the state itself exp(G_C). Only such differences are ever exponentiated: they
+are at most 0, whereas exp(-G_j) overflows.
+
+Arrays are stacks (h, G, n, C, ...): key heads, value heads per key head, chunks, tokens.
+`lower(L, x)` is sum_{j <= i} L_ij exp(G_i - G_j) x_j and `upper` its transpose; L is triangular.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def make_decay(gate: str | None, g, dtype):
+    """Return the decay for g of shape (h, G, n, C) or (h, G, n, C, K), or for no gate."""
+    if gate is None:
+        return NoDecay()
+    # Long sums of large numbers whose small differences matter: float64 whatever the inputs.
+    G = np.cumsum(g, axis=3, dtype=np.float64)
+    return ScalarDecay(G, dtype) if gate == "scalar" else ChannelDecay(G, dtype)
+
+
+def transpose(x):
+    return x.swapaxes(-1, -2)
+
+
+class NoDecay:
+    """No gate: every factor is 1."""
+
+    def read(self, x):
+        """x_i exp(G_i): rows that meet the entering state."""
+        return x
+
+    def write(self, x):
+        """x_j exp(G_C - G_j): rows written to the leaving state."""
+        return x
+
+    def carry(self, state, chunk: int):
+        """exp(G_C) S: the entering state where the chunk ends."""
+        return state
+
+    def pairs(self, a, b):
+        """tril(a b^T), diagonal included."""
+        return _tril(a @ transpose(b))
+
+    def lower(self, L, x):
+        return L @ x
+
+    def upper(self, L, x):
+        return transpose(L) @ x
+
+
+class ScalarDecay:
+    """One gate per token and head."""
+
+    def __init__(self, G, dtype):
+        ends = G[..., -1:]
+        later = np.tri(G.shape[-1], dtype=bool)
+        difference = np.where(later, G[..., :, None] - G[..., None, :], -np.inf)
+        self._pair = np.exp(difference).astype(dtype)
+        self._read = np.exp(G)[..., None].astype(dtype)
+        self._write = np.exp(ends - G)[..., None].astype(dtype)
+        self._carry = np.exp(ends)[..., None].astype(dtype)
+
+    def read(self, x):
+        return x * self._read
+
+    def write(self, x):
+        return x * self._write
+
+    def carry(self, state, chunk: int):
+        return state * self._carry[:, :, chunk]
+
+    def pairs(self, a, b):
+        return _tril((a @ transpose(b)) * self._pair)
+
+    def lower(self, L, x):
+        return (L * self._pair) @ x
+
+    def upper(self, L, x):
+        return transpose(L * self._pair) @ x
+
+
+class ChannelDecay:
+    """One gate per token, head and key channel.
+
+    exp(G_i - G_j) no longer leaves the sum over channels. The chunk is halved again and again:
+    between the later half and the earlier one, with m the earlier half's last token, it is
+    exp(G_i - G_m) exp(G_m - G_j), two factors of at most 1, so each level is a matrix product.
+    """
+
+    def __init__(self, G, dtype):
+        ends = G[..., -1:, :]
+        self._read = np.exp(G).astype(dtype)
+        self._write = np.exp(ends - G).astype(dtype)
+        self._carry = transpose(np.exp(ends)).astype(dtype)
+        self._levels = []
+        C = G.shape[-2]
+        half = 1
+        while half < C:
+            for start in range(0, C - half, 2 * half):
+                early = slice(start, start + half)
+                late = slice(start + half, min(start + 2 * half, C))
+                middle = G[..., start + half - 1 : start + half, :]
+                after = np.exp(G[..., late, :] - middle).astype(dtype)
+                before = np.exp(middle - G[..., early, :]).astype(dtype)
+                self._levels.append((late, early, after, before))
+            half *= 2
+
+    def read(self, x):
+        return x * self._read
+
+    def write(self, x):
+        return x * self._write
+
+    def carry(self, state, chunk: int):
+        return state * self._carry[:, :, chunk]
+
+    def pairs(self, a, b):
+        C = a.shape[-2]
+        diagonal = np.sum(a * b, axis=-1)
+        shape = np.broadcast_shapes(diagonal.shape[:-1], self._read.shape[:-2])
+        product = np.zeros((*shape, C, C), a.dtype)
+        product[..., np.arange(C), np.arange(C)] = diagonal
+        for late, early, after, before in self._levels:
+            rows = a[..., late, :] * after
+            product[..., late, early] = rows @ transpose(b[..., early, :] * before)
+        return product
+
+    def lower(self, L, x):
+        total = np.diagonal(L, axis1=-2, axis2=-1)[..., None] * x
+        for late, early, after, before in self._levels:
+            total[..., late, :] += after * (L[..., late, early] @ (x[..., early, :] * before))
+        return total
+
+    def upper(self, L, x):
+        total = np.diagonal(L, axis1=-2, axis2=-1)[..., None] * x
+        for late, early, after, before in self._levels:
+            sums = transpose(L[..., late, early]) @ (x[..., late, :] * after)
+            total[..., early, :] += before * sums
+        return total
+
+
+def _tril(x):
+    np.copyto(x, 0, where=~np.tri(x.shape[-1], dtype=bool))
+    return x
