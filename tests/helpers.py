@@ -1,73 +1,92 @@
-"""Random problems, and the one way of measuring an error, for every test."""
+"""Inputs for tests, and the definition written once more, as plainly as it can be."""
+
+from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
 
-def random_inputs(
-    B=1,
-    T=1,
-    H=1,
-    HV=None,
-    K=4,
-    V=None,
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_inputs(
+    T,
     *,
+    B=1,
+    H=1,
+    G=1,
+    K=5,
+    V=7,
     gate=None,
-    correlation=0.0,
+    decay=0.3,
     beta=(0.0, 1.0),
-    decay=1.0,
-    N=None,
+    beta_per_value=False,
+    correlation=0.0,
+    initial=False,
+    cu_seqlens=None,
+    layout="kv",
     dtype=np.float64,
     seed=0,
 ):
-    """Return q, k, v, beta, g and initial_state as a dict of keyword arguments.
-
-    Keys have unit length; `correlation` is the expected cosine between any two of them, since
-    like keys are what makes the triangular solve hard. `gate` is None, "scalar" or "channel",
-    with log decays from 0 to about -3 times `decay`; `N` is the number of initial states (0: no
-    initial state), B by default. States are float32 unless `dtype` is float64.
-    """
-    HV, V = HV or H, V or K
-    N = B if N is None else N
+    """Return (args, kwargs) of an operator: unit keys, with `correlation` to a common direction."""
     rng = np.random.default_rng(seed)
-    common = rng.standard_normal((B, 1, H, K))
-    k = np.sqrt(correlation) * common + np.sqrt(1 - correlation) * rng.standard_normal((B, T, H, K))
-    k /= np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), 1e-300)
-    gates = {None: None, "scalar": (B, T, HV), "channel": (B, T, HV, K)}[gate]
-    arrays = {
-        "q": rng.standard_normal((B, T, H, K)),
-        "k": k,
-        "v": rng.standard_normal((B, T, HV, V)),
-        "beta": rng.uniform(*beta, (B, T, HV)),
-        "g": None if gates is None else -decay * rng.exponential(0.6, gates),
-    }
-    arrays = {name: None if x is None else x.astype(dtype) for name, x in arrays.items()}
-    state = rng.standard_normal((N, HV, K, V)) if N else None
-    wide = dtype if np.dtype(dtype).name == "float64" else np.float32
-    return arrays | {"initial_state": None if state is None else state.astype(wide)}
+    HV = H * G
+    if cu_seqlens is not None:
+        cu_seqlens = np.asarray(cu_seqlens)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    q = unit(rng.standard_normal((B, T, H, K)))
+    k = rng.standard_normal((B, T, H, K))
+    k = unit(np.sqrt(correlation) * rng.standard_normal(K) + np.sqrt(1 - correlation) * k)
+    v = rng.standard_normal((B, T, HV, V))
+    b = rng.uniform(*beta, (B, T, HV, V) if beta_per_value else (B, T, HV))
+    g = None
+    if gate is not None:
+        g = -decay * rng.exponential(size=(B, T, HV, K) if gate == "channel" else (B, T, HV))
+        g = g.astype(dtype)
+    states = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    S0 = rng.standard_normal((N, HV, K, V) if layout == "kv" else (N, HV, V, K))
+    args = [*(x.astype(dtype) for x in (q, k, v, b)), g]
+    kwargs = dict(cu_seqlens=cu_seqlens, state_layout=layout)
+    kwargs["initial_state"] = S0.astype(states) if initial else None
+    return args, kwargs
 
 
-def error(got, expected) -> float:
-    """Largest difference, relative to the largest expected magnitude (or to 1, if smaller)."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    if not got.size:
+def definition(q, k, v, beta, g=None, *, initial_state, cu_seqlens, state_layout, scale=None):
+    """The delta rule in float64, one token of one head at a time, from the equations alone."""
+    q, k, v, beta = (np.asarray(x, np.float64) for x in (q, k, v, beta))
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    scale = K**-0.5 if scale is None else scale
+    if cu_seqlens is None:
+        spans = [(b, 0, T) for b in range(B)]
+    else:
+        spans = [(0, int(a), int(z)) for a, z in itertools.pairwise(cu_seqlens)]
+    o, final = np.zeros_like(v), np.zeros((len(spans), HV, K, V))
+    for n, (b, start, stop) in enumerate(spans):
+        for hv in range(HV):
+            h = hv // (HV // H)
+            S = np.zeros((K, V))
+            if initial_state is not None:
+                S = np.asarray(initial_state[n, hv], np.float64)
+                S = S if state_layout == "kv" else S.T
+            for t in range(start, stop):
+                if g is not None:
+                    decay = np.exp(np.asarray(g[b, t, hv], np.float64))
+                    S = (decay if decay.ndim == 0 else decay[:, None]) * S
+                r = v[b, t, hv] - S.T @ k[b, t, h]
+                S = S + np.outer(k[b, t, h], beta[b, t, hv] * r)
+                o[b, t, hv] = scale * S.T @ q[b, t, h]
+            final[n, hv] = S
+    return o, final if state_layout == "kv" else final.swapaxes(-1, -2)
+
+
+def deviation(x, y):
+    """Largest difference, against the largest value of y (at least 1); NaN never passes."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    assert x.shape == y.shape
+    if y.size == 0:
         return 0.0
-    return float(np.max(np.abs(got - expected)) / max(1.0, np.max(np.abs(expected))))
-
-
-def same_bits(x, y) -> bool:
-    """Whether two arrays are equal in dtype, shape and every bit."""
-    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-
-
-def tokens(arrays, start, stop):
-    """The same inputs, tokens [start, stop) only; the initial state stays."""
-    return {
-        name: x[:, start:stop] if x is not None and name != "initial_state" else x
-        for name, x in arrays.items()
-    }
-
-
-def without_state(arrays):
-    """The same inputs with no initial state."""
-    return arrays | {"initial_state": None}
+    worst = np.max(np.abs(x - y)) / max(1.0, np.max(np.abs(y)))
+    return np.inf if np.isnan(worst) else float(worst)
