@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from . import problem as checks
-from .arrays import describe
 from .dispatch import backend_for
 from .results import DeltaRuleForward, DeltaRuleGradients, DeltaRuleOutput, Residuals
 
@@ -375,10 +374,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state=None) -> DeltaRuleGradients
     --------
     See `chunk_delta_rule_fwd`.
     """
-    if not isinstance(residuals, Residuals):
-        raise TypeError(
-            f"residuals: expected those of chunk_delta_rule_fwd, got {describe(residuals)}"
-        )
+    checks.instance("residuals", residuals, Residuals, "those of chunk_delta_rule_fwd")
     checks.backward_arrays(residuals.problem, do, dfinal_state)
     backend = backend_for(residuals.problem.kind)
     return DeltaRuleGradients(*backend.chunk_delta_rule_bwd(residuals, do, dfinal_state))

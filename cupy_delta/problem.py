@@ -126,7 +126,8 @@ class _Checker:
         self.same_kind(name, x)
         names = [np.dtype(d).name for d in dtypes]
         if x.dtype.name not in names:
-            raise TypeError(f"{name}: expected dtype {_one_of(names)}, got {x.dtype.name}")
+            like = f" like {self.first_name}" if dtypes == (self.dtype,) else ""
+            raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
         self.shape(name, x, shapes)
 
     def same_kind(self, name: str, x) -> None:
@@ -159,11 +160,18 @@ class _Checker:
                 wanted = ", ".join(str(self.sizes.get(s, s)) for s in symbols)
                 raise ValueError(
                     f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
-                    f" {self.source[symbol]}, got {tuple(x.shape)}"
+                    f" {self.source[symbol]}, got {tuple(x.shape)}{self.swapped(symbols, x.shape)}"
                 )
         for symbol, size in zip(symbols, x.shape, strict=True):
             if symbol not in self.sizes:
                 self.fix(symbol, size, name)
+
+    def swapped(self, symbols: list[str], shape: tuple[int, ...]) -> str:
+        """Say so when a state of the wrong shape would fit in the other layout."""
+        turned = (*shape[:-2], shape[-1], shape[-2])
+        fits = all(self.sizes.get(s, n) == n for s, n in zip(symbols, turned, strict=True))
+        is_state = sorted(symbols[-2:]) == ["K", "V"]
+        return ": its last two axes are swapped" if is_state and fits else ""
 
     def fix(self, symbol: str, size: int, source: str) -> None:
         if symbol in ("H", "HV", "K", "V") and size < 1:
@@ -200,7 +208,9 @@ class _Checker:
             )
         if kind == "numpy":
             T = self.sizes["T"]
-            if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or np.any(np.diff(cu_seqlens) < 0):
+            # Compared, not subtracted: a difference of integers may wrap round.
+            falls = np.any(cu_seqlens[1:] < cu_seqlens[:-1])
+            if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or falls:
                 raise ValueError(
                     f"{name}: expected nondecreasing values from 0 to T = {T},"
                     f" got {np.array2string(cu_seqlens, threshold=8)}"
@@ -297,8 +307,9 @@ def step_problem(
     else:
         _check_indices(check, state_indices, slots)
     arrays = dict(q=q, k=k, v=v, beta=beta, g=g)
-    check.writable("state", state, arrays)
-    check.output(out, arrays | {"state": state, "state_indices": state_indices})
+    inputs = arrays | {"state_indices": state_indices}
+    check.writable("state", state, inputs)
+    check.output(out, inputs | {"state": state})
     return check.problem(**arrays, **options, state=state, state_indices=state_indices, out=out)
 
 
@@ -373,12 +384,33 @@ def check_chunk_axis(problem: Problem, chunk: int) -> None:
 _POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
 
 
+def instance(name: str, x, cls: type, wanted: str) -> None:
+    """Check that an argument is one of the library's own objects."""
+    if not isinstance(x, cls):
+        raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
+
+
+def affine_arrays(p, h, operands: dict) -> None:
+    """Check a transfer's own arrays and what meets them.
+
+    `operands` maps a name to an array of the shape of `h`, or of that of `p` when the name ends
+    in ``.p``.
+    """
+    check = _Checker("h", h)
+    check.array("h", h, "N HV K V", (check.dtype,))
+    check.array("p", p, "N HV K K", (check.dtype,))
+    for name, x in operands.items():
+        check.array(name, x, "N HV K K" if name.endswith(".p") else "N HV K V", (check.dtype,))
+
+
 def _one_of(names) -> str:
     names = list(dict.fromkeys(names))
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _options(check: _Checker, scale, qk_l2norm, state_layout) -> dict:
+    if not isinstance(state_layout, str):
+        raise TypeError(f'state_layout: expected "kv" or "vk", got {describe(state_layout)}')
     if state_layout not in ("kv", "vk"):
         raise ValueError(f'state_layout: expected "kv" or "vk", got {state_layout!r}')
     if not isinstance(qk_l2norm, bool | np.bool_):
@@ -396,9 +428,13 @@ def _scale(scale, K: int) -> float:
         return K**-0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale: expected a number or None (K ** -0.5), got {describe(scale)}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"scale: expected a finite number, got {number}")
+    return number
 
 
 def _chunk_size(chunk_size) -> int | None:
@@ -429,6 +465,8 @@ def _check_indices(check: _Checker, indices, slots: int) -> None:
             f"{name}: expected indices below slots = {slots} (negative: padding),"
             f" got {int(indices.max())}"
         )
-    used = indices[indices >= 0]
-    if np.unique(used).size != used.size:
-        raise ValueError(f"{name}: expected each slot at most once, got a repeated index")
+    used, counts = np.unique(indices[indices >= 0], return_counts=True)
+    if np.any(counts > 1):
+        raise ValueError(
+            f"{name}: expected each slot at most once, got slot {used[counts > 1][0]} repeatedly"
+        )

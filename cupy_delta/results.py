@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .arrays import describe, kind_of
-from .problem import Problem
+from . import problem as checks
+from .arrays import kind_of
 
 
 class DeltaRuleOutput(NamedTuple):
@@ -28,7 +28,7 @@ class Residuals:
         Arrays the backend keeps: states between chunks and what else its backward reads.
     """
 
-    problem: Problem
+    problem: checks.Problem
     saved: dict
 
 
@@ -109,7 +109,7 @@ class Transfer(NamedTuple):
         TypeError, ValueError
             If kind, dtype or shape differ from those of `h`.
         """
-        _same("state", state, self.h)
+        checks.affine_arrays(self.p, self.h, {"state": state})
         return _backend(self.h).affine(self.p, state, self.h)
 
     def then(self, later: Transfer) -> Transfer:
@@ -130,10 +130,8 @@ class Transfer(NamedTuple):
         TypeError, ValueError
             If `later` is not a Transfer, or kind, dtype or shape differ.
         """
-        if not isinstance(later, Transfer):
-            raise TypeError(f"later: expected a Transfer, got {describe(later)}")
-        _same("later.p", later.p, self.p)
-        _same("later.h", later.h, self.h)
+        checks.instance("later", later, Transfer, "a Transfer")
+        checks.affine_arrays(self.p, self.h, {"later.p": later.p, "later.h": later.h})
         backend = _backend(self.h)
         return Transfer(
             backend.affine(later.p, self.p, None), backend.affine(later.p, self.h, later.h)
@@ -144,12 +142,3 @@ def _backend(x):
     from .dispatch import backend_for
 
     return backend_for(kind_of(x))
-
-
-def _same(name: str, x, like) -> None:
-    if kind_of(x) != kind_of(like):
-        raise TypeError(f"{name}: expected {describe(like)} like h, got {describe(x)}")
-    if x.dtype != like.dtype:
-        raise TypeError(f"{name}: expected dtype {like.dtype}, got {x.dtype}")
-    if x.shape != like.shape:
-        raise ValueError(f"{name}: expected shape {like.shape}, got {x.shape}")

@@ -22,7 +22,7 @@ def delta_rule_step(problem: Problem):
         if slot < 0:
             o[b] = 0
             return
-        S = pool[slot].astype(problem.state_dtype)
+        S = pool[slot].astype(problem.state_dtype, order="C")
         S = S.reshape(1, problem.H, problem.groups, problem.K, problem.V)
         inputs = token_inputs(problem, slice(b, b + 1), slice(0, problem.T))
         for t in range(problem.T):

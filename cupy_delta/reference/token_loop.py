@@ -61,17 +61,20 @@ def batches(problem: Problem):
 
 
 def token_inputs(problem: Problem, rows: slice, tokens: slice) -> TokenInputs:
-    """Load inputs (B, t, H, G, ...): q and k as rows (1, K), scaled and normalised; v as (V,)."""
+    """Load inputs (B, t, H, G, ...): q and k as rows (1, K), scaled and normalised; v as (V,).
+
+    Always C-contiguous, so that strides of the caller's arrays never change a bit of the result.
+    """
     dtype, H, G = problem.compute_dtype, problem.H, problem.groups
 
     def key_heads(x):
-        x = np.asarray(x[rows, tokens], dtype)
+        x = np.ascontiguousarray(x[rows, tokens], dtype)
         if problem.qk_l2norm:
             x, _ = l2norm(x)
         return x[:, :, :, None, None, :]
 
     def value_heads(x):
-        x = np.asarray(x[rows, tokens], dtype)
+        x = np.ascontiguousarray(x[rows, tokens], dtype)
         return x.reshape(*x.shape[:2], H, G, *x.shape[3:])
 
     beta = value_heads(problem.beta)
@@ -95,7 +98,7 @@ def initial_states(problem: Problem, states, index: slice):
     if states is None:
         return np.zeros(shape, problem.state_dtype)
     S = states if problem.state_layout == "kv" else states.swapaxes(-1, -2)
-    return np.array(S[index], problem.state_dtype).reshape(shape)
+    return np.array(S[index], problem.state_dtype, order="C").reshape(shape)
 
 
 def advance(S, x: TokenInputs):

@@ -1,0 +1,177 @@
+"""NumPy and CuPy arrays in one call, and two devices: a stand-in for CuPy, so no GPU is needed."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from calls import ARRAYS, EVERY_ARRAY, call, first_of, good, integers, refuse
+
+import cupy_delta
+from cupy_delta import building_blocks, operators
+
+
+class FakeDevice:
+    def __init__(self, number):
+        self.id = number
+
+    def __eq__(self, other):
+        return self.id == other.id
+
+
+class FakeArray:
+    """As much of cupy.ndarray as the checks may look at; its values cannot be read."""
+
+    def __init__(self, like, device=0):
+        self.shape, self.ndim, self.dtype = like.shape, like.ndim, like.dtype
+        self.flags, self.strides, self.size = like.flags, like.strides, like.size
+        self.device = FakeDevice(device)
+
+
+FakeArray.__module__, FakeArray.__qualname__, FakeArray.__name__ = "cupy", "ndarray", "ndarray"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A stand-in for CuPy, and the problems that reach its backend."""
+    module = types.ModuleType("cupy")
+    module.ndarray = FakeArray
+    module.may_share_memory = lambda x, y: x is y
+    module.problems = []
+    monkeypatch.setitem(sys.modules, "cupy", module)
+
+    class Backend:
+        def __getattr__(self, name):
+            pairs = "chunk_delta_rule", "recurrent_delta_rule", "sequence_transfer"
+            results = 2 if name in pairs else 3
+            return lambda problem: module.problems.append(problem) or (None,) * results
+
+    for caller in (operators, building_blocks):
+        real = caller.backend_for
+        fake = lambda kind, real=real: Backend() if kind == "cupy" else real(kind)  # noqa: E731
+        monkeypatch.setattr(caller, "backend_for", fake)
+    return module
+
+
+def on_device(arguments, device=0):
+    return {
+        n: FakeArray(x, device) if isinstance(x, np.ndarray) else x for n, x in arguments.items()
+    }
+
+
+def device_residuals():
+    forward = on_device(good("chunk_delta_rule_fwd"))
+    return {"residuals": cupy_delta.chunk_delta_rule_fwd(**forward).residuals}
+
+
+ON_DEVICE = [(f, n) for f, n in EVERY_ARRAY if "Transfer" not in f and n != first_of(f)]
+
+
+@pytest.mark.parametrize("function", [f for f in ARRAYS if "Transfer" not in f and "bwd" not in f])
+def test_cupy_arrays_reach_their_backend(cupy, function):
+    call(function, on_device(good(function)))
+    assert [p.kind for p in cupy.problems] == ["cupy"]
+
+
+@pytest.mark.parametrize(("function", "name"), ON_DEVICE)
+def test_a_numpy_array_among_cupy_arrays(cupy, function, name):
+    arguments = good(function)
+    mixed = on_device(arguments) | {name: arguments[name]}
+    if function == "chunk_delta_rule_bwd":
+        mixed = device_residuals() | mixed
+    cupy.problems.clear()
+    message = (
+        f"{name}: expected a cupy array like {first_of(function)}, got numpy.ndarray;"
+        " NumPy and CuPy arrays do not mix in one call"
+    )
+    refuse(function, mixed, TypeError, message)
+    assert not cupy.problems
+
+
+@pytest.mark.parametrize(("function", "name"), EVERY_ARRAY)
+def test_a_cupy_array_among_numpy_arrays(cupy, function, name):
+    arguments = good(function)
+    kinds = "numpy array", "cupy.ndarray"
+    wrong = name
+    if name == first_of(function):  # then the next argument is the one that differs
+        kinds = "cupy array", "numpy.ndarray"
+        wrong = list(ARRAYS[function])[1]
+    message = (
+        f"{wrong}: expected a {kinds[0]} like {first_of(function)}, got {kinds[1]};"
+        " NumPy and CuPy arrays do not mix in one call"
+    )
+    refuse(function, arguments | {name: FakeArray(arguments[name])}, TypeError, message)
+    assert not cupy.problems
+
+
+@pytest.mark.parametrize(("function", "name"), ON_DEVICE)
+def test_two_devices(cupy, function, name):
+    arguments = on_device(good(function))
+    arguments[name].device = FakeDevice(1)
+    if function == "chunk_delta_rule_bwd":
+        arguments = device_residuals() | arguments
+    cupy.problems.clear()
+    message = (
+        f"{name}: expected an array on device 0 like {first_of(function)}, got one on device 1"
+    )
+    refuse(function, arguments, ValueError, message)
+    assert not cupy.problems
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "state_indices"])
+def test_integers_on_the_device_do_not_go_with_numpy_arrays(cupy, name):
+    function = "delta_rule_step" if name == "state_indices" else "chunk_delta_rule"
+    sizes = {} if name == "state_indices" else {"B": 1, "N": 1}
+    arguments = good(function, **sizes) | {name: FakeArray(integers(0, 1))}
+    message = (
+        f"{name}: expected a numpy array like q, got cupy.ndarray;"
+        " NumPy and CuPy arrays do not mix in one call"
+    )
+    refuse(function, arguments, TypeError, message)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "state_indices"])
+def test_integers_on_another_device(cupy, name):
+    function = "delta_rule_step" if name == "state_indices" else "chunk_delta_rule"
+    sizes = {} if name == "state_indices" else {"B": 1, "N": 1}
+    arguments = on_device(good(function, **sizes)) | {name: FakeArray(integers(0, 1), 1)}
+    message = f"{name}: expected an array on device 0 like q, got one on device 1"
+    refuse(function, arguments, ValueError, message)
+
+
+def test_values_in_device_memory_are_not_read(cupy):
+    """Reading them would synchronise; FakeArray has no values, so that a read would raise."""
+    packed = on_device(good("chunk_delta_rule", B=1, N=1))
+    call("chunk_delta_rule", packed | {"cu_seqlens": FakeArray(integers(9, 9))})
+    pool = on_device(good("delta_rule_step", slots=7))
+    call("delta_rule_step", pool | {"state_indices": FakeArray(integers(9, 9))})
+    assert len(cupy.problems) == 2
+
+
+def test_values_on_the_host_are_read_for_cupy_arrays_too(cupy):
+    packed = on_device(good("chunk_delta_rule", B=1, N=1))
+    call("chunk_delta_rule", packed | {"cu_seqlens": integers(0, 6)})
+    assert len(cupy.problems) == 1
+    message = "cu_seqlens: expected nondecreasing values from 0 to T = 6, got [9 9]"
+    refuse("chunk_delta_rule", packed | {"cu_seqlens": integers(9, 9)}, ValueError, message)
+    pool = on_device(good("delta_rule_step", slots=7)) | {"state_indices": integers(9, 9)}
+    message = "state_indices: expected indices below slots = 7 (negative: padding), got 9"
+    refuse("delta_rule_step", pool, ValueError, message)
+
+
+@pytest.mark.parametrize("name", ["out", "state"])
+def test_device_memory_in_common(cupy, name):
+    arguments = on_device(good("delta_rule_step"))
+    if name == "state":  # of one shape with v
+        arguments = on_device(good("delta_rule_step", T=4, K=4))
+    arguments["v"] = arguments[name]
+    message = f"{name}: expected no memory in common with v"
+    refuse("delta_rule_step", arguments, ValueError, message)
+
+
+def test_strided_device_memory_is_not_written(cupy):
+    arguments = on_device(good("chunk_delta_rule"))
+    strided = np.zeros((6, 2, 4, 5), np.float32).swapaxes(0, 1)
+    arguments["out"] = FakeArray(strided)
+    message = f"out: expected a C-contiguous array, got strides {strided.strides}"
+    refuse("chunk_delta_rule", arguments, ValueError, message)
