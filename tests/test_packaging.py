@@ -1,4 +1,4 @@
-"""What is installed is what is here: package lists, kernel sources, and the commands we tell people.
+"""What is installed is what is here: package lists, kernel sources, and README.md's commands.
 
 Building for real, and running what was built on every Python, is done by .ci/run.
 """
@@ -44,17 +44,14 @@ def test_every_kernel_source_is_package_data(setup_cfg):
         )
     ]
     assert not left_out
-    unused = [p for p in patterns if not list((ROOT / "kernels").glob(p))]
-    assert not unused
 
 
 def test_pythons(setup_cfg):
     classifiers = lines(setup_cfg["metadata"]["classifiers"])
     versions = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]
     assert setup_cfg["options"]["python_requires"] == f">={versions[0]}"
-    assert (
-        f'target-version = "py{versions[0].replace(".", "")}"' in (ROOT / "ruff.toml").read_text()
-    )
+    target = f'target-version = "py{versions[0].replace(".", "")}"'
+    assert target in (ROOT / "ruff.toml").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
