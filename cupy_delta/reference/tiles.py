@@ -82,7 +82,7 @@ class Item:
 
     def states(self, x, dtype):
         """Load (N, HV, ., .) states as (h, G, ., .)."""
-        x = np.array(x[self.index, self.heads], dtype)
+        x = np.array(x[self.index, self.heads], dtype, order="C")
         return x.reshape(-1, self.groups, *x.shape[1:])
 
 

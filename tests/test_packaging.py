@@ -1,0 +1,72 @@
+"""What is installed is what is here: package lists, kernel sources, and README.md's commands.
+
+Building for real, and running what was built on every Python, is done by .ci/run.
+"""
+
+import configparser
+import fnmatch
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    config = configparser.ConfigParser()
+    assert config.read(ROOT / "setup.cfg")
+    return config
+
+
+def lines(value):
+    return value.split("\n")[1:]
+
+
+def test_every_folder_with_modules_is_listed_as_a_package(setup_cfg):
+    folders = {p.parent.relative_to(ROOT) for p in ROOT.glob("cupy_delta/**/*.py")}
+    packages = {".".join(folder.parts) for folder in folders} | {"cupy_delta.kernels"}
+    assert set(lines(setup_cfg["options"]["packages"])) == packages
+
+
+def test_every_kernel_source_is_package_data(setup_cfg):
+    patterns = lines(setup_cfg["options.package_data"]["cupy_delta.kernels"])
+    files = [p.relative_to(ROOT / "kernels") for p in ROOT.glob("kernels/**/*") if p.is_file()]
+    assert files
+    # Folder by folder: the star of a pattern does not cross a slash when setuptools expands it.
+    left_out = [
+        str(f)
+        for f in files
+        if not any(
+            len(f.parts) == pattern.count("/") + 1 and fnmatch.fnmatch(str(f), pattern)
+            for pattern in patterns
+        )
+    ]
+    assert not left_out
+
+
+def test_pythons(setup_cfg):
+    classifiers = lines(setup_cfg["metadata"]["classifiers"])
+    versions = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]
+    assert setup_cfg["options"]["python_requires"] == f">={versions[0]}"
+    target = f'target-version = "py{versions[0].replace(".", "")}"'
+    assert target in (ROOT / "ruff.toml").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]"'
+        " && .venv/bin/python -m pytest -n 2",
+        'python3 -m venv .venv && .venv/bin/pip install ".[plot]"'
+        " && .venv/bin/python -m cupy_delta demo",
+    ],
+)
+def test_readme_has_each_command_once_on_a_line_of_its_own(command):
+    """.ci/run takes the commands from there and runs them to the letter."""
+    assert (ROOT / "README.md").read_text().splitlines().count(command) == 1
+
+
+def test_the_environment_of_the_readme_is_ignored_by_git():
+    assert "/.venv*/" in (ROOT / ".gitignore").read_text().splitlines()
