@@ -7,7 +7,7 @@
 
 #ifdef CUEMU
 #include "cuda_on_cpu.h"
-#define PRIM static inline
+#define PRIM inline
 #else
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
@@ -15,7 +15,7 @@ typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef int int32_t;
 typedef long long int64_t;
-#define PRIM static __device__ __forceinline__
+#define PRIM __device__ __forceinline__
 #define KSM (__CUDA_ARCH__)
 #endif
 

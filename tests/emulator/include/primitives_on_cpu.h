@@ -15,21 +15,21 @@ PRIM float widen(f16 x) {
 template <class T>
 PRIM T narrow(typename Sum<T>::type x);
 template <>
-inline float narrow<float>(float x) {
+PRIM float narrow<float>(float x) {
   return x;
 }
 template <>
-inline double narrow<double>(double x) {
+PRIM double narrow<double>(double x) {
   return x;
 }
 template <>
-inline bf16 narrow<bf16>(float x) {
+PRIM bf16 narrow<bf16>(float x) {
   uint32_t u = __float_as_uint(x);
   if ((u & 0x7fffffff) > 0x7f800000) return {0x7fff};
   return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 template <>
-inline f16 narrow<f16>(float x) {
+PRIM f16 narrow<f16>(float x) {
   uint32_t u = __float_as_uint(x);
   uint16_t sign = u >> 16 & 0x8000;
   u &= 0x7fffffff;

@@ -1,0 +1,287 @@
+// The walk over the chunks of a sequence: state pass and, fused with it, the output. Per chunk, with S the state,
+// core and P from wy_factors.cu, G the running sum of g (all decays 1 without a gate), tokens as rows:
+//
+//   R = V - e^G K S       N^ = R + core (b R)       N = b N^       O = scale (e^G Q S + P N)
+//   S' = e^(G_C) S + (e^(G_C - G) K)^T N
+//   FROM_FACTORS:  N = U - W S,  S' = S + K^T N     the building block: no gate, no output
+//
+// Numbers: the state lives in float accumulators and is never rounded between chunks; operands of products are
+// rounded to DTYPE (S, b R and N included), sums are float (float: 3xTF32). Everything is held transposed, rows =
+// value channels: then S^T, R^T and N^T are left operands straight from their accumulators.
+//
+// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of initial and final state),
+// FROM_FACTORS, ZERO_V (values are zero: the transfer's P), WRITE_STATES (the state entering each chunk, (K, V), in
+// STATES_DTYPE, and per token N^, FROM_FACTORS: N), WARPS, ROW_TILES (16-row tiles of value channels per warp).
+// Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
+// Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk; see cupy_delta/cuda/plan.py.
+#include "tiles/fragments.cuh"
+#include "tiles/load.cuh"
+#include "tiles/sequence.cuh"
+#include "tiles/store.cuh"
+
+typedef Mma<DTYPE> Product;
+constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
+constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
+constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
+constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
+
+struct Stage {
+  DTYPE *k, *q_or_w, *v, *core, *p;
+  float *beta, *G;
+};
+
+PRIM Stage take_stage(DynSmem& smem) {
+  Stage s = {};
+  s.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+  s.q_or_w = smem.take<DTYPE>(CHUNK * K_PITCH, "q or w");
+  s.v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
+#if !FROM_FACTORS
+  s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
+  s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
+  s.beta = smem.take<float>(CHUNK, "beta");
+  s.G = smem.take<float>(CHUNK, "G");
+#endif
+  return s;
+}
+
+// d[m] (16 x CHUNK each) += rows[m] L^T for lower triangular L: column tiles before the step's are zero.
+PRIM void multiply_lower(float (&d)[ROW_TILES][C_TILES][4], const float (&rows)[ROW_TILES][C_TILES][4], const DTYPE* L,
+                         int lane) {
+#pragma unroll
+  for (int k = 0; k < CHUNK / Product::DEPTH; k++) {
+    typename Product::A a[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], rows[m], k);
+#pragma unroll
+    for (int n = k * Product::DEPTH / 16; n < CHUNK / 16; n++) {
+      typename Product::B b;
+      Product::load_b(b, L + n * 16 * C_PITCH + k * Product::DEPTH, C_PITCH, lane);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::multiply(d[m][2 * n], d[m][2 * n + 1], a[m], b);
+    }
+  }
+}
+
+// out[token][channel] for the channels of this warp.
+PRIM void write_rows(DTYPE* out, int64_t stride, const float (&d)[ROW_TILES][C_TILES][4], int value, int tokens,
+                     int lane) {
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+    for (int j = 0; j < C_TILES; j++)
+      store_transposed<DTYPE, HEAD_V>(out + m * 16 + j * 8 * stride, stride, d[m][j], HEAD_V - value - m * 16,
+                                      tokens - j * 8, lane);
+}
+
+// What all blocks of a launch share.
+struct Inputs {
+  const DTYPE *q_or_w, *k, *v, *core, *p;
+  const float *beta, *G;
+};
+
+PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
+                     int HV, int thread) {
+  const int64_t key = first * H + h, value = first * HV + hv;
+  const int width = min(SLICE, HEAD_V - slice * SLICE);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread, THREADS);
+#if FROM_FACTORS
+  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens, HEAD_K,
+                                      thread, THREADS);
+#else
+  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread,
+                                      THREADS);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread,
+                                        THREADS);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread, THREADS);
+  load_column<CHUNK>(s.beta, in.beta + value, HV, tokens, thread, THREADS);
+#if HAS_GATE
+  load_column<CHUNK>(s.G, in.G + value, HV, tokens, thread, THREADS);
+#endif
+#endif
+#if !ZERO_V
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V, tokens,
+                                         width, thread, THREADS);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
+            const float* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
+            STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
+  const int h = hv / (HV / H);
+  const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
+  const Sequence sequence = find_sequence<CHUNK>(cu_seqlens, n, T);
+  const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
+  const int64_t state_at = ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
+  const Inputs inputs = {q_or_w, k, v, core, p, beta, G};
+
+  DynSmem smem;
+  Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
+
+  float S[ROW_TILES][K_TILES][4];
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++) {
+    clear(S[m]);
+    if (initial_state != nullptr) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) load_state(S[m][j], initial_state + state_at, value + m * 16, j * 8, lane);
+    }
+  }
+
+  if (chunks > 0)
+    load_chunk(first_stage, inputs, sequence.first, min(sequence.tokens, CHUNK), h, hv, slice, H, HV, thread);
+  cp_async_commit();
+  for (int c = 0; c < chunks; c++) {
+    const Stage stage = c % 2 ? second_stage : first_stage, next = c % 2 ? first_stage : second_stage;
+    const int64_t token = sequence.first + (int64_t)c * CHUNK;
+    const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
+    if (c + 1 < chunks)
+      load_chunk(next, inputs, token + CHUNK, min(sequence.tokens - (c + 1) * CHUNK, CHUNK), h, hv, slice, H, HV,
+                 thread);
+    cp_async_commit();
+    cp_async_wait<1>();
+    __syncthreads();
+
+#if WRITE_STATES
+    STATES_DTYPE* state = states + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int channel = value + m * 16 + sum_row(lane, i), key = sum_column(lane, j, i);
+          if (channel < HEAD_V && key < HEAD_K) state[key * HEAD_V + channel] = narrow<STATES_DTYPE>(S[m][j][i]);
+        }
+#endif
+
+    // S^T K^T and S^T Q^T; or S^T W^T.
+    float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4];
+#if !FROM_FACTORS
+    float O[ROW_TILES][C_TILES][4];
+#endif
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) {
+      clear(R[m]);
+#if !FROM_FACTORS
+      clear(O[m]);
+#endif
+    }
+#pragma unroll
+    for (int step = 0; step < KP / Product::DEPTH; step++) {
+      typename Product::A a[ROW_TILES];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], S[m], step);
+#pragma unroll
+      for (int j = 0; j < CHUNK / 16; j++) {
+        const int at = j * 16 * K_PITCH + step * Product::DEPTH;
+        typename Product::B b;
+#if FROM_FACTORS
+        Product::load_b(b, stage.q_or_w + at, K_PITCH, lane);
+#else
+        Product::load_b(b, stage.q_or_w + at, K_PITCH, lane);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);
+        Product::load_b(b, stage.k + at, K_PITCH, lane);
+#endif
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
+      }
+    }
+
+    // N^ starts as R = V - e^G K S, and R becomes b R; or N = U - W S.
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int j = 0; j < C_TILES; j += 2) {
+        float u[2][4];
+#if ZERO_V
+        clear(u);
+#else
+        Product::read_transposed(u[0], u[1], stage.v + j * 8 * V_PITCH + row + m * 16, V_PITCH, lane);
+#endif
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            float& r = R[m][j + half][i];
+#if FROM_FACTORS
+            N[m][j + half][i] = u[half][i] - r;
+#else
+            const int t = sum_column(lane, j + half, i);
+#if HAS_GATE
+            float decay = expf(stage.G[t]);
+            r *= decay;
+            O[m][j + half][i] *= decay;
+#endif
+            N[m][j + half][i] = u[half][i] - r;
+            r = stage.beta[t] * (u[half][i] - r);
+#endif
+          }
+      }
+    const int64_t out = (token * HV + hv) * HEAD_V + value, stride = (int64_t)HV * HEAD_V;
+#if !FROM_FACTORS
+    multiply_lower(N, R, stage.core, lane);
+#endif
+#if WRITE_STATES
+    write_rows(corrections + out, stride, N, value, tokens, lane);
+#endif
+#if !FROM_FACTORS
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int j = 0; j < C_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) N[m][j][i] *= stage.beta[sum_column(lane, j, i)];
+    multiply_lower(O, N, stage.p, lane);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int j = 0; j < C_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) O[m][j][i] *= scale;
+    write_rows(o + out, stride, O, value, tokens, lane);
+#endif
+
+    // S' = e^(G_C) S + (e^(G_C - G) K)^T N. Tokens past the end have G = 0 and N = 0.
+#if HAS_GATE
+    const float end = stage.G[tokens - 1], carry = expf(end);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) S[m][j][i] *= carry;
+#pragma unroll
+      for (int j = 0; j < C_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int t = sum_column(lane, j, i);
+          N[m][j][i] *= t < tokens ? expf(end - stage.G[t]) : 0.0f;
+        }
+    }
+#endif
+#pragma unroll
+    for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+      typename Product::A a[ROW_TILES];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], N[m], step);
+#pragma unroll
+      for (int j = 0; j < KP / 16; j++) {
+        typename Product::B b;
+        Product::load_b_transposed(b, stage.k + step * Product::DEPTH * K_PITCH + j * 16, K_PITCH, lane);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) Product::multiply(S[m][2 * j], S[m][2 * j + 1], a[m], b);
+      }
+    }
+    __syncthreads();
+  }
+  cp_async_wait<0>();
+
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) store_state(final_state + state_at, S[m][j], value + m * 16, j * 8, lane);
+}

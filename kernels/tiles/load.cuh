@@ -1,0 +1,41 @@
+// Tiles of rows from global to shared memory. Rows past the valid ones and columns past HEAD become
+// zeros without being read: what lies there belongs to another sequence, and its NaN stays there.
+#pragma once
+#include "primitives/primitives.cuh"
+
+PRIM constexpr int padded(int head) { return (head + 15) / 16 * 16; }
+// Rows of 16-byte multiples plus 16 bytes: eight rows then start in different bank groups.
+template <class T>
+PRIM constexpr int pitch_of(int columns) {
+  return columns + 16 / (int)sizeof(T);
+}
+
+// Loads tile[r][c], r < ROWS, c < COLUMNS, from rows[r * stride + c]: `valid` rows, `width` columns (HEAD, or less
+// in the last slice of one). The caller commits and waits.
+template <class T, int ROWS, int COLUMNS, int HEAD, int PITCH = pitch_of<T>(COLUMNS)>
+PRIM void load_tile(T* tile, const T* rows, int64_t stride, int valid, int width, int thread, int threads) {
+  constexpr int bytes = HEAD * (int)sizeof(T);
+  constexpr int access = bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 0;
+  if constexpr (access > 0) {
+    constexpr int elements = access / (int)sizeof(T), per_row = COLUMNS / elements;
+    for (int i = thread; i < ROWS * per_row; i += threads) {
+      int r = i / per_row, c = i % per_row * elements;
+      bool inside = r < valid && c < width;
+      cp_async<access>(&tile[r * PITCH + c], inside ? &rows[r * stride + c] : rows, inside ? access : 0);
+    }
+  } else {
+    for (int i = thread; i < ROWS * COLUMNS; i += threads) {
+      int r = i / COLUMNS, c = i % COLUMNS;
+      tile[r * PITCH + c] = r < valid && c < width ? rows[r * stride + c] : narrow<T>(0);
+    }
+  }
+}
+
+// Loads one float per token of a chunk, (B, T, HV): beta or G. Past the end: zero.
+template <int ROWS>
+PRIM void load_column(float* column, const float* values, int64_t stride, int valid, int thread, int threads) {
+  for (int r = thread; r < ROWS; r += threads) {
+    bool inside = r < valid;
+    cp_async<4>(&column[r], inside ? &values[r * stride] : values, inside ? 4 : 0);
+  }
+}

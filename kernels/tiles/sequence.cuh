@@ -1,0 +1,58 @@
+// Which tokens a block works on: sequences of a batch or of cu_seqlens, and chunk slots.
+//
+// Chunk i of sequence n has slot cu_seqlens[n] / CHUNK + n + i, or n * ceil(T / CHUNK) + i in a batch;
+// a slot that no chunk has is left alone. Values of cu_seqlens are clamped, so that wrong ones give
+// wrong numbers but never an address outside the arrays.
+#pragma once
+#include "primitives/primitives.cuh"
+
+struct Sequence {
+  int64_t first;  // row of its first token among the B * T rows
+  int tokens;
+  int64_t slot;  // of its first chunk
+};
+
+PRIM int clamp_token(int64_t t, int low, int T) { return (int)min(max(t, (int64_t)low), (int64_t)T); }
+
+// The n-th sequence.
+template <int CHUNK_TOKENS>
+PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
+#if VARLEN
+  int start = clamp_token(cu_seqlens[n], 0, T), stop = clamp_token(cu_seqlens[n + 1], start, T);
+  return {start, stop - start, start / CHUNK_TOKENS + n};
+#else
+  (void)cu_seqlens;
+  return {(int64_t)n * T, T, (int64_t)n * ((T + CHUNK_TOKENS - 1) / CHUNK_TOKENS)};
+#endif
+}
+
+struct Chunk {
+  int64_t first;  // row of its first token
+  int tokens;     // at most CHUNK; 0 or less: no chunk has this slot
+  int sequence;
+};
+
+// The chunk with the given slot, among N sequences.
+template <int CHUNK_TOKENS>
+PRIM Chunk find_chunk(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
+  int n;
+#if VARLEN
+  int low = 0, high = N - 1;  // the last sequence whose first slot is not beyond `slot`
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    bool beyond = clamp_token(cu_seqlens[middle], 0, T) / CHUNK_TOKENS + middle > slot;
+    if (beyond)
+      high = middle - 1;
+    else
+      low = middle;
+  }
+  n = low;
+#else
+  (void)N;
+  n = (int)(slot / ((T + CHUNK_TOKENS - 1) / CHUNK_TOKENS));
+#endif
+  Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
+  int64_t offset = (slot - s.slot) * CHUNK_TOKENS;
+  int64_t rest = s.tokens - offset;
+  return {s.first + offset, (int)min(rest, (int64_t)CHUNK_TOKENS), n};
+}

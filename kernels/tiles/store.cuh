@@ -1,0 +1,50 @@
+// Accumulators to global memory.
+#pragma once
+#include "tiles/fragments.cuh"
+
+// out[column * stride + row] = d(row, column): an accumulator tile written transposed, so that the eight rows
+// that neighbouring lanes hold lie side by side. Rows from `rows` on and columns from `columns` on are left out.
+template <class T, int HEAD>
+PRIM void store_transposed(T* out, int64_t stride, const float (&d)[4], int rows, int columns, int lane) {
+  if constexpr (sizeof(T) == 2 && HEAD % 2 == 0) {
+    // Transposed in registers, a lane holds two neighbouring rows: half as many stores.
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint32_t pair = movmatrix_trans(pack2<T>(d[2 * h], d[2 * h + 1]));
+      int row = h * 8 + lane % 4 * 2, column = lane / 4;
+      if (row < rows && column < columns) *(uint32_t*)&out[column * stride + row] = pair;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = sum_row(lane, i), column = sum_column(lane, 0, i);
+      if (row < rows && column < columns) out[column * stride + row] = narrow<T>(d[i]);
+    }
+  }
+}
+
+// A state's accumulator tile (rows: value channels, columns: key channels) and its place in memory: layout
+// (K, V), or (V, K) with STATE_VK.
+PRIM int64_t state_offset(int value, int key) {
+#if STATE_VK
+  return (int64_t)value * HEAD_K + key;
+#else
+  return (int64_t)key * HEAD_V + value;
+#endif
+}
+template <class T>
+PRIM void store_state(T* state, const float (&d)[4], int value, int key, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int row = value + sum_row(lane, i), column = key + sum_column(lane, 0, i);
+    if (row < HEAD_V && column < HEAD_K) state[state_offset(row, column)] = narrow<T>(d[i]);
+  }
+}
+template <class T>
+PRIM void load_state(float (&d)[4], const T* state, int value, int key, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int row = value + sum_row(lane, i), column = key + sum_column(lane, 0, i);
+    d[i] = row < HEAD_V && column < HEAD_K ? widen(state[state_offset(row, column)]) : 0.0f;
+  }
+}
