@@ -1,0 +1,164 @@
+"""Check the operators on this machine against the float64 token loop.
+
+Every case draws random inputs in its dtype and compares with the float64 token loop (for
+gradients: its exact adjoint) on the same values. The error is the largest difference over the
+largest exact value. float64 must agree to 1e-12; the other bounds allow for operands and results
+rounded to the dtype in every product of a chunk, as tensor cores do, with float32 accumulation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..arrays import FLOAT_DTYPES
+from ..operators import (
+    chunk_delta_rule,
+    chunk_delta_rule_bwd,
+    chunk_delta_rule_fwd,
+    delta_rule_step,
+    recurrent_delta_rule,
+)
+from ..problem import operator_problem
+from ..reference.adjoint import recurrent_delta_rule_bwd
+from .console import Device, add_device, print_table, progress, random_inputs
+
+BOUNDS = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: an operator, its options, and the dtypes it runs in."""
+
+    name: str
+    operator: str
+    T: int = 130
+    sizes: dict = field(default_factory=dict)
+    gate: str | None = None
+    beta: tuple = (0.0, 1.0)
+    correlation: float = 0.0
+    cu_seqlens: tuple | None = None
+    options: dict = field(default_factory=dict)
+
+
+CASES = (
+    Case("chunk", "chunk", sizes=dict(B=2, H=2, HV=2)),
+    Case("chunk, K != V", "chunk", sizes=dict(K=40, V=96)),
+    Case("chunk, grouped value heads", "chunk", sizes=dict(H=2, HV=4)),
+    Case("chunk, one token", "chunk", T=1),
+    Case("chunk, sequences end to end", "chunk", cu_seqlens=(0, 0, 1, 65, 130)),
+    Case("chunk, beta = 2, correlated keys", "chunk", beta=(2.0, 2.0), correlation=0.9),
+    Case("chunk, l2norm, vk states", "chunk", options=dict(qk_l2norm=True, state_layout="vk")),
+    Case("chunk, scalar gate", "chunk", gate="scalar"),
+    Case("chunk, channel gate", "chunk", gate="channel"),
+    Case("recurrent", "recurrent", sizes=dict(H=2, HV=4), gate="scalar"),
+    Case("step", "step", T=4, sizes=dict(B=3, H=2, HV=4)),
+    Case("gradients", "gradients", sizes=dict(H=2, HV=4)),
+    Case("gradients, sequences end to end", "gradients", cu_seqlens=(0, 0, 1, 65, 130)),
+    Case("gradients, scalar gate", "gradients", gate="scalar"),
+    Case("gradients, channel gate", "gradients", gate="channel"),
+)
+
+
+def add_arguments(parser) -> None:
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
+
+
+def run_command(args) -> int:
+    device = Device(args.device)
+    work = [(case, dtype) for case in CASES for dtype in BOUNDS]
+    rows = []
+    for case, dtype in progress(work, "checking"):
+        error = _error(case, dtype, device, args.seed)
+        if error is None:
+            rows.append([case.name, dtype, "-", "-", "not on this device"])
+            continue
+        verdict = "ok" if error <= BOUNDS[dtype] else "FAILED"
+        rows.append([case.name, dtype, f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", verdict])
+    print_table(["case", "dtype", "error", "bound", "verdict"], rows)
+    failed = sum(row[-1] == "FAILED" for row in rows)
+    ran = sum(row[-1] != "not on this device" for row in rows)
+    print(f"{ran - failed} of {ran} cases within their bounds on the {device.name}")
+    if args.json:
+        keys = ("case", "dtype", "error", "bound", "verdict")
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump([dict(zip(keys, row, strict=True)) for row in rows], file, indent=1)
+    return 1 if failed else 0
+
+
+def _error(case: Case, dtype: str, device: Device, seed: int) -> float | None:
+    """Return the error of one case, or None where the device's backend lacks the option."""
+    arrays = _draw(case, dtype, np.random.default_rng(seed))
+    try:
+        moved = {name: device.to(x) for name, x in arrays.items()}
+        results = [device.back(x) for x in _results(case, moved)]
+    except NotImplementedError:
+        return None
+    wide = {n: x.astype(np.float64) if _is_float(x) else x for n, x in arrays.items()}
+    exact = _exact(case, wide)
+    return max(_difference(x, y) for x, y in zip(results, exact, strict=True))
+
+
+def _draw(case: Case, dtype: str, rng) -> dict:
+    """Draw the arrays of a case by name; None where it has none."""
+    q, k, v, beta = random_inputs(rng, dtype, case.T, beta=case.beta, **case.sizes)
+    if case.correlation:
+        common = rng.standard_normal(k.shape[-1])
+        mixed = np.sqrt(case.correlation) * common / np.linalg.norm(common)
+        mixed = mixed + np.sqrt(1 - case.correlation) * k.astype(np.float64)
+        k = (mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)).astype(k.dtype)
+    states = FLOAT_DTYPES["float64" if dtype == "float64" else "float32"]
+    g = None
+    if case.gate:
+        shape = (*beta.shape, k.shape[-1]) if case.gate == "channel" else beta.shape
+        g = -rng.exponential(0.1, shape).astype(states)
+    cu = None if case.cu_seqlens is None else np.array(case.cu_seqlens)
+    N = q.shape[0] if cu is None else len(cu) - 1
+    K, HV, V = q.shape[-1], *v.shape[2:]
+    shape = (N, HV, V, K) if case.options.get("state_layout") == "vk" else (N, HV, K, V)
+    state, dstate = (rng.standard_normal(shape).astype(states) for _ in range(2))
+    do = rng.standard_normal(v.shape).astype(v.dtype)
+    names = dict(q=q, k=k, v=v, beta=beta, g=g, cu_seqlens=cu, state=state)
+    return names | dict(do=do, dstate=dstate)
+
+
+def _results(case: Case, a: dict) -> list:
+    """Run the operator of a case on its arrays."""
+    inputs = [a[name] for name in ("q", "k", "v", "beta", "g")]
+    options = case.options | dict(initial_state=a["state"], cu_seqlens=a["cu_seqlens"])
+    if case.operator == "chunk":
+        return list(chunk_delta_rule(*inputs, **options))
+    if case.operator == "recurrent":
+        return list(recurrent_delta_rule(*inputs, **options))
+    if case.operator == "step":
+        state = a["state"].copy()
+        return [delta_rule_step(*inputs, state=state), state]
+    forward = chunk_delta_rule_fwd(*inputs, **options)
+    return list(chunk_delta_rule_bwd(forward.residuals, a["do"], a["dstate"]))
+
+
+def _exact(case: Case, a: dict) -> list:
+    """The same from the float64 token loop on NumPy arrays."""
+    inputs = [a[name] for name in ("q", "k", "v", "beta", "g")]
+    options = case.options | dict(initial_state=a["state"], cu_seqlens=a["cu_seqlens"])
+    if case.operator != "gradients":
+        return list(recurrent_delta_rule(*inputs, **options))
+    options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None) | options
+    return list(
+        recurrent_delta_rule_bwd(operator_problem(*inputs, **options), a["do"], a["dstate"])
+    )
+
+
+def _is_float(x) -> bool:
+    return x is not None and x.dtype.name in FLOAT_DTYPES
+
+
+def _difference(x, y) -> float:
+    if x is None or y.size == 0:
+        return 0.0 if (x is None) == (y is None) else np.inf
+    worst = np.max(np.abs(x.astype(np.float64) - y)) / max(np.max(np.abs(y)), 1e-30)
+    return float(np.inf if np.isnan(worst) else worst)

@@ -1,0 +1,46 @@
+"""Show versions, devices and what runs where.
+
+Works on a machine with nothing but NumPy and SciPy, and with a broken CuPy: the reason is then
+one line of the output.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from ..version import __version__
+
+PACKAGES = ("numpy", "scipy", "ml_dtypes", "threadpoolctl", "matplotlib", "rich")
+
+
+def add_arguments(parser) -> None:
+    del parser
+
+
+def run_command(args) -> int:
+    from ..cuda import environment
+    from ..reference.parallel import thread_count
+
+    del args
+    lines = [("cupy_delta", __version__)]
+    lines.append(("Python", f"{platform.python_version()} on {platform.platform(terse=True)}"))
+    lines += [(name, _version(name)) for name in PACKAGES]
+    lines.append(("NumPy arrays", f"run the NumPy/SciPy backend on {thread_count()} threads"))
+    cuda = environment()
+    lines += [(name, value) for name, value in cuda["facts"].items()]
+    if cuda["problem"]:
+        lines.append(("CuPy arrays", f"cannot be used here: {cuda['problem']}"))
+    else:
+        lines.append(("CuPy arrays", cuda["support"]))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name.ljust(width)}  {value}")
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
