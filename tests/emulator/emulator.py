@@ -1,0 +1,230 @@
+"""Build CUDA kernels with g++ and run them on the CPU, every access checked.
+
+`Kernel` is one compiled entry; `EmulatorDevice` offers what `cupy_delta.cuda.device.CupyDevice`
+offers, so that the CUDA backend runs on it unchanged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent.parent / "kernels"
+
+COMMON = ["-std=c++17", "-g", "-fPIC", "-fno-strict-aliasing"]
+# What makes the check: every access calls back, and undefined behaviour traps.
+CHECK = [
+    "-O1",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow,alignment",
+    "-fsanitize-undefined-trap-on-error",
+    "-ftrivial-auto-var-init=pattern",
+]
+SCHEDULES = {"ascending": 0, "descending": 1, "random": 2}
+COMPLETIONS = {"late": 0, "early": 1, "either": 2}
+
+
+class EmulatorFault(RuntimeError):
+    """What a kernel did wrong: ``kind: text at file:line by thread``."""
+
+    @property
+    def kind(self) -> str:
+        return str(self).split(":", 1)[0]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (
+        ("schedule", ctypes.c_int),
+        ("completion", ctypes.c_int),
+        ("check", ctypes.c_int),
+        ("preempt", ctypes.c_int),
+        ("seed", ctypes.c_uint64),
+        ("max_steps", ctypes.c_uint64),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a launch is run.
+
+    schedule : which thread goes next; completion : when cp.async copies; preempt : switch threads
+    at one access in so many (0: only where the kernel waits).
+    """
+
+    schedule: str = "ascending"
+    completion: str = "late"
+    preempt: int = 0
+    seed: int = 0
+    check: bool = True
+    max_steps: int = 50_000_000
+
+    def options(self) -> _Options:
+        return _Options(
+            SCHEDULES[self.schedule],
+            COMPLETIONS[self.completion],
+            self.check,
+            self.preempt,
+            self.seed,
+            self.max_steps,
+        )
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def compiler() -> str:
+    """The C++ compiler, from CXX or the path."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise RuntimeError(f"the emulator needs a C++ compiler, and there is no {name}")
+    return name
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cupy_delta" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def build(sources: list[Path], flags: list[str], depends: list[Path], text: str = "") -> Path:
+    """Compile to a shared library, once per content of `sources`, `depends`, flags and text."""
+    digest = hashlib.sha256(repr((compiler(), flags, text)).encode())
+    for path in sorted({*sources, *depends}):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    library = cache_folder() / f"{sources[0].stem}-{digest.hexdigest()[:24]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            if text:
+                unit = Path(folder) / f"{sources[0].stem}.cpp"
+                unit.write_text(text)
+                sources = [unit]
+            part = Path(folder) / "out.so"
+            command = [compiler(), "-shared", *flags, *map(str, sources), "-o", str(part)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+            os.replace(part, library)
+    return library
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The emulator's runtime, loaded so that kernels find its symbols."""
+    folder = HERE / "runtime"
+    depends = [folder / "runtime.h", HERE / "include" / "cuda_on_cpu.h"]
+    flags = [*COMMON, "-O3", "-march=x86-64-v2", "-Wall", "-ldl"]
+    library = ctypes.CDLL(str(build(sorted(folder.glob("*.cpp")), flags, depends)), os.RTLD_GLOBAL)
+    library.emulator_fault.restype = ctypes.c_char_p
+    library.emulator_allocate.restype = ctypes.c_void_p
+    library.emulator_allocate.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
+    library.emulator_free.argtypes = [ctypes.c_void_p]
+    library.emulator_launch.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+class Kernel:
+    """One entry of one kernel file, specialised by defines.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.cu`` file.
+    entry : str
+        Name of its ``__global__``.
+    defines : dict
+        Macros, placed before the source.
+    sm : int
+        Architecture the body is specialised for, e.g. 800.
+    """
+
+    def __init__(self, path: Path, entry: str, defines: dict | None = None, sm: int = 800):
+        self.entry = entry
+        runtime()
+        text = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
+        text += f'#include "{path}"\nEMULATOR_EXPORT({entry})\n'
+        depends = [*KERNELS.rglob("*.cuh"), *(HERE / "include").glob("*.h")]
+        flags = [*COMMON, *CHECK, f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm}"]
+        self.library = _load(build([path], [*flags, "-nodefaultlibs", "-lc", "-lm"], depends, text))
+        self._function = ctypes.cast(
+            getattr(self.library, f"emulator_kernel_{entry}"), ctypes.c_void_p
+        )
+        sizes = (ctypes.c_int * 64)()
+        count = getattr(self.library, f"emulator_sizes_{entry}")(sizes)
+        self.sizes = list(sizes[:count])
+
+    def launch(self, grid: int, block: int, shared: int, arguments: list, run: Run = Run()) -> dict:
+        """Run the kernel on device arrays and NumPy scalars; return counts of what it did."""
+        if len(arguments) != len(self.sizes):
+            raise EmulatorFault(
+                f"bad-launch: {self.entry} takes {len(self.sizes)} arguments, got {len(arguments)}"
+            )
+        values = []
+        for i, (x, size) in enumerate(zip(arguments, self.sizes, strict=True)):
+            value = np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x
+            value = np.uint64(0) if value is None else value
+            if not isinstance(value, np.generic) or value.nbytes != size:
+                got = f"{type(x).__name__} of {getattr(value, 'nbytes', '?')} bytes"
+                raise EmulatorFault(
+                    f"bad-launch: argument {i} of {self.entry} has {size} bytes, got {got}"
+                )
+            values.append(np.atleast_1d(value))
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
+        options = run.options()
+        failed = runtime().emulator_launch(
+            self._function, grid, block, shared, pointers, ctypes.byref(options)
+        )
+        counts = (ctypes.c_uint64 * 6)()
+        runtime().emulator_statistics(counts)
+        if failed:
+            raise EmulatorFault(runtime().emulator_fault().decode())
+        names = ("switches", "collectives", "accesses", "barriers", "phases", "conflicts")
+        return dict(zip(names, counts, strict=True))
+
+
+@cache
+def _load(library: Path) -> ctypes.CDLL:
+    # Lazy, so that symbols come from the runtime loaded before.
+    return ctypes.CDLL(str(library), os.RTLD_LOCAL | os.RTLD_LAZY)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def empty(shape, dtype, name: str = "array", initialised: bool = False) -> np.ndarray:
+    """Allocate between guard pages: all bits set (NaN) and, unless told so, uninitialised."""
+    dtype = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    size = max(1, count * dtype.itemsize)
+    address = runtime().emulator_allocate(name.encode(), size, int(initialised))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(memory, runtime().emulator_free, address)
+    flat = np.frombuffer(memory, np.uint8)[: count * dtype.itemsize]
+    return flat.view(dtype).reshape(shape)
+
+
+def copy_in(x: np.ndarray, name: str = "array") -> np.ndarray:
+    """Copy a host array into emulated memory."""
+    y = empty(x.shape, x.dtype, name, initialised=True)
+    y[...] = x
+    return y

@@ -1,0 +1,168 @@
+// CUDA C++ for g++: keywords, built-in variables, vector types, shuffles and the runtime's entry points.
+// Reached only through primitives/primitives.cuh with CUEMU defined; no CUDA header is involved.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __align__(n) alignas(n)
+#define __shared__ USE_DynSmem_INSTEAD_OF___shared__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+using std::max;
+using std::min;
+
+// Where a primitive was called: trailing default arguments of every checked function.
+#define SITE const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
+#define HERE \
+  ::emulator::Site { file_, line_ }
+
+namespace emulator {
+struct Site {
+  const char* file;
+  int line;
+};
+struct ThreadIndex {
+  uint3 thread, block, block_size, grid_size;
+  int lane, warp, linear;
+};
+extern ThreadIndex* current;
+
+void block_barrier(int id, int threads, Site);  // threads = 0: __syncthreads
+void warp_barrier(unsigned mask, Site);
+// The lanes of `mask` meet; the last to arrive runs body(arguments of the 32 lanes, mask) for all.
+typedef void (*Collective)(void** arguments, unsigned mask);
+void warp_collective(int kind, unsigned mask, void* argument, Collective body, Site);
+void* shared_take(size_t bytes, size_t align, const char* name, Site);
+void cp_async(void* to, const void* from, int bytes, int valid, Site);
+void cp_async_commit(Site);
+void cp_async_wait(int pending, Site);
+void ldmatrix(uint32_t* r, const void* row, bool transposed, Site);
+uint32_t movmatrix(uint32_t x, Site);
+enum MmaKind { MMA_BF16, MMA_F16, MMA_TF32 };
+void mma(float* d, const uint32_t* a, const uint32_t* b, MmaKind kind, Site);
+void atomic_access(const void* p, size_t bytes, Site);
+
+template <class... A, size_t... I>
+inline void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*(std::remove_reference_t<A>*)arguments[I]...);
+}
+template <class... A>
+inline void call(void (*kernel)(A...), void** arguments) {
+  call(kernel, arguments, std::index_sequence_for<A...>{});
+}
+template <class... A>
+inline int sizes(void (*)(A...), int* out) {
+  int all[] = {(int)sizeof(A)..., 0};
+  memcpy(out, all, sizeof...(A) * sizeof(int));
+  return sizeof...(A);
+}
+}  // namespace emulator
+
+#define EMULATOR_EXPORT(name)                                                                      \
+  extern "C" void emulator_kernel_##name(void** arguments) { ::emulator::call(&name, arguments); } \
+  extern "C" int emulator_sizes_##name(int* out) { return ::emulator::sizes(&name, out); }
+
+#define threadIdx (::emulator::current->thread)
+#define blockIdx (::emulator::current->block)
+#define blockDim (::emulator::current->block_size)
+#define gridDim (::emulator::current->grid_size)
+constexpr int warpSize = 32;
+
+inline void __syncthreads(SITE) { emulator::block_barrier(0, 0, HERE); }
+inline void __syncwarp(unsigned mask = ~0u, SITE) { emulator::warp_barrier(mask, HERE); }
+
+// ---- shuffles: 32- and 64-bit types; reading a lane outside the mask gives all ones ----------------
+
+namespace emulator {
+struct Shuffle {
+  uint64_t in, out;
+  int from;
+};
+inline void shuffle_body(void** arguments, unsigned mask) {
+  for (int lane = 0; lane < 32; lane++) {
+    if (!(mask >> lane & 1)) continue;
+    Shuffle* s = (Shuffle*)arguments[lane];
+    s->out = (mask >> s->from & 1) ? ((Shuffle*)arguments[s->from])->in : ~0ull;
+  }
+}
+template <class T>
+inline T shuffle(unsigned mask, T value, int from, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+  Shuffle s{0, 0, from & 31};
+  memcpy(&s.in, &value, sizeof(T));
+  warp_collective(1, mask, &s, shuffle_body, site);
+  T result;
+  memcpy(&result, &s.out, sizeof(T));
+  return result;
+}
+}  // namespace emulator
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int from, int width = 32, SITE) {
+  int lane = emulator::current->lane;
+  return emulator::shuffle(mask, value, (lane & ~(width - 1)) | (from & (width - 1)), HERE);
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SITE) {
+  int lane = emulator::current->lane, from = lane ^ bits;
+  return emulator::shuffle(mask, value, (from & ~(width - 1)) == (lane & ~(width - 1)) ? from : lane, HERE);
+}
+
+// Not instrumented: atomics do not race with each other.
+template <class T>
+__attribute__((no_sanitize_thread, noinline)) T atomicAdd(T* p, T value, SITE) {
+  static_assert(std::is_integral<T>::value, "sums of floating-point numbers must not depend on an order");
+  emulator::atomic_access(p, sizeof(T), HERE);
+  T old = *p;
+  *p = old + value;
+  return old;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline float __uint_as_float(unsigned x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+template <class T>
+inline T __ldg(const T* p) {
+  return *p;
+}

@@ -1,0 +1,234 @@
+// Memory: global buffers between guard pages, the shared-memory window, and the shadow of both.
+#include <sys/mman.h>
+
+#include "runtime.h"
+
+namespace emulator {
+
+std::vector<Array> shared_arrays;
+static std::map<uintptr_t, std::unique_ptr<Region>> buffers;  // by the end of the mapping
+static Region window;
+static std::vector<uint8_t> owner;  // of each byte of the window: 1 + array number, 0 for red zones
+static size_t dynamic_bytes, device_end, window_end;
+
+// ---- global buffers ---------------------------------------------------------------------------------------
+
+static void* map_pages(size_t bytes, int protection) {
+  return mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
+extern "C" void* emulator_allocate(const char* name, size_t bytes, int initialised) {
+  constexpr size_t PAGE = 4096;
+  size_t inner = (bytes + 16 + PAGE - 1) / PAGE * PAGE;
+  auto* mapping = (uint8_t*)map_pages(inner + 2 * PAGE, PROT_NONE);
+  mprotect(mapping + PAGE, inner, PROT_READ | PROT_WRITE);
+  uint8_t* low = mapping + PAGE + inner - (bytes + 15) / 16 * 16;  // ends at the guard page, 16-byte aligned
+  auto region = std::make_unique<Region>();
+  *region = {name, (uintptr_t)low, (uintptr_t)low + bytes, {}, mapping, inner + 2 * PAGE};
+  region->cells.resize(bytes / GRANULE + 2);
+  for (Cell& c : region->cells) c.initialised = initialised;
+  memset(mapping + PAGE, 0xff, inner);
+  buffers[(uintptr_t)mapping + region->mapped] = std::move(region);
+  return low;
+}
+
+extern "C" void emulator_free(void* low) {
+  auto found = buffers.upper_bound((uintptr_t)low);
+  if (found == buffers.end()) return;
+  munmap(found->second->mapping, found->second->mapped);
+  buffers.erase(found);
+}
+
+static Region* find(uintptr_t a) {
+  if (a >= window.low && a < window.high) return &window;
+  auto found = buffers.upper_bound(a);
+  if (found == buffers.end() || a < (uintptr_t)found->second->mapping) return nullptr;
+  return found->second.get();
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------
+
+void begin_block_memory(size_t bytes) {
+  if (!window.low) {
+    window.name = "shared memory";
+    window.low = (uintptr_t)map_pages(SHARED_WINDOW, PROT_READ | PROT_WRITE);
+    window.high = window.low + SHARED_WINDOW;
+    window.cells.resize(SHARED_WINDOW / GRANULE);
+    owner.assign(SHARED_WINDOW, 0);
+    window_end = SHARED_WINDOW;
+  }
+  memset((void*)window.low, 0xff, window_end);  // NaN in every format
+  std::fill(window.cells.begin(), window.cells.begin() + window_end / GRANULE, Cell());
+  std::fill(owner.begin(), owner.begin() + window_end, 0);
+  shared_arrays.clear();
+  dynamic_bytes = bytes;
+  device_end = window_end = 0;
+}
+
+void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
+  size_t number = running->arrays_taken++;
+  if (number < shared_arrays.size()) {
+    const Array& a = shared_arrays[number];
+    if (a.bytes != bytes || a.align != align || a.name != name)
+      fault("shared-layout", site, "threads carve shared memory differently: '%s' and '%s'", a.name.c_str(), name);
+    return a.at;
+  }
+  device_end = (device_end + align - 1) / align * align + bytes;
+  if (device_end > dynamic_bytes)
+    fault("shared-layout", site, "'%s' ends at byte %zu, the launch gave %zu bytes", name, device_end, dynamic_bytes);
+  // A red zone before each array, and the same alignment as on the device.
+  size_t start = (window_end + std::max<size_t>(align, 64) + align - 1) / align * align;
+  window_end = (start + bytes + 63) / 64 * 64;
+  if (window_end + 64 > SHARED_WINDOW || shared_arrays.size() == 254)
+    fault("shared-layout", site, "more shared memory than the emulator has");
+  shared_arrays.push_back({name, bytes, align, (uint8_t*)window.low + start});
+  memset(&owner[start], (int)shared_arrays.size(), bytes);
+  return shared_arrays.back().at;
+}
+
+bool is_shared(const void* p) { return (uintptr_t)p >= window.low && (uintptr_t)p < window.high; }
+
+// ---- accesses -------------------------------------------------------------------------------------------------
+
+std::string locate(uintptr_t a) {
+  const Region* r = find(a);
+  if (!r) return "outside every array";
+  if (r != &window) {
+    if (a >= r->high)
+      return format("%zu bytes past the end of '%s' (%zu bytes)", a - r->high, r->name.c_str(), r->high - r->low);
+    if (a < r->low) return format("%zu bytes before '%s'", r->low - a, r->name.c_str());
+    return format("'%s' byte %zu", r->name.c_str(), a - r->low);
+  }
+  const Array* before = nullptr;
+  for (const Array& array : shared_arrays) {
+    if ((uintptr_t)array.at > a) break;
+    before = &array;
+  }
+  if (!before) return "before every shared array";
+  size_t offset = a - (uintptr_t)before->at;
+  if (offset < before->bytes) return format("shared '%s' byte %zu", before->name.c_str(), offset);
+  return format("%zu bytes past the end of shared '%s' (%zu bytes)", offset - before->bytes, before->name.c_str(),
+                before->bytes);
+}
+
+static bool inside(const Region* r, uintptr_t a, size_t bytes) {
+  if (a < r->low || a + bytes > r->high) return false;
+  if (r != &window) return true;
+  uint8_t first = owner[a - window.low];
+  return first && first == owner[a + bytes - 1 - window.low];
+}
+
+template <class F>
+static void each_cell(Region* r, uintptr_t a, size_t bytes, F body) {
+  uintptr_t base = r->low & ~(uintptr_t)(GRANULE - 1);
+  for (size_t i = (a - base) / GRANULE; i <= (a + bytes - 1 - base) / GRANULE; i++) body(r->cells[i]);
+}
+
+static void check_write(Fiber* f, Cell& c, uintptr_t a, Place place, const char* what) {
+  if (c.write && !happened_before(c.write, f))
+    fault("race", place,
+          format("%swrite to %s, unordered with the write by %s at %s", what, locate(a).c_str(), who(c.write).c_str(),
+                 describe(c.write_place).c_str()));
+  for (int i = 0; i < READS; i++) {
+    if (c.reads[i] && !happened_before(c.reads[i], f))
+      fault("race", place,
+            format("%swrite to %s, unordered with the read by %s at %s", what, locate(a).c_str(),
+                   who(c.reads[i]).c_str(), describe(c.read_places[i]).c_str()));
+    c.reads[i] = 0;
+  }
+  c.write = moment_of(f);
+  c.write_place = place;
+  c.initialised = true;
+}
+
+static void check_read(Fiber* f, Cell& c, uintptr_t a, Place place, const char* what) {
+  if (!c.initialised) fault("uninitialised", place, format("%sread of %s, never written", what, locate(a).c_str()));
+  if (c.write && !happened_before(c.write, f))
+    fault("race", place,
+          format("%sread of %s, unordered with the write by %s at %s", what, locate(a).c_str(), who(c.write).c_str(),
+                 describe(c.write_place).c_str()));
+  Moment now = moment_of(f);
+  int slot = -1;
+  for (int i = 0; i < READS && slot < 0; i++) {
+    if (!c.reads[i] || c.reads[i] >> 32 == now >> 32 || happened_before(c.reads[i], f)) slot = i;
+  }
+  if (slot < 0) slot = random_bits() % READS;
+  c.reads[slot] = now;
+  c.read_places[slot] = place;
+}
+
+void access(Fiber* f, const void* p, size_t bytes, bool write, Place place, const char* what) {
+  auto a = (uintptr_t)p;
+  Region* r = find(a);
+  if (!r) return;  // a constant of the module, or a guard page's business
+  statistics.accesses++;
+  if (!inside(r, a, bytes)) {
+    uintptr_t end = a + bytes - 1;
+    bool starts_inside = inside(r, a, 1);
+    fault("out-of-bounds", place,
+          format("%s%s of %zu bytes, %s", what, write ? "write" : "read", bytes,
+                 locate(starts_inside ? end : a).c_str()));
+  }
+  if (!options.check) return;
+  each_cell(r, a, bytes, [&](Cell& c) {
+    if (c.copy_in_flight)
+      fault("async-hazard", place,
+            format("%s%s of %s while the cp.async of %s is in flight", what, write ? "write" : "read",
+                   locate(a).c_str(), describe(c.write_place).c_str()));
+    if (write)
+      check_write(f, c, a, place, what);
+    else
+      check_read(f, c, a, place, what);
+  });
+}
+
+void mark_copy(const void* p, size_t bytes, bool in_flight, Place place) {
+  if (!options.check) return;
+  each_cell(&window, (uintptr_t)p, bytes, [&](Cell& c) {
+    c.copy_in_flight = in_flight;
+    if (in_flight)
+      c.write_place = place;
+    else
+      c.write = moment_of(running);  // from here on it counts as this thread's write
+  });
+}
+
+void atomic_access(const void* p, size_t bytes, Site site) {
+  Region* r = find((uintptr_t)p);
+  if (!r || !inside(r, (uintptr_t)p, bytes))
+    fault("out-of-bounds", site, "atomic operation on %zu bytes, %s", bytes, locate((uintptr_t)p).c_str());
+}
+}  // namespace emulator
+
+// ---- callbacks: g++ -fsanitize=thread calls these at every memory access of the kernel ---------------------
+
+using namespace emulator;
+
+static inline __attribute__((always_inline)) void on_access(void* p, size_t bytes, bool write, void* pc) {
+  if (!in_kernel || (uintptr_t)p - (uintptr_t)running->stack < STACK_BYTES) return;
+  if (options.preempt && random_bits() % options.preempt == 0) reschedule();
+  access(running, p, bytes, write, place_of(pc), "");
+}
+
+#define CALLBACK(name, bytes, write) \
+  void __tsan_##name(void* p) { on_access(p, bytes, write, __builtin_return_address(0)); }
+#define CALLBACKS(bytes)                        \
+  CALLBACK(read##bytes, bytes, false)           \
+  CALLBACK(write##bytes, bytes, true)           \
+  CALLBACK(unaligned_read##bytes, bytes, false) \
+  CALLBACK(unaligned_write##bytes, bytes, true) \
+  CALLBACK(volatile_read##bytes, bytes, false)  \
+  CALLBACK(volatile_write##bytes, bytes, true)
+
+extern "C" {
+CALLBACKS(1)
+CALLBACKS(2)
+CALLBACKS(4)
+CALLBACKS(8)
+CALLBACKS(16)
+void __tsan_read_range(void* p, size_t bytes) { on_access(p, bytes, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t bytes) { on_access(p, bytes, true, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}

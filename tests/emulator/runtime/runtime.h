@@ -1,0 +1,140 @@
+// The emulator's state, shared by its parts. One CUDA block runs at a time, one fiber per thread.
+#pragma once
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../include/cuda_on_cpu.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+#undef __shared__
+
+namespace emulator {
+
+// ---- options of a launch, mirrored by tests/emulator/emulator.py --------------------------------
+enum Schedule { ASCENDING, DESCENDING, RANDOM };
+enum Completion { LATE, EARLY, EITHER };
+struct Options {
+  int schedule;    // which runnable thread goes next
+  int completion;  // when cp.async really copies
+  int check;       // shadow memory on
+  int preempt;     // switch threads at one access in so many; 0: never
+  uint64_t seed;
+  uint64_t max_steps;  // switches before a launch counts as a livelock
+};
+extern Options options;
+uint64_t random_bits();
+
+// ---- vector clocks: who has seen what of whom ------------------------------------------------------
+typedef std::vector<uint32_t> Clock;
+typedef std::shared_ptr<const Clock> SharedClock;
+
+// A moment of a thread: thread number (unique over the blocks of a launch) << 32 | its clock.
+typedef uint64_t Moment;
+
+// A place in kernel source: a program counter of the module, or FROM_SITE | index of a known Site.
+typedef uint32_t Place;
+Place place_of(Site);
+Place place_of(void* pc);
+std::string describe(Place);
+
+// ---- threads -----------------------------------------------------------------------------------------
+enum State { RUNNABLE, IN_COLLECTIVE, AT_BARRIER, EXITED };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid;
+};
+struct Fiber {
+  ThreadIndex index;
+  void* stack_pointer;
+  uint8_t* stack;
+  State state;
+  Site waits_at;
+  SharedClock seen;
+  uint32_t clock;
+  int arrays_taken;
+  std::vector<Copy> open_group;
+  std::deque<std::vector<Copy>> groups;
+};
+struct Meeting {  // of the lanes of a mask at a warp collective
+  unsigned mask = 0, arrived = 0;
+  int kind = 0;
+  Site site{};
+  Collective body = nullptr;
+  void* arguments[32];
+};
+struct Warp {
+  unsigned exists = 0, runnable = 0, exited = 0;
+  Fiber* lanes[32] = {};
+  Meeting meetings[4];
+};
+extern std::vector<Fiber> fibers;
+extern std::vector<Warp> warps;
+extern Fiber* running;
+extern int exited_threads;
+inline Warp& warp_of(const Fiber* f) { return warps[f->index.warp]; }
+
+void park(State, Site);
+void wake(Fiber*);
+void reschedule();
+void check_exit();  // faults if others wait for the exiting thread
+void begin_launch();
+void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*kernel)(void**), void** arguments);
+void reset_barriers();
+void join_all(const std::vector<Fiber*>&);  // everyone learns what everyone knew
+Moment moment_of(Fiber*);
+bool happened_before(Moment, const Fiber*);
+std::string who(const Fiber*);
+std::string who(Moment);
+std::string thread_states();
+[[noreturn]] void leave_launch();
+
+// ---- faults: end the launch with a message "kind: text at file:line by thread" --------------------
+[[noreturn]] void fault(const char* kind, Place, const std::string& text);
+[[noreturn]] void fault(const char* kind, Site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+extern std::string fault_text;
+extern bool in_kernel;
+extern uintptr_t module_base;
+void install_signal_handlers();
+
+// ---- memory --------------------------------------------------------------------------------------------
+// Shadow of two bytes: the last write, up to three reads since that no later read covers.
+constexpr int GRANULE = 2, READS = 3;
+struct Cell {
+  Moment write, reads[READS];
+  Place write_place, read_places[READS];
+  bool initialised, copy_in_flight;
+};
+struct Array {  // of shared memory, as carved by the kernel
+  std::string name;
+  size_t bytes, align;
+  uint8_t* at;
+};
+struct Region {  // a global buffer, or the window of shared memory
+  std::string name;
+  uintptr_t low, high;
+  std::vector<Cell> cells;
+  void* mapping;
+  size_t mapped;
+};
+extern std::vector<Array> shared_arrays;
+void begin_block_memory(size_t dynamic_bytes);
+void access(Fiber*, const void*, size_t bytes, bool write, Place, const char* what);
+// The last `bytes` at p will be, or have been, written by a copy of the running thread.
+void mark_copy(const void* p, size_t bytes, bool in_flight, Place);
+std::string locate(uintptr_t address);
+bool is_shared(const void*);
+constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t SHARED_WINDOW = 1 << 20;
+
+struct Statistics {
+  uint64_t switches, collectives, accesses, barriers, ldmatrix_phases, ldmatrix_conflicts;
+};
+extern Statistics statistics;
+}  // namespace emulator

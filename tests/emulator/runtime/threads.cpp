@@ -1,0 +1,315 @@
+// Fibers, the scheduler, barriers and warp collectives, with the order of events that they create.
+#include <sys/mman.h>
+
+#include "runtime.h"
+
+namespace emulator {
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Fiber* running;
+ThreadIndex* current;
+int exited_threads;
+Statistics statistics;
+
+static std::vector<uint8_t*> stacks;
+static void* launcher_stack;
+static int turn;                                               // the warp whose threads run
+static uint64_t next_thread = 1, launch_thread, first_thread;  // numbers never used twice
+static void (*kernel)(void**);
+static void** kernel_arguments;
+
+extern "C" void emulator_switch(void** save, void* to);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+
+// ---- happens-before ----------------------------------------------------------------------------------
+
+Moment moment_of(Fiber* f) { return (first_thread + f->index.linear) << 32 | f->clock; }
+
+bool happened_before(Moment m, const Fiber* f) {
+  if (m >> 32 < launch_thread) return true;  // an earlier launch
+  uint64_t thread = (m >> 32) - first_thread;
+  if (thread >= fibers.size()) return false;  // another block: nothing orders blocks of one launch
+  return (int)thread == f->index.linear || (f->seen && (uint32_t)m <= (*f->seen)[thread]);
+}
+
+void join_all(const std::vector<Fiber*>& threads) {
+  if (!options.check) return;
+  auto joined = std::make_shared<Clock>(fibers.size(), 0);
+  const Clock* last = nullptr;
+  for (Fiber* f : threads) {
+    if (f->seen && f->seen.get() != last) {
+      last = f->seen.get();
+      for (size_t i = 0; i < joined->size(); i++) (*joined)[i] = std::max((*joined)[i], (*last)[i]);
+    }
+  }
+  for (Fiber* f : threads) (*joined)[f->index.linear] = f->clock++;
+  for (Fiber* f : threads) f->seen = joined;
+}
+
+std::string who(const Fiber* f) {
+  const ThreadIndex& i = f->index;
+  return format("thread %d (warp %d lane %d) of block %u", i.linear, i.warp, i.lane, i.block.x);
+}
+
+std::string who(Moment m) {
+  uint64_t thread = (m >> 32) - first_thread;
+  return thread < fibers.size() ? "thread " + std::to_string(thread) : "a thread of another block";
+}
+
+// ---- scheduler -----------------------------------------------------------------------------------------
+
+static Warp* next_warp() {
+  int n = (int)warps.size(), start = turn, step = options.schedule == DESCENDING ? n - 1 : 1;
+  if (options.schedule == RANDOM && (!warps[turn].runnable || random_bits() % 16 == 0)) start = random_bits() % n;
+  for (int k = 0; k < n; k++) {
+    int w = (start + k * step) % n;
+    if (warps[w].runnable) return &warps[turn = w];
+  }
+  return nullptr;
+}
+
+static int next_lane(unsigned runnable) {
+  if (options.schedule == ASCENDING) return __builtin_ctz(runnable);
+  if (options.schedule == DESCENDING) return 31 - __builtin_clz(runnable);
+  int start = random_bits() & 31;
+  unsigned rotated = runnable >> start | (start ? runnable << (32 - start) : 0);
+  return (__builtin_ctz(rotated) + start) & 31;
+}
+
+std::string thread_states() {
+  static const char* names[] = {"runnable", "in a warp operation", "at a barrier", "exited"};
+  std::map<std::string, int> counts;
+  for (const Fiber& f : fibers) {
+    std::string state = names[f.state];
+    if (f.state == IN_COLLECTIVE || f.state == AT_BARRIER) state += " at " + describe(place_of(f.waits_at));
+    counts[state]++;
+  }
+  std::string text;
+  for (auto& [state, count] : counts) text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + state;
+  return text;
+}
+
+void reschedule() {
+  if (++statistics.switches > options.max_steps) fault("livelock", (Place)0, thread_states());
+  Warp* warp = next_warp();
+  if (!warp) {
+    if (exited_threads < (int)fibers.size()) fault("deadlock", (Place)0, thread_states());
+    leave_launch();
+  }
+  Fiber *next = warp->lanes[next_lane(warp->runnable)], *last = running;
+  if (next == last) return;
+  running = next;
+  current = &next->index;
+  emulator_switch(&last->stack_pointer, next->stack_pointer);
+}
+
+void park(State state, Site site) {
+  Fiber* f = running;
+  f->state = state;
+  f->waits_at = site;
+  warp_of(f).runnable &= ~(1u << f->index.lane);
+  while (f->state != RUNNABLE) reschedule();
+}
+
+void wake(Fiber* f) {
+  f->state = RUNNABLE;
+  warp_of(f).runnable |= 1u << f->index.lane;
+}
+
+void leave_launch() {
+  in_kernel = false;
+  void* abandoned;
+  emulator_switch(&abandoned, launcher_stack);
+  __builtin_unreachable();
+}
+
+static void fiber_main() {
+  kernel(kernel_arguments);
+  Fiber* f = running;
+  check_exit();
+  f->state = EXITED;
+  warp_of(f).runnable &= ~(1u << f->index.lane);
+  warp_of(f).exited |= 1u << f->index.lane;
+  exited_threads++;
+  reschedule();
+}
+
+void begin_launch() { launch_thread = next_thread; }
+
+void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(void**), void** arguments) {
+  int threads = block_size.x * block_size.y * block_size.z;
+  while ((int)stacks.size() < threads) {
+    auto* m = (uint8_t*)mmap(nullptr, STACK_BYTES + 4096, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    mprotect(m, 4096, PROT_NONE);
+    stacks.push_back(m + 4096);
+  }
+  kernel = entry;
+  kernel_arguments = arguments;
+  first_thread = next_thread;
+  next_thread += threads;
+  exited_threads = 0;
+  warps.assign((threads + 31) / 32, Warp());
+  fibers.clear();
+  fibers.resize(threads);
+  for (int t = 0; t < threads; t++) {
+    Fiber& f = fibers[t];
+    unsigned x = t % block_size.x, y = t / block_size.x % block_size.y, z = t / block_size.x / block_size.y;
+    f.index = {{x, y, z}, block, block_size, grid_size, t & 31, t / 32, t};
+    f.stack = stacks[t];
+    f.clock = 1;
+    // Staggered tops keep the stacks out of each other's cache sets.
+    auto* top = (uint64_t*)(f.stack + STACK_BYTES - 64 - (t % 32) * 64);
+    *--top = 0;
+    *--top = (uint64_t)(void*)fiber_main;
+    for (int i = 0; i < 6; i++) *--top = 0;
+    f.stack_pointer = top;
+    Warp& w = warps[t / 32];
+    w.lanes[t & 31] = &f;
+    w.exists |= 1u << (t & 31);
+  }
+  for (Warp& w : warps) w.runnable = w.exists;
+  turn = options.schedule == DESCENDING ? (int)warps.size() - 1 : 0;
+  Warp& w = warps[turn];
+  running = w.lanes[next_lane(w.runnable)];
+  current = &running->index;
+  in_kernel = true;
+  emulator_switch(&launcher_stack, running->stack_pointer);
+  running = nullptr;
+}
+
+// ---- barriers -------------------------------------------------------------------------------------------
+
+struct Barrier {
+  int expected = 0;
+  Site site{};
+  std::vector<Fiber*> arrived;
+};
+static Barrier barriers[16];
+
+void reset_barriers() {
+  for (Barrier& b : barriers) b = Barrier();
+}
+
+void block_barrier(int id, int threads, Site site) {
+  Fiber* f = running;
+  bool whole_block = threads == 0;
+  int expected = whole_block ? (int)fibers.size() : threads;
+  if (id < 0 || id > 15) fault("bad-barrier", site, "barrier id %d, expected 0 to 15", id);
+  if (!whole_block && (threads % 32 || threads < 0))
+    fault("bad-barrier", site, "%d threads, no multiple of 32", threads);
+  Barrier& b = barriers[id];
+  if (b.arrived.empty()) {
+    b.expected = expected;
+    b.site = site;
+  } else if (b.expected != expected) {
+    fault("bad-barrier", site, "barrier %d met with %d and with %d threads", id, b.expected, expected);
+  } else if (whole_block && (b.site.line != site.line || strcmp(b.site.file, site.file))) {
+    fault("divergent-barrier", site, "threads of one block wait at __syncthreads of lines %d and %d", b.site.line,
+          site.line);
+  }
+  if (whole_block && exited_threads) fault("divergent-barrier", site, "%d threads have already exited", exited_threads);
+  b.arrived.push_back(f);
+  if ((int)b.arrived.size() < b.expected) {
+    park(AT_BARRIER, site);
+    return;
+  }
+  statistics.barriers++;
+  std::vector<Fiber*> all;
+  all.swap(b.arrived);
+  join_all(all);
+  for (Fiber* other : all) {
+    if (other != f) wake(other);
+  }
+  if (options.schedule == RANDOM) reschedule();
+}
+
+// ---- warp collectives -----------------------------------------------------------------------------------
+
+static void meet(int kind, unsigned mask, void* argument, Collective body, bool orders_memory, Site site) {
+  Fiber* f = running;
+  Warp& w = warp_of(f);
+  int lane = f->index.lane;
+  statistics.collectives++;
+  if (mask == ~0u) mask = w.exists;
+  if (!(mask >> lane & 1)) fault("divergence", site, "lane %d is not in its own mask %08x", lane, mask);
+  if (mask & w.exited) fault("divergence", site, "lanes %08x of the mask have exited", mask & w.exited);
+  Meeting* meeting = nullptr;
+  for (Meeting& m : w.meetings) {
+    if (m.arrived && (m.mask & mask)) meeting = &m;
+  }
+  if (meeting) {
+    const Site& at = meeting->site;
+    if (meeting->mask != mask || meeting->kind != kind || at.line != site.line || strcmp(at.file, site.file))
+      fault("divergence", site, "lanes %08x of the warp are in another operation at line %d", meeting->arrived,
+            at.line);
+  } else {
+    for (Meeting& m : w.meetings) {
+      if (!m.arrived) meeting = &m;
+    }
+    if (!meeting) fault("divergence", site, "more than four operations of one warp are open");
+    meeting->mask = mask;
+    meeting->kind = kind;
+    meeting->site = site;
+    meeting->body = body;
+  }
+  meeting->arguments[lane] = argument;
+  meeting->arrived |= 1u << lane;
+  if (meeting->arrived != mask) {
+    park(IN_COLLECTIVE, site);
+    return;
+  }
+  if (body) body(meeting->arguments, mask);
+  std::vector<Fiber*> all;
+  for (int i = 0; i < 32; i++) {
+    if (mask >> i & 1) all.push_back(w.lanes[i]);
+  }
+  if (orders_memory) join_all(all);
+  meeting->arrived = 0;
+  for (Fiber* other : all) {
+    if (other != f) wake(other);
+  }
+}
+
+// Shuffles, ldmatrix and mma exchange registers; like the hardware they order no memory.
+void warp_collective(int kind, unsigned mask, void* argument, Collective body, Site site) {
+  meet(kind, mask, argument, body, false, site);
+}
+
+void warp_barrier(unsigned mask, Site site) { meet(0, mask, nullptr, nullptr, true, site); }
+
+void check_exit() {
+  Fiber* f = running;
+  if (!f->open_group.empty() || !f->groups.empty())
+    fault("async-hazard", (Place)0, "the thread exits with cp.async in flight");
+  for (Meeting& m : warp_of(f).meetings) {
+    if (m.arrived && (m.mask >> f->index.lane & 1))
+      fault("divergence", m.site, "lane %d exits while its warp waits for it", f->index.lane);
+  }
+  const Barrier& b = barriers[0];
+  if (!b.arrived.empty())
+    fault("divergent-barrier", b.site, "thread %d exits while %zu threads wait at __syncthreads", f->index.linear,
+          b.arrived.size());
+}
+}  // namespace emulator

@@ -1,0 +1,130 @@
+"""An emulator that stops finding mistakes is worse than none: every planted one must be found."""
+
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import EmulatorFault, Kernel, Run, copy_in, empty
+
+SOURCE = Path(__file__).resolve().parent / "kernels" / "planted.cu"
+SHARED = 3712
+BLOCKS = 3
+
+# The kind of fault, and words that its message must have.
+EXPECTED = {
+    "NO_BARRIER": ("uninitialised", "ldmatrix read of shared 'tiles'"),
+    "NO_SYNCWARP": ("uninitialised", "read of shared 'products'"),
+    "REUSE": ("race", "shared 'totals'"),
+    "NO_WAIT": ("async-hazard", "ldmatrix read of shared 'tiles'"),
+    "WEAK_WAIT": ("async-hazard", "ldmatrix read of shared 'tiles'"),
+    "SHARED_OVERRUN": ("out-of-bounds", "0 bytes past the end of shared 'totals' (64 bytes)"),
+    "NEIGHBOUR": ("out-of-bounds", "0 bytes past the end of shared 'products' (1088 bytes)"),
+    "GLOBAL_OVERRUN": ("out-of-bounds", "past the end of 'sums'"),
+    "LDMATRIX_ROW": ("out-of-bounds", "past the end of shared 'tiles'"),
+    "LDMATRIX_ALIGN": ("misaligned", "ldmatrix row"),
+    "DIVERGENT_BARRIER": ("divergent-barrier", "__syncthreads of lines"),
+    "LANE_BARRIER": ("divergent-barrier", "__syncthreads of lines"),
+    "EARLY_EXIT": ("divergent-barrier", "exits while 63 threads wait"),
+    "LANE_MMA": ("divergence", "lanes"),
+    "UNINITIALISED": ("uninitialised", "read of shared 'products' byte 64, never written"),
+    "REGISTER_ARRAY": ("undefined-behaviour", "array index"),
+    "TWO_BLOCKS": ("race", "a thread of another block"),
+    "TWO_WARPS": ("race", "write to shared 'totals'"),
+    "MISALIGNED": ("undefined-behaviour", "alignment"),
+}
+
+
+def blamed_lines(bug):
+    lines = SOURCE.read_text().splitlines()
+    return [i for i, text in enumerate(lines, 1) if re.search(rf"// blame.*\b{bug}\b", text)]
+
+
+def arguments():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BLOCKS, 2, 16, 32)).astype(ml_dtypes.bfloat16)
+    y = empty((BLOCKS, 2, 16, 16), np.float32, "y")
+    sums = empty((BLOCKS, 2, 16), np.float32, "sums")
+    return [copy_in(x, "x"), y, sums, copy_in(np.zeros(1, np.int32), "count")]
+
+
+def launch(bug=None, run=None, shared=SHARED):
+    kernel = Kernel(SOURCE, "planted", {f"BUG_{bug}": 1} if bug else None)
+    args = arguments()
+    counts = kernel.launch(BLOCKS, 64, shared, args, run or Run())
+    return args, counts
+
+
+@pytest.mark.parametrize("schedule", ["ascending", "descending", "random"])
+@pytest.mark.parametrize("completion", ["late", "early", "either"])
+@pytest.mark.parametrize("preempt", [0, 30])
+def test_the_right_kernel_has_no_findings(schedule, completion, preempt):
+    for seed in range(3 if schedule == "random" else 1):
+        run = Run(schedule=schedule, completion=completion, preempt=preempt, seed=seed)
+        (x, y, sums, count), counts = launch(run=run)
+        x = x.astype(np.float32)
+        exact = x @ x.swapaxes(-1, -2)
+        assert np.allclose(y, exact, atol=1e-4)
+        assert np.allclose(sums, exact.sum(-1), atol=1e-3)
+        assert count[0] == BLOCKS
+        assert counts["accesses"] > 0 and counts["barriers"] >= 4 * BLOCKS
+
+
+@pytest.mark.parametrize("bug", EXPECTED)
+def test_planted_bug_is_found_and_located(bug):
+    kind, words = EXPECTED[bug]
+    with pytest.raises(EmulatorFault) as caught:
+        launch(bug)
+    text = str(caught.value)
+    assert caught.value.kind == kind, text
+    assert words in text
+    named = {int(n) for n in re.findall(r"(?:planted\.cu:|lines |and )(\d+)", text)}
+    assert named & set(blamed_lines(bug)), text
+
+
+@pytest.mark.parametrize("bug", ["REUSE", "TWO_WARPS", "NO_SYNCWARP", "NO_WAIT"])
+def test_planted_race_is_found_in_any_schedule(bug):
+    for seed in range(5):
+        run = Run(schedule="random", completion="either", preempt=30, seed=seed)
+        with pytest.raises(EmulatorFault) as caught:
+            launch(bug, run)
+        assert caught.value.kind in ("race", "async-hazard", "uninitialised")
+
+
+def test_too_little_shared_memory():
+    with pytest.raises(EmulatorFault, match="shared-layout: 'totals' ends at byte"):
+        launch(shared=SHARED - 4)
+
+
+def test_wrong_arguments():
+    kernel = Kernel(SOURCE, "planted")
+    args = arguments()
+    with pytest.raises(EmulatorFault, match="takes 4 arguments, got 3"):
+        kernel.launch(BLOCKS, 64, SHARED, args[:3])
+    with pytest.raises(EmulatorFault, match="argument 3 of planted has 8 bytes, got int32 of 4"):
+        kernel.launch(BLOCKS, 64, SHARED, [*args[:3], np.int32(1)])
+    with pytest.raises(EmulatorFault, match="bad-launch: 2048 threads"):
+        kernel.launch(1, 2048, SHARED, args)
+
+
+def test_livelock_ends():
+    with pytest.raises(EmulatorFault, match="livelock"):
+        launch(run=Run(max_steps=10))
+
+
+def test_wrong_values_of_a_copy_never_waited_for_are_nan():
+    kernel = Kernel(SOURCE, "planted", {"BUG_NO_WAIT": 1})
+    args = arguments()
+    kernel.launch(1, 64, SHARED, args, Run(check=False))
+    assert np.isnan(args[1][0, 0]).all()
+
+
+def test_a_kernel_may_not_write_ptx_or_static_shared_memory(tmp_path):
+    for line in ('asm("nop;");', "__shared__ float x;"):
+        path = tmp_path / "bad.cu"
+        path.write_text(
+            f'#include "primitives/primitives.cuh"\nextern "C" __global__ void bad() {{ {line} }}\n'
+        )
+        with pytest.raises(RuntimeError, match=r"poisoned|USE_DynSmem"):
+            Kernel(path, "bad")
