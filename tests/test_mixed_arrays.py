@@ -70,7 +70,9 @@ ON_DEVICE = [(f, n) for f, n in EVERY_ARRAY if "Transfer" not in f and n != firs
 @pytest.mark.parametrize("function", [f for f in ARRAYS if "Transfer" not in f and "bwd" not in f])
 def test_cupy_arrays_reach_their_backend(cupy, function):
     call(function, on_device(good(function)))
-    assert [p.kind for p in cupy.problems] == ["cupy"]
+    (problem,) = cupy.problems
+    assert problem.kind == "cupy"
+    assert (problem.B, problem.T, problem.N, problem.HV) == (2, 6, 2, 4)
 
 
 @pytest.mark.parametrize(("function", "name"), ON_DEVICE)

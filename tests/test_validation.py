@@ -590,6 +590,10 @@ def test_wrong_shape(name):
     refuse(function, arguments, error, message)
 
 
+def test_the_most_tokens_a_step_takes():
+    call("delta_rule_step", good("delta_rule_step", T=MAX_STEP_TOKENS))
+
+
 @pytest.mark.parametrize("name", CU_SEQLENS)
 @pytest.mark.parametrize("function", WITH_SEQUENCES)
 def test_wrong_cu_seqlens(function, name):
