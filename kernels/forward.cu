@@ -44,6 +44,34 @@ PRIM Stage take_stage(DynSmem& smem) {
   return s;
 }
 
+// R[m] = S[m] rows^T and, in the same pass over S, O[m] = S[m] queries^T, for CHUNK x K tiles; 16 x CHUNK each.
+PRIM void multiply_state(float (&R)[ROW_TILES][C_TILES][4], float (&O)[ROW_TILES][C_TILES][4],
+                         const float (&S)[ROW_TILES][K_TILES][4], const DTYPE* rows, const DTYPE* queries, int lane) {
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++) {
+    clear(R[m]);
+    clear(O[m]);
+  }
+#pragma unroll
+  for (int step = 0; step < KP / Product::DEPTH; step++) {
+    typename Product::A a[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], S[m], step);
+#pragma unroll
+    for (int j = 0; j < CHUNK / 16; j++) {
+      const int at = j * 16 * K_PITCH + step * Product::DEPTH;
+      typename Product::B b;
+      Product::load_b(b, rows + at, K_PITCH, lane);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
+      if (queries == nullptr) continue;
+      Product::load_b(b, queries + at, K_PITCH, lane);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);
+    }
+  }
+}
+
 // d[m] (16 x CHUNK each) += rows[m] L^T for lower triangular L: column tiles before the step's are zero.
 PRIM void multiply_lower(float (&d)[ROW_TILES][C_TILES][4], const float (&rows)[ROW_TILES][C_TILES][4], const DTYPE* L,
                          int lane) {
@@ -157,39 +185,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 #endif
 
-    // S^T K^T and S^T Q^T; or S^T W^T.
-    float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4];
-#if !FROM_FACTORS
-    float O[ROW_TILES][C_TILES][4];
-#endif
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-      clear(R[m]);
-#if !FROM_FACTORS
-      clear(O[m]);
-#endif
-    }
-#pragma unroll
-    for (int step = 0; step < KP / Product::DEPTH; step++) {
-      typename Product::A a[ROW_TILES];
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], S[m], step);
-#pragma unroll
-      for (int j = 0; j < CHUNK / 16; j++) {
-        const int at = j * 16 * K_PITCH + step * Product::DEPTH;
-        typename Product::B b;
+    float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4], O[ROW_TILES][C_TILES][4];
 #if FROM_FACTORS
-        Product::load_b(b, stage.q_or_w + at, K_PITCH, lane);
+    multiply_state(R, O, S, stage.q_or_w, nullptr, lane);
 #else
-        Product::load_b(b, stage.q_or_w + at, K_PITCH, lane);
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);
-        Product::load_b(b, stage.k + at, K_PITCH, lane);
+    multiply_state(R, O, S, stage.k, stage.q_or_w, lane);
 #endif
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
-      }
-    }
 
     // N^ starts as R = V - e^G K S, and R becomes b R; or N = U - W S.
 #pragma unroll
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
             const int t = sum_column(lane, j + half, i);
 #if HAS_GATE
-            float decay = expf(stage.G[t]);
+            const float decay = expf(stage.G[t]);
             r *= decay;
             O[m][j + half][i] *= decay;
 #endif

@@ -1,5 +1,29 @@
-"""The CuPy backend. So far it tells what it finds; the operators run on NumPy arrays."""
+"""The CuPy backend: a problem becomes a plan, a plan becomes kernel launches."""
 
 from .environment import environment
+from .operators import (
+    affine,
+    chunk_delta_rule,
+    chunk_delta_rule_bwd,
+    chunk_delta_rule_fwd,
+    chunk_output,
+    delta_rule_step,
+    recurrent_delta_rule,
+    sequence_transfer,
+    state_pass,
+    wy_factors,
+)
 
-__all__ = ["environment"]
+__all__ = [
+    "affine",
+    "chunk_delta_rule",
+    "chunk_delta_rule_bwd",
+    "chunk_delta_rule_fwd",
+    "chunk_output",
+    "delta_rule_step",
+    "environment",
+    "recurrent_delta_rule",
+    "sequence_transfer",
+    "state_pass",
+    "wy_factors",
+]

@@ -6,11 +6,10 @@ What the kernels do not do is refused here, naming the option and what would wor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
 
 import numpy as np
 
-from ..problem import Problem
+from ..problem import Problem, check_chunk_axis
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 MAX_HEAD = 256
@@ -46,6 +45,7 @@ class Plan:
     launches: tuple
     outputs: dict
     workspace: dict = field(default_factory=dict)
+    zeroed: tuple = ()
 
 
 def i32(x: int) -> np.int32:
@@ -139,7 +139,7 @@ def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
 
 
 def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
-    """X and P for the walk, or with `factors` the public T, W and U."""
+    """The core and P for the walk, or with `factors` the public T, W and U."""
     size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
     inverse = 4 if problem.dtype.name == "float32" else 2
     square = (chunk * (chunk + 4), 4)
@@ -151,18 +151,20 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
         first = [rows, rows, square]
     shared = carve(*first, square, square, triangle, triangle, triangle, (chunk, 4), (chunk, 4))
     fits("the WY factors", chunk, shared, facts)
-    names = [None] * 5 if factors else ["x", "p", "G" if problem.g is not None else None]
-    names = [None, None, None, "t", "w", "u"] if factors else [*names, None, None, None]
+    running_sum = "G" if problem.g is not None else None
+    names = (
+        (None, None, None, "t", "w", "u") if factors else ("core", "p", running_sum) + (None,) * 3
+    )
     return Launch(
         "wy_factors.cu",
         "wy_factors",
-        variant(problem, chunk, WRITE_X=int(not factors), WRITE_WU=int(factors)),
+        variant(problem, chunk, WRITE_CORE=int(not factors), WRITE_WU=int(factors)),
         slots(problem, chunk) * problem.H if problem.T else 0,
         128,
         shared,
         (
-            None if factors else "q",
-            "k",
+            None if factors else normal(problem, "q"),
+            normal(problem, "k"),
             "v" if factors else None,
             "beta",
             "g",
@@ -227,10 +229,10 @@ def walk_launch(
         32 * warps,
         shared,
         (
-            "w" if factors else "q",
-            "k",
+            "w" if factors else normal(problem, "q"),
+            normal(problem, "k"),
             None if zero_v else ("u" if factors else "v"),
-            None if factors else "x",
+            None if factors else "core",
             None if factors else "p",
             None if factors else "beta",
             "G" if problem.g is not None else None,
@@ -239,11 +241,115 @@ def walk_launch(
             output,
             final,
             "states" if states else None,
-            "v_new" if states else None,
+            ("v_new" if factors else "corrections") if states else None,
             np.float32(problem.scale),
             i32(problem.T),
             i32(problem.H),
             i32(problem.HV),
+        ),
+    )
+
+
+def norm_launch(problem: Problem, name: str, rows: str, backward: bool = False) -> Launch:
+    """q or k normalised into `rows`; or the gradient in `rows` carried back through the norm."""
+    count = problem.B * problem.T * problem.H
+    defines = dict(DTYPE=C_TYPES[problem.dtype.name], HEAD_K=problem.K, BACKWARD=int(backward))
+    arguments = (name, rows, np.int64(count))
+    return Launch("l2norm.cu", "l2norm", tuple(defines.items()), -(-count // 8), 256, 0, arguments)
+
+
+def normal(problem: Problem, name: str) -> str:
+    """Name of the array that the chunked kernels read for q or k."""
+    return f"{name}_normal" if problem.qk_l2norm else name
+
+
+def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
+    """Outputs of all chunks from their states."""
+    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    slice_ = min(V, 64)
+    shared = carve(
+        (chunk * pitch(K, size), size),
+        (chunk * pitch(K, size), size),
+        (chunk * pitch(slice_, size), size),
+        (K * pitch(slice_, size), size),
+        (chunk * pitch(chunk, size), size),
+    )
+    fits("chunk outputs", chunk, shared, facts)
+    slices = -(-V // slice_)
+    return Launch(
+        "chunk_output.cu",
+        "chunk_output",
+        variant(problem, chunk, SLICE=slice_),
+        slots(problem, chunk) * problem.HV * slices if problem.T else 0,
+        128,
+        shared,
+        (
+            "q",
+            "k",
+            "v_new",
+            "states",
+            "cu_seqlens",
+            "o",
+            np.float32(problem.scale),
+            i32(problem.N),
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+        ),
+    )
+
+
+def token_launch(problem: Problem, step: bool) -> Launch:
+    """The walk token by token; with `step` on the slots of a pool, in place."""
+    check_heads(problem)
+    check_gate(problem)
+    real = "double" if problem.dtype.name == "float64" else "float"
+    state = C_TYPES[problem.state.dtype.name] if step else real
+    # Threads that share a value channel: at most 32 key channels each, in registers.
+    parts = 1
+    while parts * 32 < problem.K:
+        parts *= 2
+    channels = min(128 // parts, -(-problem.V // 32) * 32)
+    slices = -(-problem.V // channels)
+    itemsize = 8 if real == "double" else 4
+    defines = dict(
+        DTYPE=C_TYPES[problem.dtype.name],
+        STATE_DTYPE=state,
+        HEAD_K=problem.K,
+        HEAD_V=problem.V,
+        HAS_GATE=int(problem.g is not None),
+        VARLEN=int(problem.cu_seqlens is not None),
+        STATE_VK=int(problem.state_layout == "vk"),
+        L2NORM=int(problem.qk_l2norm),
+        BETA_PER_VALUE=int(problem.beta_per_value),
+        STEP=int(step),
+        PARTS=parts,
+        CHANNELS=channels,
+    )
+    scale = np.float64(problem.scale) if real == "double" else np.float32(problem.scale)
+    return Launch(
+        "recurrent.cu",
+        "recurrent",
+        tuple(defines.items()),
+        problem.N * problem.HV * slices,
+        channels * parts,
+        4 * problem.K * itemsize,
+        (
+            "q",
+            "k",
+            "v",
+            "beta",
+            "g",
+            "state" if step else "initial_state",
+            "cu_seqlens",
+            "state_indices" if step else None,
+            "o",
+            "state" if step else "final_state",
+            scale,
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+            i32(problem.state.shape[0] if step else problem.N),
         ),
     )
 
@@ -259,69 +365,94 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         "o": ((*tokens, problem.V), problem.dtype),
         "final_state": (problem.state_shape, problem.state_dtype),
     }
-    workspace = {name: ((*tokens, chunk), problem.dtype) for name in ("x", "p")}
+    workspace = dict.fromkeys(("core", "p"), ((*tokens, chunk), problem.dtype))
+    launches = []
+    if problem.qk_l2norm:
+        for name, x in (("q", problem.q), ("k", problem.k)):
+            workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
+            launches.append(norm_launch(problem, name, normal(problem, name)))
     if problem.g is not None:
         workspace["G"] = (tokens, np.dtype(np.float32))
     states = None
     if residuals:
         states = C_TYPES[problem.dtype.name]
-        shape = (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
-        workspace["states"] = (shape, problem.dtype)
-        workspace["v_new"] = ((*tokens, problem.V), problem.dtype)
-    launches = (
-        *norm_launches(problem),
-        wy_factors_launch(problem, chunk, facts, factors=False),
-        walk_launch(problem, chunk, facts, states=states),
-    )
-    return Plan(launches, outputs, workspace | norm_workspace(problem))
+        workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
+        workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
+    launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
+    launches.append(walk_launch(problem, chunk, facts, states=states))
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def chunked_states(problem: Problem, chunk: int) -> tuple[int, ...]:
+    return (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
 
 
 def plan_wy_factors(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
     chunk = chunk_of(problem)
+    return Plan(
+        (wy_factors_launch(problem, chunk, facts, factors=True),), factor_arrays(problem, chunk)
+    )
+
+
+def factor_arrays(problem: Problem, chunk: int) -> dict:
     tokens = (problem.B, problem.T, problem.HV)
-    outputs = {
-        name: ((*tokens, size), problem.dtype)
-        for name, size in (("w", problem.K), ("u", problem.V), ("t", chunk))
-    }
-    return Plan((wy_factors_launch(problem, chunk, facts, factors=True),), outputs)
+    sizes = {"w": problem.K, "u": problem.V, "t": chunk}
+    return {name: ((*tokens, size), problem.dtype) for name, size in sizes.items()}
 
 
 def plan_state_pass(problem: Problem, facts: DeviceFacts) -> Plan:
-    """Plan `state_pass`; unused chunk slots are zero, so its states are zeroed first."""
+    """Plan `state_pass`; chunk slots that no chunk uses are zero."""
     chunk = chunk_of(problem)
-    shape = (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
     outputs = {
-        "states": (shape, problem.state_dtype),
+        "states": (chunked_states(problem, chunk), problem.state_dtype),
         "v_new": ((problem.B, problem.T, problem.HV, problem.V), problem.dtype),
         "final_state": (problem.state_shape, problem.state_dtype),
     }
     walk = walk_launch(problem, chunk, facts, factors=True, states="float", output=None)
-    return Plan((walk,), outputs)
+    zeroed = ("states",) if problem.cu_seqlens is not None else ()
+    return Plan((walk,), outputs, zeroed=zeroed)
+
+
+def plan_chunk_output(problem: Problem, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_output`."""
+    chunk = chunk_of(problem)
+    check_chunk_axis(problem, chunk)
+    outputs = {"o": (tuple(problem.v_new.shape), problem.dtype)}
+    return Plan((chunk_output_launch(problem, chunk, facts),), outputs)
 
 
 def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
     chunk = chunk_of(problem)
-    tokens = (problem.B, problem.T, problem.HV)
     outputs = {
         "p": ((problem.N, problem.HV, problem.K, problem.K), problem.state_dtype),
         "h": ((problem.N, problem.HV, problem.K, problem.V), problem.state_dtype),
     }
-    workspace = {name: ((*tokens, chunk), problem.dtype) for name in ("x", "p_pairs")}
-    return Plan((), outputs, workspace)
+    options = dict(factors=True, output=None)
+    launches = (
+        wy_factors_launch(problem, chunk, facts, factors=True),
+        walk_launch(problem, chunk, facts, initial=None, final="h", **options),
+        walk_launch(problem, chunk, facts, initial="identity", final="p", zero_v=True, **options),
+    )
+    return Plan(launches, outputs, factor_arrays(problem, chunk))
 
 
-# ---- normalised q and k --------------------------------------------------------------------------
+def plan_tokens(problem: Problem, step: bool) -> Plan:
+    """Plan `recurrent_delta_rule` or `delta_rule_step`."""
+    outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
+    if not step:
+        outputs["final_state"] = (problem.state_shape, problem.state_dtype)
+    return Plan((token_launch(problem, step),), outputs)
 
 
-def norm_launches(problem: Problem) -> tuple:
-    return ()
-
-
-def norm_workspace(problem: Problem) -> dict:
-    return {}
-
-
-def elements(shape) -> int:
-    return prod(shape)
+def plan_affine(shape: tuple, columns: int, dtype, add: bool) -> Plan:
+    """Plan P X + H for stacks (N, HV, K, .)."""
+    N, HV, K = shape
+    defines = dict(REAL=C_TYPES[dtype.name], ADD=int(add))
+    count = N * HV * K * columns
+    arguments = ("p", "x", "h", "y", np.int64(count), i32(K), i32(columns))
+    launch = Launch(
+        "affine.cu", "affine", tuple(defines.items()), -(-count // 256), 256, 0, arguments
+    )
+    return Plan((launch,), {"y": ((N, HV, K, columns), dtype)})

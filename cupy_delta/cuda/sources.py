@@ -30,4 +30,4 @@ def variant_source(file: str, defines: tuple, folder: Path | None = None) -> str
     """Return the text of one variant: its macros, then the file by include."""
     folder = folder or kernel_folder()
     macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-    return f"// kernels {digest(folder)}\n{macros}#include \"{file}\"\n"
+    return f'// kernels {digest(folder)}\n{macros}#include "{file}"\n'

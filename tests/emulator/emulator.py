@@ -228,3 +228,61 @@ def copy_in(x: np.ndarray, name: str = "array") -> np.ndarray:
     y = empty(x.shape, x.dtype, name, initialised=True)
     y[...] = x
     return y
+
+
+class EmulatorDevice:
+    """The device interface of the CUDA backend, over emulated memory and kernels.
+
+    Parameters
+    ----------
+    run : Run
+        How every launch is run.
+    sm_count, shared_bytes : int
+        Facts that plans depend on.
+    sm : int
+        Architecture that kernels are specialised for.
+    """
+
+    def __init__(self, run: Run = Run(), sm_count: int = 2, shared_bytes: int = 163 * 1024, sm=800):
+        from cupy_delta.cuda.plan import DeviceFacts
+
+        self.run, self.sm = run, sm
+        self.facts = DeviceFacts(sm_count=sm_count, shared_bytes=shared_bytes)
+        self.launches: list = []
+        self._targets: list = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._targets.clear()
+
+    def empty(self, shape, dtype, name):
+        return empty(shape, dtype, name)
+
+    def zeros(self, shape, dtype, name):
+        return copy_in(np.zeros(shape, dtype), name)
+
+    def bring(self, x, name, dtype):
+        return copy_in(np.ascontiguousarray(x, dtype), name)
+
+    def target(self, x, name):
+        # An output of the caller starts unwritten; a state that is updated does not.
+        emulated = copy_in(x, name) if name == "state" else empty(x.shape, x.dtype, name)
+        self._targets.append((x, emulated))
+        return emulated
+
+    def finish(self):
+        for x, emulated in self._targets:
+            x[...] = emulated
+        self._targets.clear()
+
+    def launch(self, launch, values):
+        kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm)
+        kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
+        self.launches.append(launch)
+
+
+@cache
+def _kernel(file: str, entry: str, defines: tuple, sm: int) -> Kernel:
+    return Kernel(KERNELS / file, entry, dict(defines), sm)

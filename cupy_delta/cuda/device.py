@@ -1,0 +1,85 @@
+"""A CUDA device as the backend sees it: memory, kernels, launches, on the current stream."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import cupy
+import numpy as np
+
+from .plan import DeviceFacts, Launch
+from .sources import kernel_folder, variant_source
+
+
+class CupyDevice:
+    """Memory and launches on the device where a problem's arrays live.
+
+    Work goes to CuPy's current stream of that device; nothing here synchronises.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+        self._device = cupy.cuda.Device(index)
+        self._targets: list = []
+
+    def __enter__(self):
+        self._device.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._device.__exit__(*error)
+
+    @property
+    def facts(self) -> DeviceFacts:
+        return _facts(self.index)
+
+    def empty(self, shape, dtype, name: str):
+        return cupy.empty(shape, dtype)
+
+    def zeros(self, shape, dtype, name: str):
+        return cupy.zeros(shape, dtype)
+
+    def bring(self, x, name: str, dtype):
+        """Return `x` on the device, C-contiguous, aligned to 16 bytes, in `dtype` if given."""
+        y = cupy.ascontiguousarray(cupy.asarray(x), dtype)
+        return y if y.data.ptr % 16 == 0 else y.copy()
+
+    def target(self, x, name: str):
+        """Return an array that kernels may write in place of `x`; `finish` copies it back."""
+        if x.data.ptr % 16 == 0:
+            return x
+        aligned = x.copy()
+        self._targets.append((x, aligned))
+        return aligned
+
+    def finish(self) -> None:
+        for x, aligned in self._targets:
+            x[...] = aligned
+        self._targets.clear()
+
+    def launch(self, launch: Launch, values: list) -> None:
+        kernel = _kernel(self.index, launch.file, launch.entry, launch.defines, launch.shared)
+        arguments = tuple(np.uint64(0) if v is None else v for v in values)
+        kernel((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared)
+
+
+@cache
+def _facts(index: int) -> DeviceFacts:
+    attributes = cupy.cuda.Device(index).attributes
+    return DeviceFacts(
+        sm_count=attributes["MultiProcessorCount"],
+        shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+    )
+
+
+@cache
+def _kernel(index: int, file: str, entry: str, defines: tuple, shared: int):
+    """Compile one variant for one device, once; runs with that device current."""
+    folder = kernel_folder()
+    module = cupy.RawModule(
+        code=variant_source(file, defines), options=("--std=c++17", f"-I{folder}")
+    )
+    kernel = module.get_function(entry)
+    if shared > 48 * 1024:
+        kernel.max_dynamic_shared_size_bytes = shared
+    return kernel
