@@ -178,6 +178,22 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
     )
 
 
+def walk_shape(
+    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int
+) -> tuple[int, int]:
+    """Return (16-row tiles of value channels per warp, warps per block) for a walk.
+
+    As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
+    """
+    rows = padded(V) // 16
+    row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
+    warps = min(4, -(-rows // row_tiles))
+    sequences = problem.N * problem.HV
+    while warps > 1 and sequences * -(-rows // (row_tiles * warps)) < facts.sm_count:
+        warps //= 2
+    return row_tiles, warps
+
+
 def walk_launch(
     problem: Problem,
     chunk: int,
@@ -193,14 +209,7 @@ def walk_launch(
     """The walk over the chunks. `states` is the C type of written states, or None."""
     size, K = problem.dtype.itemsize, padded(problem.K)
     V = problem.K if zero_v else problem.V
-    row_tiles = 2 if K <= 128 and chunk <= 32 and size == 2 else 1
-    rows = padded(V) // 16
-    row_tiles = min(row_tiles, rows)
-    sequences = problem.N * problem.HV
-    # As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
-    warps = min(4, -(-rows // row_tiles))
-    while warps > 1 and sequences * -(-rows // (row_tiles * warps)) < facts.sm_count:
-        warps //= 2
+    row_tiles, warps = walk_shape(problem, V, chunk, facts, row_tiles=2 if K <= 64 else 1)
     slice_ = 16 * row_tiles * warps
     square = (chunk * pitch(chunk, size), size)
     key_rows = (chunk * pitch(K, size), size)
@@ -225,7 +234,7 @@ def walk_launch(
         "forward.cu",
         "forward",
         defines,
-        sequences * -(-padded(V) // slice_),
+        problem.N * problem.HV * -(-padded(V) // slice_),
         32 * warps,
         shared,
         (
@@ -261,6 +270,95 @@ def norm_launch(problem: Problem, name: str, rows: str, backward: bool = False) 
 def normal(problem: Problem, name: str) -> str:
     """Name of the array that the chunked kernels read for q or k."""
     return f"{name}_normal" if problem.qk_l2norm else name
+
+
+def backward_state_launch(
+    problem: Problem, chunk: int, facts: DeviceFacts, has_dfinal: bool
+) -> Launch:
+    """The reverse walk: the gradient of the state leaving each chunk, and G."""
+    size, K = problem.dtype.itemsize, padded(problem.K)
+    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
+    slice_ = 16 * row_tiles * warps
+    key_rows = (chunk * pitch(K, size), size)
+    square = (chunk * pitch(chunk, size), size)
+    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
+    shared = carve(*stage, *stage)
+    fits("the gradients' state pass", chunk, shared, facts)
+    return Launch(
+        "backward_state.cu",
+        "backward_state",
+        variant(
+            problem,
+            chunk,
+            STATE_VK=int(problem.state_layout == "vk"),
+            WARPS=warps,
+            ROW_TILES=row_tiles,
+        ),
+        problem.N * problem.HV * -(-padded(problem.V) // slice_),
+        32 * warps,
+        shared,
+        (
+            normal(problem, "q"),
+            normal(problem, "k"),
+            "core",
+            "p",
+            "beta",
+            "do",
+            "dfinal_state" if has_dfinal else None,
+            "cu_seqlens",
+            "dstates",
+            "g_rows",
+            "dinitial_state",
+            np.float32(problem.scale),
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+        ),
+    )
+
+
+def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
+    """The chunk-parallel gradients, with as wide a slice of values as fits."""
+    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    warps = 4 if K <= 128 else 8
+    key_rows = (chunk * pitch(K, size), size)
+    square = (chunk * pitch(chunk, size), size)
+    for slice_ in (64, 32, 16):
+        slice_ = min(slice_, V)
+        state, rows = (K * pitch(slice_, size), size), (chunk * pitch(slice_, size), size)
+        arrays = [key_rows, key_rows, state, state, rows, rows, rows, square, square, square]
+        shared = carve(*arrays, (chunk, 4), (chunk, 4))
+        if shared <= facts.shared_bytes:
+            break
+    fits("the gradients", chunk, shared, facts)
+    return Launch(
+        "backward_chunk.cu",
+        "backward_chunk",
+        variant(problem, chunk, WARPS=warps, SLICE=slice_),
+        slots(problem, chunk) * problem.H if problem.T else 0,
+        32 * warps,
+        shared,
+        (
+            normal(problem, "q"),
+            normal(problem, "k"),
+            "beta",
+            "corrections",
+            "g_rows",
+            "do",
+            "states",
+            "dstates",
+            "cu_seqlens",
+            "dq",
+            "dk",
+            "dv",
+            "dbeta",
+            np.float32(problem.scale),
+            i32(problem.N),
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+        ),
+    )
 
 
 def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
@@ -380,6 +478,31 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
     launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
     launches.append(walk_launch(problem, chunk, facts, states=states))
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Plan:
+    """Plan `chunk_delta_rule_bwd`, from what `plan_forward` with residuals has left."""
+    chunk = chunk_of(problem)
+    tokens = (problem.B, problem.T, problem.HV)
+    dtype = problem.dtype
+    outputs = {
+        "dq": (tuple(problem.q.shape), dtype),
+        "dk": (tuple(problem.k.shape), dtype),
+        "dv": (tuple(problem.v.shape), dtype),
+        "dbeta": (tokens, np.dtype(np.float32)),
+        "dinitial_state": (problem.state_shape, problem.state_dtype),
+    }
+    workspace = {
+        "dstates": (chunked_states(problem, chunk), dtype),
+        "g_rows": ((*tokens, problem.V), dtype),
+    }
+    launches = [
+        backward_state_launch(problem, chunk, facts, has_dfinal),
+        backward_chunk_launch(problem, chunk, facts),
+    ]
+    if problem.qk_l2norm:
+        launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)
 
 

@@ -40,6 +40,14 @@ struct Mma {
     a.r[2] = pack2<T>(d[2 * step + 1][0], d[2 * step + 1][1]);
     a.r[3] = pack2<T>(d[2 * step + 1][2], d[2 * step + 1][3]);
   }
+  // A *= s
+  static PRIM void scale(A& a, float s) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float2 x = unpack2<T>(a.r[i]);
+      a.r[i] = pack2<T>(s * x.x, s * x.y);
+    }
+  }
   // d[0], d[1] += A B
   static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
     mma_m16n8k16<T>(d0, a.r, b.r[0], b.r[1]);
@@ -94,6 +102,11 @@ struct Mma<float> {
   static PRIM void from_sums(A& a, const float (&d)[TILES][4], int step) {
 #pragma unroll
     for (int i = 0; i < 4; i++) split(a.high[i], a.low[i], d[step][i % 2 * 2 + i / 2]);
+  }
+  static PRIM void scale(A& a, float s) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      split(a.high[i], a.low[i], s * (__uint_as_float(a.high[i]) + __uint_as_float(a.low[i])));
   }
   static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
     // Small terms first.
