@@ -11,16 +11,15 @@
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE (0), VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
 // WARPS, ROW_TILES.
-// Grid: N * HV * slices blocks of 32 WARPS + 32 threads, the last warp only loads; a slice is 16 ROW_TILES WARPS value
-// channels. Shared memory: two stages of K, Q and dO tiles, core, P and beta of a chunk; see cupy_delta/cuda/plan.py.
+// Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
+// Shared memory: two stages of K, Q and dO tiles, core, P and beta of a chunk; see cupy_delta/cuda/plan.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/store.cuh"
 
 typedef Mma<DTYPE> Product;
-// One more warp than multiplies: it loads the next chunk meanwhile.
-constexpr int LOADERS = 32, THREADS = 32 * WARPS + LOADERS, SLICE = 16 * ROW_TILES * WARPS;
+constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
@@ -49,14 +48,14 @@ struct Inputs {
 PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
                      int HV, int thread) {
   const int64_t key = first * H + h, value = first * HV + hv;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, LOADERS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, LOADERS>(s.q, in.q + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, LOADERS>(s.d_o, in.d_o + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, in.q + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.d_o, in.d_o + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
                                                   tokens, min(SLICE, HEAD_V - slice * SLICE), thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, LOADERS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
                                                  thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, LOADERS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
-  load_column<CHUNK, LOADERS>(s.beta, in.beta + value, HV, tokens, thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
+  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 }
 
 // d (16 x CHUNK) += a L for a left operand of one step and lower triangular L: later columns of the step are zero.
@@ -83,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates,
                    DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
   const int h = hv / (HV / H);
   const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
@@ -105,23 +104,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   }
 
-  const bool loads = warp == WARPS;
-  if (loads && chunks > 0)
+  if (chunks > 0)
     load_chunk(first_stage, inputs, sequence.first + (int64_t)(chunks - 1) * CHUNK,
-               sequence.tokens - (chunks - 1) * CHUNK, h, hv, slice, H, HV, lane);
+               sequence.tokens - (chunks - 1) * CHUNK, h, hv, slice, H, HV, thread);
+  cp_async_commit();
   for (int i = 0; i < chunks; i++) {
     const int c = chunks - 1 - i;
     const Stage stage = i % 2 ? second_stage : first_stage, next = i % 2 ? first_stage : second_stage;
     const int64_t token = sequence.first + (int64_t)c * CHUNK;
     const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
     // This stage has arrived, and everyone is done with the other.
-    cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    if (loads) {
-      if (c > 0) load_chunk(next, inputs, token - CHUNK, CHUNK, h, hv, slice, H, HV, lane);
-      continue;
-    }
+    if (c > 0) load_chunk(next, inputs, token - CHUNK, CHUNK, h, hv, slice, H, HV, thread);
+    cp_async_commit();
 
     DTYPE* dstate = dstates + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
     DTYPE* g_out = g_rows + (token * HV + hv) * HEAD_V + value;
@@ -191,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       }
     }
   }
-  if (loads) return;
+  cp_async_wait<0>();
 
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)

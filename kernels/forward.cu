@@ -12,17 +12,15 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of initial and final state),
 // FROM_FACTORS, ZERO_V (values are zero: the transfer's P), WRITE_STATES (the state entering each chunk, (K, V), in
 // STATES_DTYPE, and per token N^, FROM_FACTORS: N), WARPS, ROW_TILES (16-row tiles of value channels per warp).
-// Grid: N * HV * slices blocks of 32 WARPS + 32 threads, the last warp only loads; a slice is 16 ROW_TILES WARPS value
-// channels. Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk; see
-// cupy_delta/cuda/plan.py.
+// Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
+// Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk; see cupy_delta/cuda/plan.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/store.cuh"
 
 typedef Mma<DTYPE> Product;
-// One more warp than multiplies: it loads the next chunk meanwhile.
-constexpr int LOADERS = 32, THREADS = 32 * WARPS + LOADERS, SLICE = 16 * ROW_TILES * WARPS;
+constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
@@ -113,23 +111,23 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
                      int HV, int thread) {
   const int64_t key = first * H + h, value = first * HV + hv;
   const int width = min(SLICE, HEAD_V - slice * SLICE);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, LOADERS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
 #if FROM_FACTORS
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, LOADERS>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens,
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens,
                                                HEAD_K, thread);
 #else
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, LOADERS>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K,
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K,
                                                thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, LOADERS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
                                                  thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, LOADERS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
-  load_column<CHUNK, LOADERS>(s.beta, in.beta + value, HV, tokens, thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
+  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 #if HAS_GATE
-  load_column<CHUNK, LOADERS>(s.G, in.G + value, HV, tokens, thread);
+  load_column<CHUNK, THREADS>(s.G, in.G + value, HV, tokens, thread);
 #endif
 #endif
 #if !ZERO_V
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, LOADERS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
                                                   tokens, width, thread);
 #endif
 }
@@ -138,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
             const float* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
             STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
   const int h = hv / (HV / H);
   const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
@@ -160,32 +158,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
   }
 
-  const bool loads = warp == WARPS;
-  if (loads && chunks > 0)
-    load_chunk(first_stage, inputs, sequence.first, min(sequence.tokens, CHUNK), h, hv, slice, H, HV, lane);
+  if (chunks > 0)
+    load_chunk(first_stage, inputs, sequence.first, min(sequence.tokens, CHUNK), h, hv, slice, H, HV, thread);
+  cp_async_commit();
   for (int c = 0; c < chunks; c++) {
     const Stage stage = c % 2 ? second_stage : first_stage, next = c % 2 ? first_stage : second_stage;
     const int64_t token = sequence.first + (int64_t)c * CHUNK;
     const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
     // This stage has arrived, and everyone is done with the other.
-    cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    if (loads) {
-      if (c + 1 < chunks)
-        load_chunk(next, inputs, token + CHUNK, min(sequence.tokens - (c + 1) * CHUNK, CHUNK), h, hv, slice, H, HV,
-                   lane);
-      continue;
-    }
+    if (c + 1 < chunks)
+      load_chunk(next, inputs, token + CHUNK, min(sequence.tokens - (c + 1) * CHUNK, CHUNK), h, hv, slice, H, HV,
+                 thread);
+    cp_async_commit();
 
 #if WRITE_STATES
-    STATES_DTYPE* state = states + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V + value;
+    STATES_DTYPE* state = states + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++)
-        store_transposed<STATES_DTYPE, HEAD_V>(state + m * 16 + (int64_t)j * 8 * HEAD_V, HEAD_V, S[m][j],
-                                               HEAD_V - value - m * 16, HEAD_K - j * 8, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int channel = value + m * 16 + sum_row(lane, i), key = sum_column(lane, j, i);
+          if (channel < HEAD_V && key < HEAD_K) state[key * HEAD_V + channel] = narrow<STATES_DTYPE>(S[m][j][i]);
+        }
 #endif
 
     float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4], O[ROW_TILES][C_TILES][4];
@@ -281,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       }
     }
   }
-  if (loads) return;
+  cp_async_wait<0>();
 
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)

@@ -268,7 +268,7 @@ def walk_launch(
         "forward",
         defines,
         problem.N * problem.HV * -(-padded(V) // slice_),
-        32 * warps + 32,
+        32 * warps,
         shared,
         (
             "w" if factors else normal(problem, "q"),
@@ -328,7 +328,7 @@ def backward_state_launch(
             ROW_TILES=row_tiles,
         ),
         problem.N * problem.HV * -(-padded(problem.V) // slice_),
-        32 * warps + 32,
+        32 * warps,
         shared,
         (
             normal(problem, "q"),
