@@ -144,6 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < KP / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, D[m], step);
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; j++) {
           typename Product::B b;
@@ -164,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, dN, step);
+        __syncwarp();
         multiply_upper(G, a, stage.core, step, lane);
       }
 #pragma unroll
@@ -181,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
         Product::scale(a, scale);
         multiply_into_state(D[m], a, stage.q, step, lane);
+        __syncwarp();
         Product::from_sums(a, G, step);
         multiply_into_state(D[m], a, stage.k, step, lane);
       }

@@ -320,7 +320,8 @@ def backward_state_launch(
 def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients, with as wide a slice of values as fits."""
     size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    warps = 4 if K <= 128 else 8
+    # So that the sums over the group fit the registers of a warp.
+    warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
     for slice_ in (64, 32, 16):
