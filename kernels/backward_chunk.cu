@@ -32,7 +32,8 @@ PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, con
                         int columns, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Product::DEPTH) {
-    __syncwarp();
+    // Ties loads to their step: with twice the words per element, hoisted ones would spill.
+    if constexpr (sizeof(DTYPE) == 4) __syncwarp();
     typename Product::A fa;
     Product::load_a(fa, a + k, a_pitch, lane);
 #pragma unroll

@@ -24,6 +24,11 @@ constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
 
+// Ties loads to the step they serve where registers are short: hoisted, they would spill. Elsewhere they may be early.
+PRIM void order_loads() {
+  if constexpr (CHUNK == 64 || sizeof(DTYPE) == 4) __syncwarp();
+}
+
 struct Stage {
   DTYPE *k, *q, *d_o, *core, *p;
   float* beta;
@@ -144,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < KP / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, D[m], step);
-        __syncwarp();
+        order_loads();
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; j++) {
           typename Product::B b;
@@ -165,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, dN, step);
-        __syncwarp();
+        order_loads();
         multiply_upper(G, a, stage.core, step, lane);
       }
 #pragma unroll
@@ -183,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
         Product::scale(a, scale);
         multiply_into_state(D[m], a, stage.q, step, lane);
-        __syncwarp();
+        order_loads();
         Product::from_sums(a, G, step);
         multiply_into_state(D[m], a, stage.k, step, lane);
       }

@@ -179,17 +179,18 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
 
 
 def walk_shape(
-    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int
+    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int, least: int = 1
 ) -> tuple[int, int]:
     """Return (16-row tiles of value channels per warp, warps per block) for a walk.
 
-    As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
+    As many warps as share a block's keys, but rather more blocks than idle multiprocessors, down
+    to the `least` warps.
     """
     rows = padded(V) // 16
     row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
     warps = min(4, -(-rows // row_tiles))
     sequences = problem.N * problem.HV
-    while warps > 1 and sequences * -(-rows // (row_tiles * warps)) < facts.sm_count:
+    while warps > least and sequences * -(-rows // (row_tiles * warps)) < facts.sm_count:
         warps //= 2
     return row_tiles, warps
 
@@ -277,7 +278,8 @@ def backward_state_launch(
 ) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     size, K = problem.dtype.itemsize, padded(problem.K)
-    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
+    # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
+    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1, least=2)
     slice_ = 16 * row_tiles * warps
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)

@@ -10,7 +10,7 @@ from emulator import EmulatorDevice, Run
 
 from cupy_delta.cuda.launch import device_arrays, execute
 from cupy_delta.cuda.operators import OPERATOR_ARRAYS
-from cupy_delta.cuda.plan import plan_backward, plan_forward
+from cupy_delta.cuda.plan import DeviceFacts, plan_backward, plan_forward
 from cupy_delta.problem import operator_problem
 from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
 
@@ -190,6 +190,25 @@ def test_gradient_through_the_norm(dtype):
     args, kw = make_inputs(20, K=40, V=24, dtype=dtype)
     args[0], args[1] = ((3 * x.astype(np.float32)).astype(dtype) for x in args[:2])
     check(args, kw, output_gradient(args), None, l2norm=True, chunk=16)
+
+
+def test_plain_products_are_the_gradients_without_rounding():
+    args, kw = make_inputs(70, H=2, K=24, V=20, beta=(0.0, 2.0))
+    args[3][:, ::7] = 0
+    do = output_gradient(args)
+    plain, expected = rounded_products(args, do, 32), exact(args, kw, do, None)
+    for name in NAMES:
+        assert error(plain[name], expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("K", [1, 64, 128, 192, 256])
+@pytest.mark.parametrize("V", [1, 64, 128, 256])
+def test_default_chunk_fits_the_smallest_shared_memory(dtype, K, V):
+    facts = DeviceFacts(sm_count=84, shared_bytes=99 * 1024)
+    plan = plan_backward(problem_of(*make_inputs(64, K=K, V=V, dtype=dtype)), facts, True)
+    assert [launch.entry for launch in plan.launches] == ["backward_state", "backward_chunk"]
+    assert all(launch.shared <= facts.shared_bytes for launch in plan.launches)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
