@@ -1,21 +1,16 @@
 """The gradients' kernels on the emulator: no fault, and gradients of the token loop."""
 
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
 from emulator import EmulatorDevice, Run
+from helpers import make_inputs
 
 from cupy_delta.cuda.launch import device_arrays, execute
 from cupy_delta.cuda.operators import OPERATOR_ARRAYS
 from cupy_delta.cuda.plan import DeviceFacts, plan_backward, plan_forward
 from cupy_delta.problem import operator_problem
 from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from helpers import make_inputs
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 NAMES = ("dq", "dk", "dv", "dbeta", "dinitial_state")
