@@ -112,10 +112,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   float* b_sums = smem.take<float>(CHUNK, "dbeta");
 
   const int64_t key_row = chunk.first * H + h;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread,
-                                      THREADS);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread,
-                                      THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
 
   float sum_q[K_JOBS][2][4], sum_k[K_JOBS][2][4];
   clear_jobs(sum_q);
@@ -127,15 +127,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float dP[C_JOBS][2][4], E[C_JOBS][2][4];
     clear_jobs(dP);
     clear_jobs(E);
-    load_column<CHUNK>(b, beta + value_row, HV, chunk.tokens, thread, THREADS);
+    load_column<CHUNK, THREADS>(b, beta + value_row, HV, chunk.tokens, thread);
     for (int slice = 0; slice < SLICES; slice++) {
       const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
       const int64_t at = value_row * HEAD_V + first;
-      load_tile<DTYPE, KP, SLICE, HEAD_V>(tile_s, states + state_at + first, HEAD_V, HEAD_K, width, thread, THREADS);
-      load_tile<DTYPE, KP, SLICE, HEAD_V>(tile_d, dstates + state_at + first, HEAD_V, HEAD_K, width, thread, THREADS);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(tile_o, d_o + at, stride, chunk.tokens, width, thread, THREADS);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(tile_n, corrections + at, stride, chunk.tokens, width, thread, THREADS);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(tile_r, g_rows + at, stride, chunk.tokens, width, thread, THREADS);
+      load_tile<DTYPE, KP, SLICE, HEAD_V, THREADS>(tile_s, states + state_at + first, HEAD_V, HEAD_K, width, thread);
+      load_tile<DTYPE, KP, SLICE, HEAD_V, THREADS>(tile_d, dstates + state_at + first, HEAD_V, HEAD_K, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_o, d_o + at, stride, chunk.tokens, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, corrections + at, stride, chunk.tokens, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, g_rows + at, stride, chunk.tokens, width, thread);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();

@@ -53,14 +53,14 @@ struct Inputs {
 PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
                      int HV, int thread) {
   const int64_t key = first * H + h, value = first * HV + hv;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread, THREADS);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.q, in.q + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread, THREADS);
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(s.d_o, in.d_o + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V, tokens,
-                                         min(SLICE, HEAD_V - slice * SLICE), thread, THREADS);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread,
-                                        THREADS);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread, THREADS);
-  load_column<CHUNK>(s.beta, in.beta + value, HV, tokens, thread, THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, in.q + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.d_o, in.d_o + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
+                                                  tokens, min(SLICE, HEAD_V - slice * SLICE), thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
+                                                 thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
+  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 }
 
 // d (16 x CHUNK) += a L for a left operand of one step and lower triangular L: later columns of the step are zero.
@@ -118,10 +118,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Stage stage = i % 2 ? second_stage : first_stage, next = i % 2 ? first_stage : second_stage;
     const int64_t token = sequence.first + (int64_t)c * CHUNK;
     const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
+    // This stage has arrived, and everyone is done with the other.
+    cp_async_wait<0>();
+    __syncthreads();
     if (c > 0) load_chunk(next, inputs, token - CHUNK, CHUNK, h, hv, slice, H, HV, thread);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
 
     DTYPE* dstate = dstates + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
     DTYPE* g_out = g_rows + (token * HV + hv) * HEAD_V + value;
@@ -193,7 +194,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         multiply_into_state(D[m], a, stage.k, step, lane);
       }
     }
-    __syncthreads();
   }
   cp_async_wait<0>();
 

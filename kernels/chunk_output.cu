@@ -31,10 +31,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   DTYPE* pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "pairs");
 
   const int64_t key = (chunk.first * H + h) * HEAD_K, value = (chunk.first * HV + hv) * HEAD_V + first;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_q, q + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread, THREADS);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_k, k + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread, THREADS);
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(tile_n, v_new + value, (int64_t)HV * HEAD_V, chunk.tokens, width, thread,
-                                         THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, v_new + value, (int64_t)HV * HEAD_V, chunk.tokens, width,
+                                                  thread);
   cp_async_commit();
   const float* S = states + (slot * HV + hv) * HEAD_K * HEAD_V + first;
   for (int i = thread; i < KP * SLICE; i += THREADS) {

@@ -111,24 +111,24 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
                      int HV, int thread) {
   const int64_t key = first * H + h, value = first * HV + hv;
   const int width = min(SLICE, HEAD_V - slice * SLICE);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread, THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
 #if FROM_FACTORS
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens, HEAD_K,
-                                      thread, THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens,
+                                               HEAD_K, thread);
 #else
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread,
-                                      THREADS);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread,
-                                        THREADS);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread, THREADS);
-  load_column<CHUNK>(s.beta, in.beta + value, HV, tokens, thread, THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K,
+                                               thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
+                                                 thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
+  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 #if HAS_GATE
-  load_column<CHUNK>(s.G, in.G + value, HV, tokens, thread, THREADS);
+  load_column<CHUNK, THREADS>(s.G, in.G + value, HV, tokens, thread);
 #endif
 #endif
 #if !ZERO_V
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V, tokens,
-                                         width, thread, THREADS);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
+                                                  tokens, width, thread);
 #endif
 }
 
@@ -165,12 +165,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Stage stage = c % 2 ? second_stage : first_stage, next = c % 2 ? first_stage : second_stage;
     const int64_t token = sequence.first + (int64_t)c * CHUNK;
     const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
+    // This stage has arrived, and everyone is done with the other.
+    cp_async_wait<0>();
+    __syncthreads();
     if (c + 1 < chunks)
       load_chunk(next, inputs, token + CHUNK, min(sequence.tokens - (c + 1) * CHUNK, CHUNK), h, hv, slice, H, HV,
                  thread);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();
 
 #if WRITE_STATES
     STATES_DTYPE* state = states + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
@@ -277,7 +278,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int m = 0; m < ROW_TILES; m++) Product::multiply(S[m][2 * j], S[m][2 * j + 1], a[m], b);
       }
     }
-    __syncthreads();
   }
   cp_async_wait<0>();
 

@@ -7,21 +7,20 @@
 //
 // X = I + diag(b) core, so T R = b (R + core (b R)): the core serves where T would, without dividing by b.
 //
-// Numbers: products of DTYPE operands with float sums (float: 3xTF32); the inverse as described in
-// tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
+// Numbers: products of DTYPE operands with float sums (float: 3xTF32); the inverse and the core in
+// 3xTF32, see tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WRITE_CORE or WRITE_WU.
 // Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
-// Shared memory (bytes): K, Q (WRITE_CORE) or V (WRITE_WU) tiles of CHUNK rows, two float and three
-// inverse-type CHUNK x CHUNK matrices, beta and G; see cupy_delta/cuda/plan.py.
+// Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, A, X, half a
+// scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/plan.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/triangular_inverse.cuh"
 
-typedef InverseOf<DTYPE>::type Inverse;
 constexpr int THREADS = 128, KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
-constexpr int A_PITCH = CHUNK + 4, X_PITCH = inverse_pitch<Inverse, CHUNK>();
+constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
 
 // out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
 PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, int warp, int lane) {
@@ -81,18 +80,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
   float* kk = smem.take<float>(CHUNK * A_PITCH, "kk");
   float* a = smem.take<float>(CHUNK * A_PITCH, "a");
-  Inverse* inverse = smem.take<Inverse>(CHUNK * X_PITCH, "inverse");
-  Inverse* lower = smem.take<Inverse>(CHUNK * X_PITCH, "lower");
-  Inverse* scratch = smem.take<Inverse>(CHUNK * X_PITCH, "scratch");
+  float* inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
+  float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
   float* b = smem.take<float>(CHUNK, "beta");
   float* G = smem.take<float>(CHUNK, "G");
 
   const int64_t key_row = chunk.first * H + h;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread,
-                                      THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
 #if WRITE_CORE
-  load_tile<DTYPE, CHUNK, KP, HEAD_K>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread,
-                                      THREADS);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
 #endif
   cp_async_commit();
   cp_async_wait<0>();
@@ -104,13 +102,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   for (int group = 0; group < groups; group++) {
     const int64_t row = chunk.first * HV + h * groups + group;  // of (token, value head)
-    load_column<CHUNK>(b, beta + row, HV, chunk.tokens, thread, THREADS);
+    load_column<CHUNK, THREADS>(b, beta + row, HV, chunk.tokens, thread);
 #if HAS_GATE
-    load_column<CHUNK>(G, g + row, HV, chunk.tokens, thread, THREADS);
+    load_column<CHUNK, THREADS>(G, g + row, HV, chunk.tokens, thread);
 #endif
 #if WRITE_WU
-    load_tile<DTYPE, CHUNK, VP, HEAD_V>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V, thread,
-                                        THREADS);
+    load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V,
+                                                 thread);
 #endif
     cp_async_commit();
     cp_async_wait<0>();
@@ -133,17 +131,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       a[r * A_PITCH + c] = b[r] * kk[r * A_PITCH + c] * decay;
     }
     __syncthreads();
-    invert_unit_lower<Inverse, CHUNK>(inverse, a, lower, scratch, thread, THREADS);
+    invert_unit_lower<CHUNK, THREADS>(inverse, a, scratch, thread);
 
 #if WRITE_CORE
-    // M takes the place of A beside X.
+    // M takes the place of A.
     for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
       int r = i / CHUNK, c = i % CHUNK;
       float decay = 1.0f;
 #if HAS_GATE
       if (c <= r) decay = expf(G[r] - G[c]);
 #endif
-      lower[r * X_PITCH + c] = narrow<Inverse>(c < r ? kk[r * A_PITCH + c] * decay : 0.0f);
+      a[r * A_PITCH + c] = c < r ? kk[r * A_PITCH + c] * decay : 0.0f;
       if (r < chunk.tokens)
         p[(row + (int64_t)r * HV) * CHUNK + c] = narrow<DTYPE>(c <= r ? qk[r * A_PITCH + c] * decay : 0.0f);
     }
@@ -152,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
       float d[2][4];
       clear(d);
-      if (c <= r) multiply_columns<Inverse, 2, CHUNK>(d, lower + r * X_PITCH, X_PITCH, inverse + c, X_PITCH, lane);
+      if (c <= r) multiply_columns<float, 2, CHUNK>(d, a + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -167,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
       int r = i / CHUNK, c = i % CHUNK;
       bool inside = c <= r && r < chunk.tokens;
-      DTYPE rounded = narrow<DTYPE>(inside ? widen(inverse[r * X_PITCH + c]) * b[c] : 0.0f);
+      DTYPE rounded = narrow<DTYPE>(inside ? inverse[r * A_PITCH + c] * b[c] : 0.0f);
       tile_t[r * C_PITCH + c] = rounded;
       if (r < chunk.tokens) t[(row + (int64_t)r * HV) * CHUNK + c] = rounded;
     }

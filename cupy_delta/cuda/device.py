@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import cupy
 import numpy as np
 
 from .plan import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
+
+NULL = np.uint64(0)
 
 
 class CupyDevice:
@@ -58,8 +60,8 @@ class CupyDevice:
         self._targets.clear()
 
     def launch(self, launch: Launch, values: list) -> None:
-        kernel = _kernel(self.index, launch.file, launch.entry, launch.defines, launch.shared)
-        arguments = tuple(np.uint64(0) if v is None else v for v in values)
+        kernel = _compiled(self.index, launch)
+        arguments = tuple(NULL if v is None else v for v in values)
         kernel((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared)
 
 
@@ -70,6 +72,12 @@ def _facts(index: int) -> DeviceFacts:
         sm_count=attributes["MultiProcessorCount"],
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
     )
+
+
+@lru_cache(1024)
+def _compiled(index: int, launch: Launch):
+    """Look a launch's kernel up by the launch itself, which is quicker than by its macros."""
+    return _kernel(index, launch.file, launch.entry, launch.defines, launch.shared)
 
 
 @cache

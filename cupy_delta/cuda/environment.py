@@ -16,7 +16,11 @@ def environment() -> dict:
         here and what to do, or None; ``support``, what runs on them.
     """
     facts: dict[str, str] = {}
-    return {"facts": facts, "problem": _explore(facts), "support": "run the CUDA kernels; gradients through gates and per-channel gates do not"}
+    return {
+        "facts": facts,
+        "problem": _explore(facts),
+        "support": "run the CUDA kernels; gradients through gates and per-channel gates do not",
+    }
 
 
 def _explore(facts: dict[str, str]) -> str | None:

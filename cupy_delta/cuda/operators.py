@@ -67,7 +67,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
 def recurrent_delta_rule(problem: Problem):
     """Return (o, final_state)."""
     with device_of(problem.v) as device:
-        plan = plans.plan_tokens(problem, step=False)
+        plan = plans.plan_tokens(problem, False)
         arrays = device_arrays(problem, device, OPERATOR_ARRAYS)
         results = execute(plan, arrays, device, {"o": problem.out})
     return results["o"] if problem.out is None else problem.out, results["final_state"]
@@ -76,7 +76,7 @@ def recurrent_delta_rule(problem: Problem):
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated."""
     with device_of(problem.v) as device:
-        plan = plans.plan_tokens(problem, step=True)
+        plan = plans.plan_tokens(problem, True)
         arrays = device_arrays(problem, device, ("q", "k", "v", "beta", "g", "state_indices"))
         arrays["state"] = device.target(problem.state, "state")
         results = execute(plan, arrays, device, {"o": problem.out})

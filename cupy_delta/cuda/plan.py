@@ -5,7 +5,9 @@ What the kernels do not do is refused here, naming the option and what would wor
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import wraps
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from ..problem import Problem, check_chunk_axis
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 MAX_HEAD = 256
+KEPT_PLANS = 256
 CHUNKS = (16, 32, 64)
 DEFAULT_CHUNK = {"float32": 16, "float16": 32, "bfloat16": 32}
 
@@ -25,9 +28,12 @@ class DeviceFacts:
     shared_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch. Arguments are NumPy scalars, names of arrays, or None for null."""
+    """One kernel launch. Arguments are NumPy scalars, names of arrays, or None for null.
+
+    Compared by identity: plans are kept, and so is what was compiled for their launches.
+    """
 
     file: str
     entry: str
@@ -38,7 +44,7 @@ class Launch:
     arguments: tuple
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Launches in order, and the arrays to make for them: name -> (shape, dtype)."""
 
@@ -46,6 +52,33 @@ class Plan:
     outputs: dict
     workspace: dict = field(default_factory=dict)
     zeroed: tuple = ()
+
+
+def planned(function):
+    """Keep the plans of the last calls, by all that they depend on: no array is held."""
+    plans: OrderedDict = OrderedDict()
+
+    @wraps(function)
+    def lookup(problem: Problem, *more):
+        key = (*problem_signature(problem), *more)
+        plan = plans.get(key)
+        if plan is None:
+            plan = plans[key] = function(problem, *more)
+            if len(plans) > KEPT_PLANS:
+                plans.popitem(last=False)
+        return plan
+
+    return lookup
+
+
+def problem_signature(problem: Problem) -> tuple:
+    p = problem
+    sizes = (p.B, p.T, p.N, p.H, p.HV, p.K, p.V, p.chunk_size)
+    options = (p.scale, p.qk_l2norm, p.state_layout, p.gate, p.beta_per_value)
+    pool = None if p.state is None else (p.state.shape[0], p.state.dtype.name)
+    chunks = None if p.states is None else p.states.shape
+    present = (p.cu_seqlens is None, p.initial_state is None)
+    return (p.dtype.name, *sizes, *options, pool, chunks, *present)
 
 
 def i32(x: int) -> np.int32:
@@ -141,15 +174,14 @@ def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
 def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
     """The core and P for the walk, or with `factors` the public T, W and U."""
     size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    inverse = 4 if problem.dtype.name == "float32" else 2
-    square = (chunk * (chunk + 4), 4)
-    triangle = (chunk * pitch(chunk, inverse), inverse)
+    square = (chunk * pitch(chunk, 4), 4)
+    half = (chunk // 2 * pitch(chunk, 4), 4)
     rows = (chunk * pitch(K, size), size)
     if factors:
         first = [rows, (chunk * pitch(V, size), size), (chunk * pitch(chunk, size), size)]
     else:
         first = [rows, rows, square]
-    shared = carve(*first, square, square, triangle, triangle, triangle, (chunk, 4), (chunk, 4))
+    shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 4))
     fits("the WY factors", chunk, shared, facts)
     running_sum = "G" if problem.g is not None else None
     names = (
@@ -458,6 +490,7 @@ def token_launch(problem: Problem, step: bool) -> Launch:
 # ---- the operators -------------------------------------------------------------------------------
 
 
+@planned
 def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) -> Plan:
     """Plan `chunk_delta_rule`, and with `residuals` what its gradients read."""
     chunk = chunk_of(problem)
@@ -484,6 +517,7 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
     return Plan(tuple(launches), outputs, workspace)
 
 
+@planned
 def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Plan:
     """Plan `chunk_delta_rule_bwd`, from what `plan_forward` with residuals has left."""
     chunk = chunk_of(problem)
@@ -513,6 +547,7 @@ def chunked_states(problem: Problem, chunk: int) -> tuple[int, ...]:
     return (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
 
 
+@planned
 def plan_wy_factors(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
     chunk = chunk_of(problem)
@@ -527,6 +562,7 @@ def factor_arrays(problem: Problem, chunk: int) -> dict:
     return {name: ((*tokens, size), problem.dtype) for name, size in sizes.items()}
 
 
+@planned
 def plan_state_pass(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `state_pass`; chunk slots that no chunk uses are zero."""
     chunk = chunk_of(problem)
@@ -540,6 +576,7 @@ def plan_state_pass(problem: Problem, facts: DeviceFacts) -> Plan:
     return Plan((walk,), outputs, zeroed=zeroed)
 
 
+@planned
 def plan_chunk_output(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `chunk_output`."""
     chunk = chunk_of(problem)
@@ -548,6 +585,7 @@ def plan_chunk_output(problem: Problem, facts: DeviceFacts) -> Plan:
     return Plan((chunk_output_launch(problem, chunk, facts),), outputs)
 
 
+@planned
 def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
     """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
     chunk = chunk_of(problem)
@@ -564,6 +602,7 @@ def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
     return Plan(launches, outputs, factor_arrays(problem, chunk))
 
 
+@planned
 def plan_tokens(problem: Problem, step: bool) -> Plan:
     """Plan `recurrent_delta_rule` or `delta_rule_step`."""
     outputs = {"o": (tuple(problem.v.shape), problem.dtype)}

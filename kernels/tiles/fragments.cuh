@@ -109,13 +109,19 @@ struct Mma<float> {
       split(a.high[i], a.low[i], s * (__uint_as_float(a.high[i]) + __uint_as_float(a.low[i])));
   }
   static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
-    // Small terms first.
-    mma_m16n8k8_tf32(d0, a.low, b.high[0], b.high[1]);
-    mma_m16n8k8_tf32(d1, a.low, b.high[2], b.high[3]);
-    mma_m16n8k8_tf32(d0, a.high, b.low[0], b.low[1]);
-    mma_m16n8k8_tf32(d1, a.high, b.low[2], b.low[3]);
-    mma_m16n8k8_tf32(d0, a.high, b.high[0], b.high[1]);
-    mma_m16n8k8_tf32(d1, a.high, b.high[2], b.high[3]);
+    // Tensor cores truncate when they add: so three terms at a time, and d in ordinary float sums.
+    float t0[4] = {}, t1[4] = {};
+    mma_m16n8k8_tf32(t0, a.low, b.high[0], b.high[1]);
+    mma_m16n8k8_tf32(t1, a.low, b.high[2], b.high[3]);
+    mma_m16n8k8_tf32(t0, a.high, b.low[0], b.low[1]);
+    mma_m16n8k8_tf32(t1, a.high, b.low[2], b.low[3]);
+    mma_m16n8k8_tf32(t0, a.high, b.high[0], b.high[1]);
+    mma_m16n8k8_tf32(t1, a.high, b.high[2], b.high[3]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      d0[i] += t0[i];
+      d1[i] += t1[i];
+    }
   }
   static PRIM void read_transposed(float (&d0)[4], float (&d1)[4], const float* tile, int pitch, int lane) {
 #pragma unroll

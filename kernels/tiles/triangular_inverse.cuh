@@ -1,60 +1,49 @@
 // X = (I + A)^-1 for a strictly lower triangular A of C x C, C = 16, 32 or 64, in shared memory.
 //
 // 16 x 16 diagonal blocks by forward substitution in float, one column per lane. Then blocks merge,
-// X21 = -X22 (A21 X11), on the tensor cores with f16 operands (float operands for float): every block
-// of X diag(beta), of A21 X11 and of X is a product of factors I - beta k k^T times a unit key, so
-// entries stay below 2 for beta in [0, 2]. A Neumann series squares A first and loses that bound.
+// X21 = -X22 (A21 X11), on the tensor cores in 3xTF32: small products, where 16-bit operands would cost digits that
+// correlated keys then amplify. Every block of X diag(beta), of A21 X11 and of X is a product of factors
+// I - beta k k^T times a unit key, so entries stay below 2 for beta in [0, 2]. A Neumann series squares A first and
+// loses that bound.
 #pragma once
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 
-// What X is kept in while it is built.
-template <class T>
-struct InverseOf {
-  typedef f16 type;
-};
-template <>
-struct InverseOf<float> {
-  typedef float type;
-};
-
-// Row pitch of the matrices, in elements.
-template <class I, int C>
+// Row pitch of all matrices here, in elements.
+template <int C>
 PRIM constexpr int inverse_pitch() {
-  return pitch_of<I>(C);
+  return pitch_of<float>(C);
 }
 
 // One 16 x 16 block on the diagonal, by one warp: lane c holds column c of X.
-template <class I>
-PRIM void invert_block(I* x, const float* a, int a_pitch, int pitch, int lane) {
+PRIM void invert_block(float* x, const float* a, int pitch, int lane) {
   float column[16];
   int c = lane % 16;
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     float sum = i == c ? 1.0f : 0.0f;
 #pragma unroll
-    for (int k = 0; k < i; k++) sum -= a[i * a_pitch + k] * column[k];
+    for (int k = 0; k < i; k++) sum -= a[i * pitch + k] * column[k];
     column[i] = sum;
   }
   if (lane < 16) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) x[i * pitch + c] = narrow<I>(column[i]);
+    for (int i = 0; i < 16; i++) x[i * pitch + c] = column[i];
   }
 }
 
-// Inverts a (float, pitch C + 4; only the strict lower triangle is read) into x (pitch inverse_pitch),
-// upper triangle zero. `lower` holds A in the type of x, `scratch` 32 x pitch elements (C = 64 only needs
-// it whole). All threads of a block of at least C / 16 warps call it; ends with a barrier.
-template <class I, int C>
-PRIM void invert_unit_lower(I* x, const float* a, I* lower, I* scratch, int thread, int threads) {
-  constexpr int pitch = inverse_pitch<I, C>(), a_pitch = C + 4;
+// Inverts I + tril(a, -1) into x, upper triangle zero. Only blocks of `a` on and below the diagonal are read, and of
+// the diagonal ones only the strict lower triangle. `scratch` holds C / 2 rows. All threads of a block of at least
+// C / 16 warps call it; ends with a barrier.
+template <int C, int THREADS>
+PRIM void invert_unit_lower(float* x, const float* a, float* scratch, int thread) {
+  constexpr int pitch = inverse_pitch<C>();
   const int warp = thread / 32, lane = thread % 32;
-  for (int i = thread; i < C * C; i += threads) {
+  for (int i = thread; i < C * C; i += THREADS) {
     int r = i / C, c = i % C;
-    if (r / 16 != c / 16) x[r * pitch + c] = narrow<I>(0);
-    lower[r * pitch + c] = narrow<I>(r > c ? a[r * a_pitch + c] : 0.0f);
+    if (r / 16 != c / 16) x[r * pitch + c] = 0.0f;
   }
-  if (warp < C / 16) invert_block<I>(x + warp * 16 * (pitch + 1), a + warp * 16 * (a_pitch + 1), a_pitch, pitch, lane);
+  if (warp < C / 16) invert_block(x + warp * 16 * (pitch + 1), a + warp * 16 * (pitch + 1), pitch, lane);
   __syncthreads();
 #pragma unroll
   for (int half = 16; half < C; half *= 2) {
@@ -66,26 +55,26 @@ PRIM void invert_unit_lower(I* x, const float* a, I* lower, I* scratch, int thre
       float y[2][4];
       clear(y);
       for (int k = 0; k < half; k += 16)
-        multiply_columns<I, 2, 16>(y, lower + below + row * pitch + k, pitch, x + corner + k * pitch + column, pitch,
-                                   lane);
-      I* out = scratch + (pair * half + row) * pitch + column;
+        multiply_columns<float, 2, 16>(y, a + below + row * pitch + k, pitch, x + corner + k * pitch + column, pitch,
+                                       lane);
+      float* out = scratch + (pair * half + row) * pitch + column;
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[sum_row(lane, i) * pitch + sum_column(lane, j, i)] = narrow<I>(y[j][i]);
+        for (int i = 0; i < 4; i++) out[sum_row(lane, i) * pitch + sum_column(lane, j, i)] = y[j][i];
     }
     __syncthreads();
     if (warp < jobs) {
       float z[2][4];
       clear(z);
       for (int k = 0; k < half; k += 16)
-        multiply_columns<I, 2, 16>(z, x + below + half + row * pitch + k, pitch,
-                                   scratch + (pair * half + k) * pitch + column, pitch, lane);
-      I* out = x + below + row * pitch + column;
+        multiply_columns<float, 2, 16>(z, x + below + half + row * pitch + k, pitch,
+                                       scratch + (pair * half + k) * pitch + column, pitch, lane);
+      float* out = x + below + row * pitch + column;
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[sum_row(lane, i) * pitch + sum_column(lane, j, i)] = narrow<I>(-z[j][i]);
+        for (int i = 0; i < 4; i++) out[sum_row(lane, i) * pitch + sum_column(lane, j, i)] = -z[j][i];
     }
     __syncthreads();
   }
