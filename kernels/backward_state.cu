@@ -83,7 +83,7 @@ PRIM void multiply_into_state(float (&D)[K_TILES][4], const Product::A& a, const
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates,
                    DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
