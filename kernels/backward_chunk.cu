@@ -32,6 +32,8 @@ PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, con
                         int columns, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Product::DEPTH) {
+    // Ties loads to their step: with twice the words per element, hoisted ones would spill.
+    if constexpr (sizeof(DTYPE) == 4) __syncwarp();
     typename Product::A fa;
     Product::load_a(fa, a + k, a_pitch, lane);
 #pragma unroll
@@ -98,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   DynSmem smem;
   DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
   DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
-  DTYPE* tile_s = smem.take<DTYPE>(KP * V_PITCH, "state");
-  DTYPE* tile_d = smem.take<DTYPE>(KP * V_PITCH, "dstate");
+  DTYPE* tile_s = smem.take<DTYPE>(SLICE * K_PITCH, "state");
+  DTYPE* tile_d = smem.take<DTYPE>(SLICE * K_PITCH, "dstate");
   DTYPE* tile_o = smem.take<DTYPE>(CHUNK * V_PITCH, "do");
   DTYPE* tile_n = smem.take<DTYPE>(CHUNK * V_PITCH, "n");
   DTYPE* tile_r = smem.take<DTYPE>(CHUNK * V_PITCH, "minus dr");
@@ -129,8 +131,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int slice = 0; slice < SLICES; slice++) {
       const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
       const int64_t at = value_row * HEAD_V + first;
-      load_tile<DTYPE, KP, SLICE, HEAD_V, THREADS>(tile_s, states + state_at + first, HEAD_V, HEAD_K, width, thread);
-      load_tile<DTYPE, KP, SLICE, HEAD_V, THREADS>(tile_d, dstates + state_at + first, HEAD_V, HEAD_K, width, thread);
+      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_s, states + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
+                                                   thread);
+      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_d, dstates + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
+                                                   thread);
       load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_o, d_o + at, stride, chunk.tokens, width, thread);
       load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, corrections + at, stride, chunk.tokens, width, thread);
       load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, g_rows + at, stride, chunk.tokens, width, thread);
@@ -157,9 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
       multiply_jobs<C_JOBS, SLICE, true>(dP, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
       multiply_jobs<C_JOBS, SLICE, true>(E, tile_r + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
-      multiply_jobs<K_JOBS, SLICE, true>(sum_q, tile_o + row * V_PITCH, V_PITCH, tile_s, V_PITCH, across, KP, lane);
-      multiply_jobs<K_JOBS, SLICE, true>(sum_k, tile_n + row * V_PITCH, V_PITCH, tile_d, V_PITCH, across, KP, lane);
-      multiply_jobs<K_JOBS, SLICE, true>(sum_k, tile_r + row * V_PITCH, V_PITCH, tile_s, V_PITCH, across, KP, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_q, tile_o + row * V_PITCH, V_PITCH, tile_s, K_PITCH, across, KP, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_k, tile_n + row * V_PITCH, V_PITCH, tile_d, K_PITCH, across, KP, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_k, tile_r + row * V_PITCH, V_PITCH, tile_s, K_PITCH, across, KP, lane);
       __syncthreads();
     }
     if (thread < chunk.tokens) dbeta[value_row + (int64_t)thread * HV] = b_sums[thread];

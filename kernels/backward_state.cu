@@ -3,8 +3,8 @@
 //
 //   dN = P^T dO^ + K D'        G = dN + core^T (b dN)        D = D' + Q^T dO^ - K^T (b G)
 //
-// G = (I + A)^-T dN is the adjoint of the triangular solve; b G is the gradient of V. D' of every chunk and G are
-// written for backward_chunk.cu, which needs nothing else of this walk.
+// G = (I + A)^-T dN is the adjoint of the triangular solve; b G is the gradient of V. D' of every chunk, (V, K), and G
+// are written for backward_chunk.cu, which needs nothing else of this walk.
 //
 // Numbers: D lives in float accumulators and is never rounded between chunks; operands of products are rounded to
 // DTYPE, sums are float (float: 3xTF32). Everything is held transposed, rows = value channels, as in forward.cu.
@@ -23,6 +23,11 @@ constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
+
+// Ties loads to the step they serve where registers are short: hoisted, they would spill. Elsewhere they may be early.
+PRIM void order_loads() {
+  if constexpr (CHUNK == 64 || sizeof(DTYPE) == 4) __syncwarp();
+}
 
 struct Stage {
   DTYPE *k, *q, *d_o, *core, *p;
@@ -78,7 +83,7 @@ PRIM void multiply_into_state(float (&D)[K_TILES][4], const Product::A& a, const
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates,
                    DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
@@ -125,8 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
       for (int j = 0; j < K_TILES; j++)
-        store_transposed<DTYPE, HEAD_V>(dstate + value + m * 16 + (int64_t)j * 8 * HEAD_V, HEAD_V, D[m][j],
-                                        HEAD_V - value - m * 16, HEAD_K - j * 8, lane);
+        store_rows<DTYPE, HEAD_K>(dstate + (value + m * 16) * HEAD_K + j * 8, D[m][j], HEAD_V - value - m * 16,
+                                  HEAD_K - j * 8, lane);
 
       // dN^T = scale dO^T P + D'^T K^T
       float dN[C_TILES][4], G[C_TILES][4];
@@ -145,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < KP / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, D[m], step);
+        order_loads();
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; j++) {
           typename Product::B b;
@@ -165,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, dN, step);
+        order_loads();
         multiply_upper(G, a, stage.core, step, lane);
       }
 #pragma unroll
@@ -182,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
         Product::scale(a, scale);
         multiply_into_state(D[m], a, stage.q, step, lane);
+        order_loads();
         Product::from_sums(a, G, step);
         multiply_into_state(D[m], a, stage.k, step, lane);
       }

@@ -10,10 +10,11 @@
 // value channels: then S^T, R^T and N^T are left operands straight from their accumulators.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of initial and final state),
-// FROM_FACTORS, ZERO_V (values are zero: the transfer's P), WRITE_STATES (the state entering each chunk, (K, V), in
-// STATES_DTYPE, and per token N^, FROM_FACTORS: N), WARPS, ROW_TILES (16-row tiles of value channels per warp).
-// Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
-// Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk; see cupy_delta/cuda/plan.py.
+// FROM_FACTORS, ZERO_V (values are zero: the transfer's P), WRITE_STATES (the state entering each chunk, in
+// STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and states (K, V)), WARPS,
+// ROW_TILES (16-row tiles of value channels per warp). Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16
+// ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk;
+// see cupy_delta/cuda/plan.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -178,12 +179,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          int channel = value + m * 16 + sum_row(lane, i), key = sum_column(lane, j, i);
-          if (channel < HEAD_V && key < HEAD_K) state[key * HEAD_V + channel] = narrow<STATES_DTYPE>(S[m][j][i]);
-        }
+      for (int j = 0; j < K_TILES; j++) {
+        const int channel = value + m * 16, key = j * 8;
+#if FROM_FACTORS
+        store_transposed<STATES_DTYPE, HEAD_V>(state + key * HEAD_V + channel, HEAD_V, S[m][j], HEAD_V - channel,
+                                               HEAD_K - key, lane);
+#else
+        store_rows<STATES_DTYPE, HEAD_K>(state + channel * HEAD_K + key, S[m][j], HEAD_V - channel, HEAD_K - key, lane);
+#endif
+      }
 #endif
 
     float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4], O[ROW_TILES][C_TILES][4];

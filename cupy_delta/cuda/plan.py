@@ -310,6 +310,7 @@ def backward_state_launch(
 ) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     size, K = problem.dtype.itemsize, padded(problem.K)
+    # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
     row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
     slice_ = 16 * row_tiles * warps
     key_rows = (chunk * pitch(K, size), size)
@@ -353,12 +354,13 @@ def backward_state_launch(
 def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients, with as wide a slice of values as fits."""
     size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    warps = 4 if K <= 128 else 8
+    # So that the sums over the group fit the registers of a warp.
+    warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
     for slice_ in (64, 32, 16):
         slice_ = min(slice_, V)
-        state, rows = (K * pitch(slice_, size), size), (chunk * pitch(slice_, size), size)
+        state, rows = (slice_ * pitch(K, size), size), (chunk * pitch(slice_, size), size)
         arrays = [key_rows, key_rows, state, state, rows, rows, rows, square, square, square]
         shared = carve(*arrays, (chunk, 4), (chunk, 4))
         if shared <= facts.shared_bytes:

@@ -23,6 +23,23 @@ PRIM void store_transposed(T* out, int64_t stride, const float (&d)[4], int rows
   }
 }
 
+// out[row * stride + column] = d(row, column) for an accumulator tile as it lies, two columns at a time.
+template <class T, int STRIDE>
+PRIM void store_rows(T* out, const float (&d)[4], int rows, int columns, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int row = sum_row(lane, 2 * h), column = sum_column(lane, 0, 0);
+    T* at = &out[row * STRIDE + column];
+    if (row >= rows || column >= columns) continue;
+    if constexpr (STRIDE % 2 == 0 && sizeof(T) == 2) {
+      *(uint32_t*)at = pack2<T>(d[2 * h], d[2 * h + 1]);
+    } else {
+      at[0] = narrow<T>(d[2 * h]);
+      if (column + 1 < columns) at[1] = narrow<T>(d[2 * h + 1]);
+    }
+  }
+}
+
 // A state's accumulator tile (rows: value channels, columns: key channels) and its place in memory: layout
 // (K, V), or (V, K) with STATE_VK.
 PRIM int64_t state_offset(int value, int key) {

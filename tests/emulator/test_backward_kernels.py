@@ -1,0 +1,243 @@
+"""The gradients' kernels on the emulator: no fault, and gradients of the token loop."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import EmulatorDevice, Run
+from helpers import make_inputs
+
+from cupy_delta.cuda.launch import device_arrays, execute
+from cupy_delta.cuda.operators import OPERATOR_ARRAYS
+from cupy_delta.cuda.plan import DeviceFacts, plan_backward, plan_forward
+from cupy_delta.problem import operator_problem
+from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
+
+BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+NAMES = ("dq", "dk", "dv", "dbeta", "dinitial_state")
+BETAS = {"(0,1)": (0.0, 1.0), "1": (1.0, 1.0), "(0,2)": (0.0, 2.0), "1.99": (1.99, 1.99)}
+
+
+def problem_of(args, kw, chunk=None, l2norm=False):
+    options = dict(scale=None, qk_l2norm=l2norm, out=None) | kw
+    if chunk is not None:
+        options["chunk_size"] = chunk
+    return operator_problem(*args, **options)
+
+
+def gradients(args, kw, do, dfinal, chunk=None, run=None, l2norm=False, **facts):
+    """Return the gradients by name, from the forward's residuals, all by the kernels."""
+    problem = problem_of(args, kw, chunk, l2norm)
+    device = EmulatorDevice(run or Run(), **facts)
+    arrays = device_arrays(problem, device, OPERATOR_ARRAYS)
+    saved = execute(plan_forward(problem, device.facts, True), arrays, device)
+    saved["do"] = device.bring(do, "do", None)
+    saved["dfinal_state"] = None if dfinal is None else device.bring(dfinal, "dfinal_state", None)
+    results = execute(plan_backward(problem, device.facts, dfinal is not None), saved, device)
+    return {name: np.array(results[name], np.float64) for name in NAMES}
+
+
+def exact(args, kw, do, dfinal, l2norm=False):
+    """The float64 adjoint of the token loop, for the values that the kernels were given."""
+    wide = [None if x is None else np.asarray(x, np.float64) for x in args]
+    kw = dict(kw)
+    states = problem_of(args, kw).state_shape
+    initial = kw["initial_state"]
+    kw["initial_state"] = np.zeros(states) if initial is None else initial.astype(np.float64)
+    dfinal = None if dfinal is None else dfinal.astype(np.float64)
+    result = recurrent_delta_rule_bwd(
+        problem_of(wide, kw, l2norm=l2norm), np.asarray(do, np.float64), dfinal
+    )
+    q, k, v, beta, _, initial = result
+    return dict(zip(NAMES, (q, k, v, beta, initial), strict=True))
+
+
+def rounded_products(args, do, chunk):
+    """Plain chunkwise gradients in NumPy: operands of products in 16 bits, everything else exact.
+
+    One batch row and as many value heads as key heads, from a zero state.
+    """
+    dtype = args[0].dtype
+    q, k, v, beta, do = (np.asarray(x, np.float64)[0] for x in (*args[:4], do))
+    T, H, K = q.shape
+    scale = K**-0.5
+
+    def mul(a, b):
+        return a.astype(dtype).astype(np.float64) @ b.astype(dtype).astype(np.float64)
+
+    out = {name: np.zeros(x.shape) for name, x in zip(NAMES, (q, k, v, beta), strict=False)}
+    out["dinitial_state"] = np.zeros((H, K, v.shape[2]))
+    for h in range(H):
+        S, saved = np.zeros((K, v.shape[2])), []
+        for start in range(0, T, chunk):
+            rows = slice(start, min(start + chunk, T))
+            Q, X, b = q[rows, h], k[rows, h], beta[rows, h, None]
+            M = np.tril(mul(X, X.T), -1)
+            core = -M @ np.linalg.inv(np.eye(len(X)) + b * M)
+            R = v[rows, h] - mul(X, S)
+            N_hat = R + mul(core, b * R)
+            saved.append((rows, Q, X, b, core, N_hat, S))
+            S = S + mul(X.T, b * N_hat)
+        D = np.zeros_like(S)
+        for rows, Q, X, b, core, N_hat, S in reversed(saved):
+            dO, N = do[rows, h], b * N_hat
+            dN = scale * mul(np.tril(mul(Q, X.T)).T, dO) + mul(X, D)
+            G = dN + mul(core.T, b * dN)
+            dR = b * G
+            dP, E = np.tril(mul(dO, N.T)), -np.tril(mul(dR, N.T), -1)
+            out["dq"][rows, h] = scale * (mul(dO, S.T) + mul(dP, X))
+            out["dk"][rows, h] = scale * mul(dP.T, Q) + mul(N, D.T) - mul(dR, S.T) + mul(E + E.T, X)
+            out["dv"][rows, h] = dR
+            out["dbeta"][rows, h] = np.sum(G * N_hat, 1)
+            D = D + scale * mul(Q.T, dO) - mul(X.T, dR)
+        out["dinitial_state"][h] = D
+    for name in ("dq", "dk", "dv"):
+        out[name] = out[name].astype(dtype).astype(np.float64)
+    return {name: x[None] for name, x in out.items()}
+
+
+def error(x, y):
+    """Relative Frobenius error; NaN is infinite."""
+    value = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
+    return np.inf if np.isnan(value) else value
+
+
+def final_gradient(args, kw, seed=7):
+    shape = problem_of(args, kw).state_shape
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def output_gradient(args, seed=6):
+    return np.random.default_rng(seed).standard_normal(args[2].shape).astype(args[2].dtype)
+
+
+# 16-bit: a few roundings of 2^-9 or 2^-12 relative to the whole array; float: 3xTF32.
+BOUND = {BF16: 2e-2, F16: 3e-3, F32: 1e-5}
+
+
+def check(args, kw, do, dfinal, l2norm=False, **options):
+    result = gradients(args, kw, do, dfinal, l2norm=l2norm, **options)
+    expected = exact(args, kw, do, dfinal, l2norm=l2norm)
+    for name in NAMES:
+        assert result[name].shape == expected[name].shape, name
+        if expected[name].size:
+            deviation = error(result[name], expected[name])
+            assert deviation < BOUND[args[0].dtype], (name, deviation)
+
+
+# K, V, T, key heads, group, chunk, dtype: each K and V, T and dtype once or more.
+SHAPES = [
+    (1, 17, 1, 1, 1, 16, BF16),
+    (17, 1, 15, 1, 2, 16, F16),
+    (40, 60, 16, 1, 1, 32, F32),
+    (60, 40, 63, 2, 1, 32, BF16),
+    (64, 64, 130, 1, 2, 64, BF16),
+    (96, 100, 65, 1, 1, 32, F16),
+    (100, 96, 64, 1, 1, 16, F32),
+    (128, 128, 65, 1, 2, 32, BF16),
+    (128, 128, 33, 1, 1, 16, F32),
+    (192, 17, 33, 1, 1, 32, BF16),
+    (17, 192, 17, 1, 1, 16, F16),
+    (256, 64, 33, 1, 1, 16, F32),
+    (64, 256, 33, 1, 1, 32, BF16),
+    (256, 256, 17, 1, 1, 16, BF16),
+]
+
+
+@pytest.mark.parametrize(("K", "V", "T", "H", "G", "chunk", "dtype"), SHAPES)
+def test_shapes(K, V, T, H, G, chunk, dtype):
+    layout = "vk" if T % 2 else "kv"
+    args, kw = make_inputs(T, H=H, G=G, K=K, V=V, dtype=dtype, initial=True, layout=layout)
+    check(args, kw, output_gradient(args), final_gradient(args, kw), chunk=chunk)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+def test_sequences_of_zero_one_and_more_tokens(dtype, initial, final):
+    ends = [0, 0, 1, 18, 18, 51, 52]
+    args, kw = make_inputs(
+        52, G=2, K=32, V=32, cu_seqlens=ends, initial=initial, dtype=dtype, beta=(0.0, 2.0)
+    )
+    dfinal = final_gradient(args, kw) if final else None
+    check(args, kw, output_gradient(args), dfinal, chunk=16)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_limits_of_beta(beta):
+    args, kw = make_inputs(65, K=32, V=32, beta=(beta, beta), dtype=BF16, initial=True)
+    check(args, kw, output_gradient(args), final_gradient(args, kw), chunk=32)
+
+
+def test_beta_zero_keeps_its_own_gradient():
+    """dv vanishes where beta is zero, dbeta does not: nothing is divided by beta."""
+    args, kw = make_inputs(33, K=32, V=32, dtype=F32, initial=True)
+    args[3][:, ::3] = 0
+    do = output_gradient(args)
+    result = gradients(args, kw, do, None, chunk=16)
+    expected = exact(args, kw, do, None)
+    assert np.all(result["dv"][:, ::3] == 0)
+    assert np.min(np.abs(expected["dbeta"][:, ::3])) > 0
+    assert error(result["dbeta"][:, ::3], expected["dbeta"][:, ::3]) < BOUND[F32]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_gradient_through_the_norm(dtype):
+    args, kw = make_inputs(20, K=40, V=24, dtype=dtype)
+    args[0], args[1] = ((3 * x.astype(np.float32)).astype(dtype) for x in args[:2])
+    check(args, kw, output_gradient(args), None, l2norm=True, chunk=16)
+
+
+def test_plain_products_are_the_gradients_without_rounding():
+    args, kw = make_inputs(70, H=2, K=24, V=20, beta=(0.0, 2.0))
+    args[3][:, ::7] = 0
+    do = output_gradient(args)
+    plain, expected = rounded_products(args, do, 32), exact(args, kw, do, None)
+    for name in NAMES:
+        assert error(plain[name], expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("K", [1, 64, 128, 192, 256])
+@pytest.mark.parametrize("V", [1, 64, 128, 256])
+def test_default_chunk_fits_the_smallest_shared_memory(dtype, K, V):
+    facts = DeviceFacts(sm_count=84, shared_bytes=99 * 1024)
+    plan = plan_backward(problem_of(*make_inputs(64, K=K, V=V, dtype=dtype)), facts, True)
+    assert [launch.entry for launch in plan.launches] == ["backward_state", "backward_chunk"]
+    assert all(launch.shared <= facts.shared_bytes for launch in plan.launches)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("beta", BETAS)
+def test_error_against_plain_rounded_products(correlation, beta):
+    args, kw = make_inputs(128, K=64, V=64, beta=BETAS[beta], correlation=correlation, dtype=BF16)
+    args[3] = args[3].astype(np.float32)
+    do = output_gradient(args)
+    result, expected = gradients(args, kw, do, None, chunk=32), exact(args, kw, do, None)
+    plain = rounded_products(args, do, 32)
+    for name in NAMES:
+        allowed = 3 * error(plain[name], expected[name])
+        assert error(result[name], expected[name]) <= allowed, (name, allowed)
+
+
+@pytest.mark.parametrize("schedule", ["descending", "random"])
+@pytest.mark.parametrize("completion", ["early", "either"])
+def test_schedule_changes_no_bit(schedule, completion):
+    args, kw = make_inputs(40, G=2, K=32, V=48, dtype=BF16, initial=True)
+    do, dfinal = output_gradient(args), final_gradient(args, kw)
+    first = gradients(args, kw, do, dfinal, chunk=16)
+    other = Run(schedule=schedule, completion=completion, preempt=30, seed=3)
+    second = gradients(args, kw, do, dfinal, chunk=16, run=other)
+    for name in NAMES:
+        assert np.array_equal(first[name], second[name]), name
+
+
+def test_nan_stays_in_its_sequence():
+    args, kw = make_inputs(40, K=32, V=32, cu_seqlens=[0, 19, 40], dtype=BF16, initial=True)
+    do, dfinal = output_gradient(args), final_gradient(args, kw)
+    clean = gradients(args, kw, do, dfinal, chunk=16)
+    for x in (*args[:4], do):
+        x[:, 19:] = np.nan
+    spoilt = gradients(args, kw, do, dfinal, chunk=16)
+    for name in NAMES[:4]:
+        assert np.array_equal(clean[name][:, :19], spoilt[name][:, :19]), name
+    assert np.array_equal(clean["dinitial_state"][0], spoilt["dinitial_state"][0])
