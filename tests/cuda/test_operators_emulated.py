@@ -1,0 +1,306 @@
+"""The operators of the CUDA backend, every launch under the race-checking emulator.
+
+The whole way of a CuPy call is taken: Problem, plan, arguments, workspace, launches, outputs.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import Run
+from helpers import definition, deviation, make_inputs
+from rounded import error, rounded_products
+
+import cupy_delta as cd
+from cupy_delta.cuda import operators
+from cupy_delta.cuda.launch import device_arrays, execute
+from cupy_delta.cuda.plan import plan_forward
+from cupy_delta.problem import operator_problem
+
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+CHUNK = {BF16: 32, F16: 32, F32: 16}
+VARLEN = [0, 0, 1, 40, 40, 73, 74]
+
+
+def wide(args, kw):
+    args = [None if x is None else x.astype(np.float64) for x in args]
+    initial = kw["initial_state"]
+    return args, kw | {"initial_state": None if initial is None else initial.astype(np.float64)}
+
+
+def check(args, kw, chunk=None, slack=1.0):
+    """Compare with float64: 16-bit within 2x of plain rounded products, float within 4x of 1e-6."""
+    dtype = args[0].dtype
+    result = cd.chunk_delta_rule(*args, **kw, chunk_size=chunk)
+    wide_args, wide_kw = wide(args, kw)
+    exact = definition(*wide_args, **wide_kw)
+    assert result.o.dtype == dtype
+    assert result.final_state.dtype == np.float32
+    if dtype == F32:
+        bounds = (1e-6 * slack, 1e-6 * slack)
+    else:
+        plain = rounded_products(args, kw, chunk or CHUNK[dtype])
+        bounds = [2 * error(x, y) + 1e-7 for x, y in zip(plain, exact, strict=True)]
+    for x, y, bound in zip(result, exact, bounds, strict=True):
+        assert x.shape == y.shape
+        if y.size:
+            assert error(x, y) < bound
+    return result
+
+
+# (K, V, dtype): each size of either and each dtype with odd, even and 16-byte rows.
+SHAPES = [
+    (1, 17, BF16),
+    (17, 1, F32),
+    (40, 60, F16),
+    (60, 40, BF16),
+    (64, 64, BF16),
+    (96, 100, F32),
+    (100, 96, F16),
+    (128, 128, BF16),
+    (128, 64, F32),
+    (192, 33, BF16),
+    (256, 128, F16),
+    (64, 256, BF16),
+]
+
+
+@pytest.mark.parametrize(("K", "V", "dtype"), SHAPES)
+def test_head_sizes(emulated, K, V, dtype):
+    args, kw = make_inputs(50, G=2, K=K, V=V, dtype=dtype, initial=True)
+    check(args, kw)
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 31, 32, 33, 63, 64, 65, 130])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_lengths(emulated, T, dtype):
+    args, kw = make_inputs(T, B=2, H=2, K=32, V=32, dtype=dtype, initial=True, beta=(0, 2))
+    check(args, kw)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_chunk_sizes(emulated, chunk, dtype):
+    args, kw = make_inputs(130, K=32, V=32, dtype=dtype, initial=True)
+    check(args, kw, chunk)
+
+
+@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_options(emulated, gate, varlen, layout):
+    options = dict(gate=gate, layout=layout, cu_seqlens=VARLEN if varlen else None)
+    args, kw = make_inputs(74, H=2, G=2, K=32, V=48, dtype=BF16, initial=True, **options)
+    check(args, kw)
+
+
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_sequences_end_to_end(emulated, index, dtype):
+    cu = np.array(VARLEN, index)
+    args, kw = make_inputs(74, G=2, K=32, V=32, dtype=dtype, initial=True, cu_seqlens=cu)
+    result = check(args, kw)
+    assert np.array_equal(result.final_state[0], kw["initial_state"][0])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("beta", [(0, 1), (1, 1), (0, 2), (1.99, 1.99), (0, 0)])
+def test_hard_keys(emulated, dtype, correlation, beta):
+    args, kw = make_inputs(130, K=32, V=32, dtype=dtype, correlation=correlation, beta=beta)
+    if beta == (0, 0):
+        assert not cd.chunk_delta_rule(*args, **kw).o.any()
+        return
+    # In float the keys' own rounding is amplified where beta is near 2.
+    check(args, kw, slack=20 if beta[1] > 1 else 2)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_strong_decay(emulated, dtype):
+    args, kw = make_inputs(70, K=32, V=32, gate="scalar", dtype=dtype, beta=(2, 2), initial=True)
+    args[4][:] = -20
+    check(args, kw)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_normalised_keys(emulated, on_reference, dtype):
+    args, kw = make_inputs(50, H=2, K=40, V=32, dtype=dtype)
+    args[0], args[1] = 3 * args[0], (0.5 * args[1].astype(np.float32)).astype(dtype)
+    result = cd.chunk_delta_rule(*args, **kw, qk_l2norm=True)
+    expected = on_reference(cd.chunk_delta_rule, *args, **kw, qk_l2norm=True)
+    assert error(result.o, expected.o) < (1e-6 if dtype == F32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
+@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("per_value", [False, True])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_recurrent(emulated, on_reference, dtype, gate, per_value, varlen):
+    cu = [0, 0, 1, 9, 9] if varlen else None
+    options = dict(gate=gate, beta_per_value=per_value, cu_seqlens=cu, initial=True)
+    layout = "vk" if gate else "kv"
+    args, kw = make_inputs(9, H=2, G=2, K=40, V=33, dtype=dtype, layout=layout, **options)
+    result = cd.recurrent_delta_rule(*args, **kw, qk_l2norm=per_value)
+    expected = on_reference(cd.recurrent_delta_rule, *args, **kw, qk_l2norm=per_value)
+    bound = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2}[dtype.name]
+    assert deviation(result.o, expected.o) < bound
+    assert deviation(result.final_state, expected.final_state) < min(bound, 1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 33, 100, 256])
+@pytest.mark.parametrize("V", [1, 130])
+def test_recurrent_head_sizes(emulated, on_reference, K, V):
+    args, kw = make_inputs(3, K=K, V=V, initial=True)
+    expected = on_reference(cd.recurrent_delta_rule, *args, **kw)
+    result = cd.recurrent_delta_rule(*args, **kw)
+    assert max(deviation(x, y) for x, y in zip(result, expected, strict=True)) < 1e-14
+
+
+@pytest.mark.parametrize("T", [0, 1, 8])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("pool", ["float32", "bfloat16", "float16"])
+def test_step(emulated, on_reference, T, layout, pool):
+    args, kw = make_inputs(T, B=3, H=2, G=2, K=40, V=24, dtype=BF16, layout=layout, initial=True)
+    shape = (5, *kw["initial_state"].shape[1:])
+    start = np.random.default_rng(1).standard_normal(shape).astype(getattr(ml_dtypes, pool, pool))
+    indices = np.array([4, -1, 0], np.int32)
+    states = [start.copy(), start.copy()]
+    options = dict(state_layout=layout, state_indices=indices, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=states[0], **options)
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], **options)
+    assert deviation(o, expected) < 1e-2
+    assert not o[1].any()
+    assert error(states[0], states[1]) < (1e-6 if pool == "float32" else 1e-3)
+    assert np.array_equal(states[0][[1, 2, 3]], start[[1, 2, 3]])
+
+
+def test_step_in_float64_with_gate(emulated, on_reference):
+    args, kw = make_inputs(2, B=3, H=2, K=33, V=5, gate="scalar", initial=True)
+    states = [kw["initial_state"].copy() for _ in range(2)]
+    o = cd.delta_rule_step(*args, state=states[0])
+    assert deviation(o, on_reference(cd.delta_rule_step, *args, state=states[1])) < 1e-14
+    assert deviation(*states) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_building_blocks(emulated, on_reference, dtype, varlen):
+    cu = VARLEN if varlen else None
+    args, kw = make_inputs(74, H=2, G=2, K=40, V=32, dtype=dtype, initial=True, cu_seqlens=cu)
+    q, k, v, beta, _ = args
+    cu = kw["cu_seqlens"]
+    blocks = dict(chunk_size=16, cu_seqlens=cu)
+    bound = 2e-6 if dtype == F32 else 2e-2
+
+    def pieces():
+        w, u, t = cd.wy_factors(k, v, beta, **blocks)
+        states, v_new, final = cd.state_pass(k, w, u, initial_state=kw["initial_state"], **blocks)
+        return w, u, t, states, v_new, final, cd.chunk_output(q, k, v_new, states, **blocks)
+
+    for x, y in zip(pieces(), on_reference(pieces), strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        assert error(x, y) < bound
+    transfer, expected = (
+        call(cd.sequence_transfer, k, v, beta, cu_seqlens=cu)
+        for call in (lambda f, *a, **b: f(*a, **b), on_reference)
+    )
+    assert error(transfer.p, expected.p) < bound
+    assert error(transfer.h, expected.h) < bound
+    twice = transfer.then(transfer)
+    assert error(twice.p, expected.p @ expected.p) < bound
+    state = kw["initial_state"]
+    assert error(transfer.apply(state), expected.p @ state + expected.h) < bound
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_gradients(emulated, on_reference, dtype):
+    options = dict(cu_seqlens=[0, 0, 1, 40, 74], initial=True, layout="vk", beta=(0, 2))
+    args, kw = make_inputs(74, H=2, G=2, K=32, V=48, dtype=dtype, **options)
+    rng = np.random.default_rng(0)
+    do = rng.standard_normal(args[2].shape).astype(dtype)
+    dfinal = rng.standard_normal(kw["initial_state"].shape).astype(np.float32)
+
+    def gradients(args, kw, do, dfinal):
+        forward = cd.chunk_delta_rule_fwd(*args, **kw, qk_l2norm=True)
+        return cd.chunk_delta_rule_bwd(forward.residuals, do, dfinal)
+
+    wide_args, wide_kw = wide(args, kw)
+    expected = on_reference(
+        gradients, wide_args, wide_kw, do.astype(np.float64), dfinal.astype(np.float64)
+    )
+    bound = {BF16: 2e-2, F16: 3e-3, F32: 3e-6}[dtype]
+    for name, x, y in zip(expected._fields, gradients(args, kw, do, dfinal), expected, strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert error(x, y) < bound, name
+
+
+def test_results_are_the_same_in_any_schedule(emulated):
+    args, kw = make_inputs(74, H=1, G=2, K=32, V=48, dtype=BF16, initial=True, gate="scalar")
+    results = []
+    for run in (
+        Run(),
+        Run(schedule="descending", completion="early"),
+        *(Run("random", "either", preempt=30, seed=seed) for seed in range(3)),
+    ):
+        emulated(run)
+        results.append(cd.chunk_delta_rule(*args, **kw))
+    for other in results[1:]:
+        assert np.array_equal(other.o, results[0].o)
+        assert np.array_equal(other.final_state, results[0].final_state)
+
+
+@pytest.mark.parametrize("sm_count", [1, 4, 132])
+def test_block_shapes_agree(emulated, sm_count):
+    args, kw = make_inputs(50, H=2, K=32, V=160, dtype=BF16)
+    emulated(sm_count=1)
+    wide_blocks = cd.chunk_delta_rule(*args, **kw).o
+    emulated(sm_count=sm_count)
+    assert np.array_equal(cd.chunk_delta_rule(*args, **kw).o, wide_blocks)
+
+
+def test_nan_stays_in_its_head_and_sequence(emulated):
+    args, kw = make_inputs(74, H=2, G=2, K=32, V=32, dtype=BF16, cu_seqlens=[0, 30, 35, 74])
+    clean = cd.chunk_delta_rule(*args, **kw)
+    args[2][0, 31, 1] = np.nan
+    dirty = cd.chunk_delta_rule(*args, **kw)
+    touched = np.zeros(clean.o.shape, bool)
+    touched[0, 30:35, 1] = True
+    assert np.isnan(dirty.o[0, 31:35, 1].astype(np.float32)).all()
+    assert np.array_equal(dirty.o[~touched], clean.o[~touched])
+    assert np.array_equal(dirty.final_state[[0, 2]], clean.final_state[[0, 2]])
+
+
+@pytest.mark.parametrize("t", [1, 20, 32, 50])
+def test_causal_to_the_bit(emulated, t):
+    args, kw = make_inputs(70, K=32, V=32, dtype=BF16, gate="scalar")
+    before = cd.chunk_delta_rule(*args, **kw).o[:, :t].copy()
+    other, _ = make_inputs(70, K=32, V=32, dtype=BF16, gate="scalar", seed=1)
+    for x, y in zip(args, other, strict=True):
+        x[:, t:] = y[:, t:]
+    assert np.array_equal(cd.chunk_delta_rule(*args, **kw).o[:, :t], before)
+
+
+def test_out_strided_and_read_only_inputs(emulated):
+    args, kw = make_inputs(50, H=2, K=32, V=32, dtype=BF16)
+    expected = cd.chunk_delta_rule(*args, **kw)
+    out = np.empty_like(args[2])
+    strided = [None if x is None else np.asfortranarray(x) for x in args]
+    for x in strided[:4]:
+        x.flags.writeable = False
+    result = cd.chunk_delta_rule(*strided, **kw, out=out)
+    assert result.o is out
+    assert np.array_equal(out, expected.o)
+
+
+@pytest.mark.parametrize("values", [[0, 500, -7, 74], [0, 60, 10, 74], [5, 5, 5, 5]])
+def test_wrong_cu_seqlens_in_device_memory_stay_inside_the_arrays(emulated, values):
+    args, kw = make_inputs(74, K=32, V=32, dtype=BF16, cu_seqlens=[0, 10, 20, 74])
+    problem = operator_problem(*args, **kw, scale=None, qk_l2norm=False, out=None)
+    # Two wrong sequences may write the same rows; what counts is that no address is outside.
+    emulated(Run(check=False))
+    with operators.device_of(args[0]) as device:
+        arrays = device_arrays(problem, device, operators.OPERATOR_ARRAYS)
+        arrays["cu_seqlens"][:] = values
+        execute(plan_forward(problem, device.facts), arrays, device)

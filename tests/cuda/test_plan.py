@@ -1,0 +1,130 @@
+"""Plans and sources: pure Python, no device of any kind."""
+
+import numpy as np
+import pytest
+from helpers import make_inputs
+
+from cupy_delta.cuda import plan as plans
+from cupy_delta.cuda import sources
+from cupy_delta.problem import factors_problem, operator_problem, step_problem
+
+H200 = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+SMALL = plans.DeviceFacts(sm_count=28, shared_bytes=99 * 1024)
+
+
+def problem(dtype=np.float16, chunk_size=None, qk_l2norm=False, **sizes):
+    args, kw = make_inputs(**(dict(T=70, K=64, V=64, dtype=dtype) | sizes))
+    options = dict(scale=None, qk_l2norm=qk_l2norm, out=None, chunk_size=chunk_size)
+    return operator_problem(*args, **kw, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(dtype=np.float64), "float64: the chunked operators on CuPy arrays take float32"),
+        (dict(chunk_size=48), "chunk_size = 48: CuPy arrays support 16, 32 and 64, or None"),
+        (dict(K=257), "K = 257: CuPy arrays support head sizes up to 256"),
+        (dict(V=300), "V = 300: CuPy arrays support head sizes up to 256"),
+        (dict(gate="channel"), "g: a gate per key channel"),
+    ],
+)
+def test_what_is_not_supported_is_named(options, words):
+    with pytest.raises(NotImplementedError, match=words):
+        plans.plan_forward(problem(**options), H200)
+
+
+def test_a_chunk_too_large_for_the_gpu_is_named():
+    with pytest.raises(NotImplementedError, match=r"chunk_size = 64: .* this GPU has 101376"):
+        plans.plan_forward(problem(K=256, V=256, chunk_size=64), SMALL)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("K", [1, 64, 128, 192, 256])
+@pytest.mark.parametrize("V", [1, 64, 128, 256])
+def test_every_head_size_fits_every_gpu(dtype, K, V):
+    p = problem(dtype=dtype, K=K, V=V, T=1)
+    for plan in (plans.plan_forward(p, SMALL, True), plans.plan_backward(p, SMALL, True)):
+        for launch in plan.launches:
+            assert 0 <= launch.shared <= SMALL.shared_bytes
+            assert launch.block <= 1024 and launch.block % 32 == 0
+
+
+def slices_of(walk):
+    defines = dict(walk.defines)
+    return -(-defines["HEAD_V"] // (16 * defines["WARPS"] * defines["ROW_TILES"]))
+
+
+def test_grids_cover_all_chunks_and_heads():
+    p = problem(B=3, T=70, H=2, G=2)
+    factors, walk = plans.plan_forward(p, H200).launches
+    assert factors.grid == 3 * 3 * 2
+    assert walk.grid == 3 * 4 * slices_of(walk)
+    v = problem(T=70, cu_seqlens=[0, 10, 10, 70])
+    assert plans.plan_forward(v, H200).launches[0].grid == 70 // 32 + 3
+
+
+def test_nothing_to_do_launches_nothing_that_matters():
+    for sizes in (dict(T=0), dict(B=0), dict(T=0, cu_seqlens=[0])):
+        p = problem(**sizes)
+        factors, walk = plans.plan_forward(p, H200).launches
+        assert factors.grid == 0
+        assert walk.grid == p.N * p.HV * slices_of(walk)
+
+
+def test_plans_are_kept_and_hold_no_array():
+    first = plans.plan_forward(problem(seed=0), H200)
+    assert plans.plan_forward(problem(seed=1), H200) is first
+    assert plans.plan_forward(problem(seed=0, T=71), H200) is not first
+    assert plans.plan_forward(problem(qk_l2norm=True), H200) is not first
+    for launch in first.launches:
+        assert all(a is None or isinstance(a, str | np.generic) for a in launch.arguments)
+
+
+def test_residuals_and_options_change_the_plan():
+    names = [launch.entry for launch in plans.plan_forward(problem(qk_l2norm=True), H200).launches]
+    assert names == ["l2norm", "l2norm", "wy_factors", "forward"]
+    assert "states" in plans.plan_forward(problem(), H200, True).workspace
+    assert "states" not in plans.plan_forward(problem(), H200).workspace
+
+
+def test_every_launch_names_arrays_that_exist():
+    p = problem(qk_l2norm=True, initial=True)
+    given = {"q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "do", "dfinal_state"}
+    forward = plans.plan_forward(p, H200, True)
+    backward = plans.plan_backward(p, H200, True)
+    known = given | set(forward.workspace) | set(forward.outputs)
+    for plan in (forward, backward):
+        known |= set(plan.workspace) | set(plan.outputs)
+        for launch in plan.launches:
+            assert {a for a in launch.arguments if isinstance(a, str)} <= known
+
+
+def test_steps_and_factors_have_plans():
+    args, kw = make_inputs(2, B=3, K=40, V=33, initial=True)
+    state = dict(state=kw["initial_state"], state_indices=None)
+    options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
+    (launch,) = plans.plan_tokens(step_problem(*args, **state, **options), True).launches
+    assert dict(launch.defines)["STEP"] == 1
+    args, _ = make_inputs(50, dtype=np.float32)
+    p = factors_problem(*args[1:4], cu_seqlens=None)
+    assert [x.entry for x in plans.plan_transfer(p, H200).launches] == ["wy_factors"] + [
+        "forward"
+    ] * 2
+
+
+def test_digest_changes_with_any_header(tmp_path):
+    (tmp_path / "primitives").mkdir()
+    header = tmp_path / "primitives" / "primitives.cuh"
+    header.write_text("int a;")
+    (tmp_path / "k.cu").write_text('#include "primitives/primitives.cuh"')
+    before = sources.variant_source("k.cu", (("A", 1),), tmp_path)
+    assert before.endswith('#define A 1\n#include "k.cu"\n')
+    header.write_text("int b;")
+    sources.digest.cache_clear()
+    assert sources.variant_source("k.cu", (("A", 1),), tmp_path) != before
+
+
+def test_kernels_are_found():
+    folder = sources.kernel_folder()
+    assert (folder / "forward.cu").is_file()
+    assert sources.digest(folder) == sources.digest(folder)
