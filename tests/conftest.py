@@ -5,6 +5,13 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("calls", "helpers")
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on-gpu", action="store_true", help="run tests/cuda on CuPy arrays, not emulated"
+    )
+
+
 # The same examples in every run and on every machine: a red run can be repeated by anyone.
 settings.register_profile(
     "repeatable",

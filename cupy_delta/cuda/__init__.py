@@ -13,8 +13,10 @@ from .operators import (
     state_pass,
     wy_factors,
 )
+from .workspace import Workspace
 
 __all__ = [
+    "Workspace",
     "affine",
     "chunk_delta_rule",
     "chunk_delta_rule_bwd",

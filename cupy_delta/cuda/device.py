@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 import cupy
 import numpy as np
 
+from . import workspace
 from .plan import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
 
@@ -36,15 +37,26 @@ class CupyDevice:
         return _facts(self.index)
 
     def empty(self, shape, dtype, name: str):
-        return cupy.empty(shape, dtype)
+        kept = workspace.current()
+        if kept is None:
+            return cupy.empty(shape, dtype)
+        return kept.take(self.index, name, shape, dtype, cupy.empty)
 
     def zeros(self, shape, dtype, name: str):
-        return cupy.zeros(shape, dtype)
+        x = self.empty(shape, dtype, name)
+        x.fill(0)
+        return x
 
     def bring(self, x, name: str, dtype):
         """Return `x` on the device, C-contiguous, aligned to 16 bytes, in `dtype` if given."""
-        y = cupy.ascontiguousarray(cupy.asarray(x), dtype)
-        return y if y.data.ptr % 16 == 0 else y.copy()
+        dtype = x.dtype if dtype is None else dtype
+        if not isinstance(x, cupy.ndarray):
+            return cupy.asarray(np.ascontiguousarray(x, dtype))
+        if x.dtype == dtype and x.flags.c_contiguous and x.data.ptr % 16 == 0:
+            return x
+        y = self.empty(x.shape, dtype, f"{name} as read")
+        cupy.copyto(y, x)
+        return y
 
     def target(self, x, name: str):
         """Return an array that kernels may write in place of `x`; `finish` copies it back."""

@@ -1,24 +1,36 @@
 """The CUDA backend on machines without a GPU: the device is the only thing that is swapped."""
 
 import sys
+from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "emulator"))
 
 from emulator import EmulatorDevice, Run
 
-from cupy_delta import dispatch
+import cupy_delta.building_blocks as blocks_module
+import cupy_delta.operators as operators_module
+from cupy_delta import dispatch, reference
 from cupy_delta.cuda import operators
+from cupy_delta.problem import Problem
 
 
 @pytest.fixture
-def emulated(monkeypatch):
+def emulated(monkeypatch, request):
     """Send NumPy arrays to the CUDA backend on an emulated device.
 
     Returns a function that sets how launches are run; every device made since is in its `devices`.
+    With --on-gpu the arrays go to a real GPU and back, and how launches are run is up to it.
     """
+    if request.config.getoption("--on-gpu"):
+        monkeypatch.setattr(dispatch, "backend_for", lambda kind: GpuRoundTrip(kind))
+        monkeypatch.setattr(operators_module, "backend_for", lambda kind: GpuRoundTrip(kind))
+        monkeypatch.setattr(blocks_module, "backend_for", lambda kind: GpuRoundTrip(kind))
+        return lambda *args, **kwargs: None
 
     def use(run=None, **facts):
         def device_of(x):
@@ -33,6 +45,47 @@ def emulated(monkeypatch):
     return use
 
 
+class GpuRoundTrip:
+    """The CUDA backend for NumPy arrays: arrays go to the GPU, results come back."""
+
+    def __init__(self, kind):
+        self._backend = import_module(dispatch.BACKENDS["cupy"])
+
+    def __getattr__(self, name):
+        import cupy
+
+        function = getattr(self._backend, name)
+
+        def to_gpu(x):
+            if isinstance(x, np.ndarray):
+                return cupy.asarray(x)
+            if isinstance(x, Problem):
+                moved = {f.name: to_gpu(getattr(x, f.name)) for f in fields(x)}
+                return replace(x, **moved)
+            return x
+
+        def to_host(x):
+            if isinstance(x, cupy.ndarray):
+                return x.get()
+            return tuple(map(to_host, x)) if isinstance(x, tuple) else x
+
+        def call(*args):
+            moved = [to_gpu(a) for a in args]
+            result = to_host(function(*moved))
+            for given, there in zip(args, moved, strict=True):
+                if isinstance(given, Problem):
+                    for target in ("out", "state"):
+                        if getattr(given, target) is not None:
+                            getattr(given, target)[...] = getattr(there, target).get()
+                    if given.out is not None:
+                        result = (
+                            (given.out, *result[1:]) if isinstance(result, tuple) else given.out
+                        )
+            return result
+
+        return call
+
+
 @pytest.fixture
 def on_reference(monkeypatch):
     """Return a function that calls another on the NumPy backend."""
@@ -40,6 +93,8 @@ def on_reference(monkeypatch):
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
             patch.setitem(dispatch.BACKENDS, "numpy", "cupy_delta.reference")
+            for module in (dispatch, operators_module, blocks_module):
+                patch.setattr(module, "backend_for", lambda kind: reference)
             return function(*args, **kwargs)
 
     return call

@@ -295,7 +295,9 @@ def test_out_strided_and_read_only_inputs(emulated):
 
 
 @pytest.mark.parametrize("values", [[0, 500, -7, 74], [0, 60, 10, 74], [5, 5, 5, 5]])
-def test_wrong_cu_seqlens_in_device_memory_stay_inside_the_arrays(emulated, values):
+def test_wrong_cu_seqlens_in_device_memory_stay_inside_the_arrays(emulated, values, request):
+    if request.config.getoption("--on-gpu"):
+        pytest.skip("only the emulator tells what is outside")
     args, kw = make_inputs(74, K=32, V=32, dtype=BF16, cu_seqlens=[0, 10, 20, 74])
     problem = operator_problem(*args, **kw, scale=None, qk_l2norm=False, out=None)
     # Two wrong sequences may write the same rows; what counts is that no address is outside.
