@@ -155,6 +155,16 @@ def test_equation_21_the_norm():
     assert np.allclose(r * (dy - r * x * (r * x @ dy)), numeric, rtol=1e-4, atol=1e-6)
 
 
+def test_equations_22_and_23_the_core(chunk):
+    b, R, M, X = chunk["b"], chunk["R"], chunk["M"], chunk["X"]
+    core = -M @ X
+    assert not np.triu(core).any()
+    assert deviation(np.eye(C) + b * core, X) < EXACT
+    assert deviation(R + core @ (b * R), R - M @ chunk["N"]) < EXACT
+    dN = np.random.default_rng(2).standard_normal((C, V))
+    assert deviation(dN + core.T @ (b * dN), X.T @ dN) < EXACT
+
+
 def test_every_numbered_equation_has_its_test():
     root = Path(__file__).resolve().parent
     numbers = re.findall(r"\\tag\{(\d+)\}", (root.parent / "docs" / "derivation.md").read_text())

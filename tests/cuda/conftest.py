@@ -17,6 +17,7 @@ import cupy_delta.operators as operators_module
 from cupy_delta import dispatch, reference
 from cupy_delta.cuda import operators
 from cupy_delta.problem import Problem
+from cupy_delta.results import Residuals
 
 
 @pytest.fixture
@@ -62,6 +63,8 @@ class GpuRoundTrip:
             if isinstance(x, Problem):
                 moved = {f.name: to_gpu(getattr(x, f.name)) for f in fields(x)}
                 return replace(x, **moved)
+            if isinstance(x, Residuals):
+                return replace(x, problem=to_gpu(x.problem))
             return x
 
         def to_host(x):
