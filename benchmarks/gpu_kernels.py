@@ -127,7 +127,8 @@ FIRST_CALL = """
 import time; start = time.perf_counter()
 import cupy, cupy_delta, numpy
 q = cupy.asarray(numpy.full((1, 1024, 4, 128), 1 / 12, numpy.float16))
-o, state = cupy_delta.chunk_delta_rule(q, q, q, cupy.asarray(numpy.ones((1, 1024, 4), numpy.float32)))
+beta = cupy.asarray(numpy.ones((1, 1024, 4), numpy.float32))
+o, state = cupy_delta.chunk_delta_rule(q, q, q, beta)
 cupy.cuda.get_current_stream().synchronize()
 print(time.perf_counter() - start)
 """

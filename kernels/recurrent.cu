@@ -4,19 +4,25 @@
 //
 // Steps of decoding (STEP = 1) and whole sequences (STEP = 0) are the same walk; they differ in where states are.
 //
-// Numbers: float (double for DTYPE double) throughout, sums over key channels in ascending order in each of PARTS parts
-// and then over the parts; the state is rounded to STATE_DTYPE once, at the end. q and k are normalised in the same
-// precision with L2NORM.
+// Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order and then
+// over PARTS threads in a fixed tree; the state is rounded to STATE_DTYPE once, at the end. q and k are normalised in
+// the same precision with L2NORM.
 //
 // Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, VARLEN, STATE_VK, L2NORM, BETA_PER_VALUE, STEP, PARTS (threads
-// per value channel, a power of two up to 32; each holds padded(HEAD_K) / PARTS key channels), CHANNELS (value channels
+// per value channel, a power of two up to 32; which share its key channels), CHANNELS (value channels
 // per block, a multiple of 32 / PARTS).
 // Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS * PARTS threads.
-// Shared memory: q and k of a token, padded(HEAD_K) sums each, twice (one set is read while the other is written).
+// Shared memory: q and k of a token, HEAD_K values each, twice (one set is read while the other is written).
 #include "tiles/sequence.cuh"
 
 typedef Sum<DTYPE>::type real;
-constexpr int KEYS = (HEAD_K + PARTS - 1) / PARTS, THREADS = CHANNELS * PARTS;
+constexpr int THREADS = CHANNELS * PARTS;
+// With (V, K) states a thread's key channels come in vectors of 16 bytes, where rows are multiples of that.
+constexpr int WIDEST = 16 / (int)sizeof(STATE_DTYPE), VECTOR = STATE_VK && HEAD_K % WIDEST == 0 ? WIDEST : 1;
+constexpr int KEYS = (HEAD_K + PARTS * VECTOR - 1) / (PARTS * VECTOR) * VECTOR;
+struct alignas(VECTOR * sizeof(STATE_DTYPE)) Vector {
+  STATE_DTYPE element[VECTOR];
+};
 constexpr int SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 
 PRIM float root(float x) { return rsqrtf(x); }
@@ -48,21 +54,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
   const bool padding = slot < 0 || slot >= slots;
   const int64_t state_at = (slot * HV + hv) * HEAD_K * HEAD_V;
-  auto offset = [&](int i) {
-    int key = part * KEYS + i;
-#if STATE_VK
-    return state_at + (int64_t)channel * HEAD_K + key;
-#else
-    return state_at + (int64_t)key * HEAD_V + channel;
-#endif
-  };
+  // The key channels of this thread, VECTOR neighbours at a time: the i-th is key(i).
+  auto key = [&](int i) { return i / VECTOR * VECTOR * PARTS + part * VECTOR + i % VECTOR; };
+  const bool reads = live && !padding && initial_state != nullptr, writes = live && !padding;
 
   real S[KEYS];
+#if STATE_VK
+  const int64_t state_row = state_at + (int64_t)channel * HEAD_K;
 #pragma unroll
-  for (int i = 0; i < KEYS; i++) {
-    bool inside = live && !padding && initial_state != nullptr && part * KEYS + i < HEAD_K;
-    S[i] = inside ? widen(initial_state[offset(i)]) : (real)0;
+  for (int i = 0; i < KEYS; i += VECTOR) {
+    Vector x = {};
+    if (reads && key(i) < HEAD_K) x = *(const Vector*)&initial_state[state_row + key(i)];
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) S[i + j] = widen(x.element[j]);
   }
+#else
+  const int64_t state_column = state_at + channel;
+#pragma unroll
+  for (int i = 0; i < KEYS; i++)
+    S[i] = reads && key(i) < HEAD_K ? widen(initial_state[state_column + (int64_t)key(i) * HEAD_V]) : (real)0;
+#endif
 
   for (int t = 0; t < sequence.tokens; t++) {
     const int64_t token = sequence.first + t, key_row = (token * H + h) * HEAD_K, row = token * HV + hv;
@@ -94,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     real recalled = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      int c = part * KEYS + i;
+      const int c = key(i);
       S[i] *= decay;
       if (c < HEAD_K) recalled += S[i] * (k_factor * token_k[c]);
     }
@@ -109,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     real out = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      int c = part * KEYS + i;
+      const int c = key(i);
       if (c >= HEAD_K) continue;
       S[i] += k_factor * token_k[c] * written;
       out += S[i] * token_q[c];
@@ -117,8 +128,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     out = sum_over_parts(out) * q_factor;
     if (live && part == 0) o[row * HEAD_V + channel] = narrow<DTYPE>(out);
   }
+
+#if STATE_VK
+#pragma unroll
+  for (int i = 0; i < KEYS; i += VECTOR) {
+    Vector x;
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) x.element[j] = narrow<STATE_DTYPE>(S[i + j]);
+    if (writes && key(i) < HEAD_K) *(Vector*)&final_state[state_row + key(i)] = x;
+  }
+#else
 #pragma unroll
   for (int i = 0; i < KEYS; i++) {
-    if (live && !padding && part * KEYS + i < HEAD_K) final_state[offset(i)] = narrow<STATE_DTYPE>(S[i]);
+    if (writes && key(i) < HEAD_K) final_state[state_column + (int64_t)key(i) * HEAD_V] = narrow<STATE_DTYPE>(S[i]);
   }
+#endif
 }

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -232,9 +233,48 @@ def test_run_into_a_missing_folder(capsys, tmp_path):
 
 
 def test_commands_for_a_gpu_say_why_there_is_none(capsys, monkeypatch):
-    monkeypatch.setattr("cupy_delta.commands.console.gpu_problem", lambda: "no driver")
+    for module in ("console", "compile"):
+        monkeypatch.setattr(f"cupy_delta.commands.{module}.gpu_problem", lambda: "no driver")
     assert "no GPU can be used: no driver" in one_line_error(capsys, "compile")
     assert "no GPU can be used: no driver" in one_line_error(capsys, "check", "--device", "gpu")
+
+
+def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
+    from cupy_delta.commands import compile as command
+    from cupy_delta.cuda.plan import DeviceFacts
+
+    class Recorder:
+        facts = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+        compiled: ClassVar = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def compile(self, launch):
+            self.compiled.append((launch.entry, dict(launch.defines)))
+
+    monkeypatch.setattr(command, "current_device", Recorder)
+    argv = ["compile", "-K", "64,128", "--dtype", "float16", "--passes", "backward", "step"]
+    assert main([*argv, "--qk-l2norm"]) == 0
+    entries = [name for name, _ in Recorder.compiled]
+    each = {"wy_factors": 1, "forward": 1, "backward_state": 1, "backward_chunk": 1}
+    assert {name: entries.count(name) // 2 for name in each} == each
+    assert entries.count("recurrent") == 2 and entries.count("l2norm") == 4
+    assert {d["HEAD_K"] for _, d in Recorder.compiled} == {64, 128}
+    assert f"{len(entries)} kernels ready" in capsys.readouterr().out
+    assert "gradients through a gate" in one_line_error(capsys, *argv, "--gate")
+
+
+def test_check_that_checks_nothing_fails(capsys, monkeypatch):
+    def refuse(*args):
+        raise NotImplementedError("nothing")
+
+    monkeypatch.setattr(check, "_results", refuse)
+    assert main(["check", "--device", "cpu"]) == 2
+    assert "nothing was checked" in capsys.readouterr().err
 
 
 def test_traceback_on_request(tmp_path):

@@ -69,6 +69,8 @@ def add_arguments(parser) -> None:
 
 
 def run_command(args) -> int:
+    from .main import CommandError
+
     device = Device(args.device)
     work = [(case, dtype) for case in CASES for dtype in BOUNDS]
     rows = []
@@ -87,6 +89,8 @@ def run_command(args) -> int:
         keys = ("case", "dtype", "error", "bound", "verdict")
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump([dict(zip(keys, row, strict=True)) for row in rows], file, indent=1)
+    if not ran:
+        raise CommandError("no case could run on this device, so nothing was checked")
     return 1 if failed else 0
 
 

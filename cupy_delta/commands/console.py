@@ -30,7 +30,7 @@ def print_table(header: list[str], rows: Iterable[list], file=None) -> None:
 
 
 def progress(items: list, label: str) -> Iterator:
-    """Yield the items and show how far it is: a bar with rich on a terminal, else plain lines."""
+    """Yield the items and show how far it is: a bar with rich on a terminal, else a few lines."""
     if sys.stderr.isatty():
         try:
             from rich.console import Console
@@ -40,9 +40,11 @@ def progress(items: list, label: str) -> Iterator:
         else:
             yield from track(items, label, console=Console(stderr=True), transient=True)
             return
+    step = max(1, len(items) // 5)
     for i, item in enumerate(items):
-        print(f"{label}: {i + 1}/{len(items)}", file=sys.stderr, flush=True)
         yield item
+        if (i + 1) % step == 0 or i + 1 == len(items):
+            print(f"{label}: {i + 1}/{len(items)}", file=sys.stderr, flush=True)
 
 
 def positive(text: str) -> int:

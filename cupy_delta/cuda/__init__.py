@@ -13,6 +13,7 @@ from .operators import (
     state_pass,
     wy_factors,
 )
+from .variants import compile_variants, launches_of
 from .workspace import Workspace
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "chunk_delta_rule_bwd",
     "chunk_delta_rule_fwd",
     "chunk_output",
+    "compile_variants",
     "delta_rule_step",
     "environment",
+    "launches_of",
     "recurrent_delta_rule",
     "sequence_transfer",
     "state_pass",

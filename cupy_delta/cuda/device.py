@@ -71,6 +71,10 @@ class CupyDevice:
             x[...] = aligned
         self._targets.clear()
 
+    def compile(self, launch: Launch) -> None:
+        """Compile a launch's kernel, or find it in CuPy's cache."""
+        _compiled(self.index, launch)
+
     def launch(self, launch: Launch, values: list) -> None:
         kernel = _compiled(self.index, launch)
         arguments = tuple(NULL if v is None else v for v in values)

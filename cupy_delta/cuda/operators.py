@@ -43,11 +43,7 @@ def _forward(problem: Problem, residuals: bool):
 def chunk_delta_rule_bwd(residuals, do, dfinal_state):
     """Return the gradients of (q, k, v, beta, g, initial_state)."""
     problem = residuals.problem
-    if problem.g is not None:
-        raise NotImplementedError(
-            "g: gradients through a gate are not supported on CuPy arrays; NumPy arrays support"
-            " them, and chunk_delta_rule runs the gate forward"
-        )
+    plans.check_gate_gradients(problem)
     with device_of(problem.v) as device:
         plan = plans.plan_backward(problem, device.facts, dfinal_state is not None)
         arrays = residuals.saved | {

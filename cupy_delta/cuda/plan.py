@@ -105,6 +105,14 @@ def check_gate(problem: Problem) -> None:
         )
 
 
+def check_gate_gradients(problem: Problem) -> None:
+    if problem.g is not None:
+        raise NotImplementedError(
+            "g: gradients through a gate are not supported on CuPy arrays; NumPy arrays support"
+            " them, and chunk_delta_rule runs the gate forward"
+        )
+
+
 def chunk_of(problem: Problem) -> int:
     """Return the chunk size in force, or refuse what the chunked kernels do not do."""
     check_heads(problem)

@@ -277,6 +277,9 @@ class EmulatorDevice:
             x[...] = emulated
         self._targets.clear()
 
+    def compile(self, launch):
+        _kernel(launch.file, launch.entry, launch.defines, self.sm)
+
     def launch(self, launch, values):
         kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm)
         kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
