@@ -5,6 +5,7 @@ What the kernels do not do is refused here, naming the option and what would wor
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import wraps
@@ -15,6 +16,9 @@ from ..problem import Problem, check_chunk_axis
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 MAX_HEAD = 256
+# Threads per block of the walk by tokens, and state elements that a thread of a step holds.
+TOKEN_THREADS = 128
+STEP_TILE = 128
 KEPT_PLANS = 256
 CHUNKS = (16, 32, 64)
 DEFAULT_CHUNK = {"float32": 16, "float16": 32, "bfloat16": 32}
@@ -440,17 +444,30 @@ def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Lau
     )
 
 
+def token_tile(problem: Problem, step: bool) -> tuple[int, int, int]:
+    """Return value channels per thread, threads that share their keys, value channels per block.
+
+    Steps are bound by memory: a thread takes as many neighbours of a (K, V) state as 16 bytes hold.
+    """
+    values = 1
+    if step and problem.state_layout == "kv":
+        values = math.gcd(problem.V, 16 // problem.state.dtype.itemsize)
+    keys = min(32, STEP_TILE // values)
+    parts = values
+    while parts * keys < problem.K:
+        parts *= 2
+    whole_warps = max(values, 32 * values // parts)
+    channels = max(whole_warps, TOKEN_THREADS * values // parts)
+    return values, parts, min(channels, -(-problem.V // whole_warps) * whole_warps)
+
+
 def token_launch(problem: Problem, step: bool) -> Launch:
     """The walk token by token; with `step` on the slots of a pool, in place."""
     check_heads(problem)
     check_gate(problem)
     real = "double" if problem.dtype.name == "float64" else "float"
     state = C_TYPES[problem.state.dtype.name] if step else real
-    # Threads that share a value channel: at most 32 key channels each, in registers.
-    parts = 1
-    while parts * 32 < problem.K:
-        parts *= 2
-    channels = min(128 // parts, -(-problem.V // 32) * 32)
+    values, parts, channels = token_tile(problem, step)
     slices = -(-problem.V // channels)
     itemsize = 8 if real == "double" else 4
     defines = dict(
@@ -465,6 +482,7 @@ def token_launch(problem: Problem, step: bool) -> Launch:
         BETA_PER_VALUE=int(problem.beta_per_value),
         STEP=int(step),
         PARTS=parts,
+        VALUES=values,
         CHANNELS=channels,
     )
     scale = np.float64(problem.scale) if real == "double" else np.float32(problem.scale)
@@ -473,7 +491,7 @@ def token_launch(problem: Problem, step: bool) -> Launch:
         "recurrent",
         tuple(defines.items()),
         problem.N * problem.HV * slices,
-        channels * parts,
+        channels * parts // values,
         4 * problem.K * itemsize,
         (
             "q",

@@ -174,6 +174,23 @@ def test_step(emulated, on_reference, T, layout, pool):
     assert np.array_equal(states[0][[1, 2, 3]], start[[1, 2, 3]])
 
 
+# Vectors of 1, 2, 4 and 8 elements, whole warps and parts of them, keys over more threads than values.
+@pytest.mark.parametrize("sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7)])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("pool", ["float64", "float32", "bfloat16"])
+def test_step_head_sizes(emulated, on_reference, sizes, layout, pool):
+    dtype = F64 if pool == "float64" else F32
+    sizes = dict(zip("KV", sizes, strict=True))
+    args, kw = make_inputs(2, B=2, H=2, **sizes, dtype=dtype, layout=layout, initial=True)
+    start = kw["initial_state"].astype(getattr(ml_dtypes, pool, pool))
+    states = [start.copy(), start.copy()]
+    o = cd.delta_rule_step(*args, state=states[0], state_layout=layout)
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], state_layout=layout)
+    bound = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2}[pool]
+    assert deviation(o, expected) < bound
+    assert deviation(*states) < bound
+
+
 def test_step_in_float64_with_gate(emulated, on_reference):
     args, kw = make_inputs(2, B=3, H=2, K=33, V=5, gate="scalar", initial=True)
     states = [kw["initial_state"].copy() for _ in range(2)]

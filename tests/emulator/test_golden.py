@@ -1,0 +1,88 @@
+"""The emulator's primitives against what an NVIDIA GPU gave, kept in tests/golden/primitives.npz.
+
+On a machine with a GPU, `python tests/emulator/test_golden.py` writes the file anew.
+"""
+
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+GOLDEN = HERE.parent / "golden" / "primitives.npz"
+SOURCE = HERE / "kernels" / "primitives.cu"
+SHARED = 1024
+OUTPUTS = {
+    "products": ((2, 4, 32), np.float32),
+    "words": ((2, 12, 32), np.uint32),
+    "tf32_products": ((4, 32), np.float32),
+    "conversions": ((24, 32), np.uint32),
+    "copied": ((32,), np.float32),
+}
+
+
+def inputs():
+    """Random matrices, and numbers with ties, subnormals of 16 bits, infinities and NaN."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((16, 16))
+    elements = matrix.astype(ml_dtypes.bfloat16).view(np.uint16)
+    halves = matrix.astype(np.float16).view(np.uint16)
+    numbers, factors = rng.standard_normal((2, 6, 32)).astype(np.float32)
+    numbers[0, :8] = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65504, 65519]
+    numbers[5, :8] = [65520, 1e30, -np.inf, np.inf, 6e-8, 2.9e-8, 3.1e-5, -6.1e-5]
+    numbers[5, 8:12] = [1 + 2**-11, 1 + 2**-10 + 2**-11, np.nan, 2**-25]
+    return elements, halves, numbers, factors
+
+
+def from_emulator():
+    from emulator import Kernel, copy_in, empty
+
+    outputs = {name: empty(shape, dtype, name) for name, (shape, dtype) in OUTPUTS.items()}
+    arguments = [copy_in(x) for x in inputs()]
+    Kernel(SOURCE, "primitives").launch(1, 32, SHARED, [*arguments, *outputs.values()])
+    return outputs
+
+
+def from_gpu():
+    import cupy
+
+    kernels = HERE.parent.parent / "kernels"
+    module = cupy.RawModule(
+        code=SOURCE.read_text(), options=("--std=c++17", f"-I{kernels}"), backend="nvrtc"
+    )
+    outputs = {name: cupy.zeros(shape, dtype) for name, (shape, dtype) in OUTPUTS.items()}
+    arguments = (*map(cupy.asarray, inputs()), *outputs.values())
+    module.get_function("primitives")((1,), (32,), arguments, shared_mem=SHARED)
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return {n: x.get() for n, x in outputs.items()} | {"gpu": np.array(name)}
+
+
+@pytest.fixture(scope="module")
+def both():
+    with np.load(GOLDEN) as golden:
+        return from_emulator(), {name: golden[name] for name in golden.files}
+
+
+@pytest.mark.parametrize("name", ["words", "conversions", "copied"])
+def test_data_movement_and_conversions_are_equal_to_the_bit(both, name):
+    emulated, golden = both
+    x, y = (np.ascontiguousarray(results[name]).view(np.uint32) for results in both)
+    assert np.array_equal(x, y), np.argwhere(x != y)
+    assert emulated[name].any() and golden[name].any()
+
+
+@pytest.mark.parametrize("name", ["products", "tf32_products"])
+def test_products_agree_up_to_the_order_of_sums(both, name):
+    emulated, golden = both
+    x, y = emulated[name], golden[name]
+    assert np.abs(y).max() > 1
+    assert np.allclose(x, y, rtol=3e-6, atol=3e-6)
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    np.savez(GOLDEN, **from_gpu())
+    print(f"wrote {GOLDEN}")
