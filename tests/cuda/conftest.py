@@ -20,6 +20,13 @@ from cupy_delta.problem import Problem
 from cupy_delta.results import Residuals
 
 
+def pytest_generate_tests(metafunc):
+    """Everything emulated runs on both legs: the source, and what NVRTC makes of it."""
+    if "emulated" in metafunc.fixturenames and "both_legs" not in metafunc.fixturenames:
+        legs = ["gpu"] if metafunc.config.getoption("--on-gpu") else ["source", "ptx"]
+        metafunc.parametrize("emulated", legs, indirect=True)
+
+
 @pytest.fixture
 def emulated(monkeypatch, request):
     """Send NumPy arrays to the CUDA backend on an emulated device.
@@ -27,15 +34,16 @@ def emulated(monkeypatch, request):
     Returns a function that sets how launches are run; every device made since is in its `devices`.
     With --on-gpu the arrays go to a real GPU and back, and how launches are run is up to it.
     """
-    if request.config.getoption("--on-gpu"):
+    chosen = getattr(request, "param", "source")
+    if chosen == "gpu":
         monkeypatch.setattr(dispatch, "backend_for", lambda kind: GpuRoundTrip(kind))
         monkeypatch.setattr(operators_module, "backend_for", lambda kind: GpuRoundTrip(kind))
         monkeypatch.setattr(blocks_module, "backend_for", lambda kind: GpuRoundTrip(kind))
         return lambda *args, **kwargs: None
 
-    def use(run=None, **facts):
+    def use(run=None, leg=chosen, **facts):
         def device_of(x):
-            use.devices.append(EmulatorDevice(run or Run(), **facts))
+            use.devices.append(EmulatorDevice(run or Run(), leg=leg, **facts))
             return use.devices[-1]
 
         monkeypatch.setattr(operators, "device_of", device_of)
@@ -44,6 +52,20 @@ def emulated(monkeypatch, request):
     monkeypatch.setitem(dispatch.BACKENDS, "numpy", "cupy_delta.cuda")
     use()
     return use
+
+
+@pytest.fixture
+def both_legs(emulated):
+    """Return a function that makes a call on either leg and returns both results."""
+
+    def call(function, **facts):
+        results = []
+        for leg in ("source", "ptx"):
+            emulated(leg=leg, **facts)
+            results.append(function())
+        return results
+
+    return call
 
 
 class GpuRoundTrip:

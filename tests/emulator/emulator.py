@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import ptx
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
@@ -32,6 +33,8 @@ CHECK = [
     "-fsanitize-undefined-trap-on-error",
     "-ftrivial-auto-var-init=pattern",
 ]
+# Code made from PTX calls the checks itself, and optimising it would take longer than running it.
+FROM_PTX = ["-O0", "-fno-stack-protector", "-w"]
 SCHEDULES = {"ascending": 0, "descending": 1, "random": 2}
 COMPLETIONS = {"late": 0, "early": 1, "either": 2}
 
@@ -155,17 +158,33 @@ class Kernel:
     defines : dict
         Macros, placed before the source.
     sm : int
-        Architecture the body is specialised for, e.g. 800.
+        Architecture the body is specialised for, e.g. 80.
+    leg : {"source", "ptx"}
+        What runs: the source with the primitives' host twins, or what NVRTC makes of it.
     """
 
-    def __init__(self, path: Path, entry: str, defines: dict | None = None, sm: int = 800):
+    def __init__(
+        self,
+        path: Path,
+        entry: str,
+        defines: dict | None = None,
+        sm: int = 80,
+        leg: str = "source",
+    ):
         self.entry = entry
         runtime()
         text = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
-        text += f'#include "{path}"\nEMULATOR_EXPORT({entry})\n'
+        text += f'#include "{path}"\n'
         depends = [*KERNELS.rglob("*.cuh"), *(HERE / "include").glob("*.h")]
-        flags = [*COMMON, *CHECK, f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm}"]
-        self.library = _load(build([path], [*flags, "-nodefaultlibs", "-lc", "-lm"], depends, text))
+        include = [f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm * 10}"]
+        if leg == "ptx":
+            text = ptx.compile_to_cpp(text, f"sm_{sm}")
+            library = build([path], [*COMMON, *FROM_PTX, *include], depends, text)
+        else:
+            text += f"EMULATOR_EXPORT({entry})\n"
+            flags = [*COMMON, *CHECK, *include, "-nodefaultlibs", "-lc", "-lm"]
+            library = build([path], flags, depends, text)
+        self.library = _load(library)
         self._function = ctypes.cast(
             getattr(self.library, f"emulator_kernel_{entry}"), ctypes.c_void_p
         )
@@ -239,14 +258,21 @@ class EmulatorDevice:
         How every launch is run.
     sm_count, shared_bytes : int
         Facts that plans depend on.
-    sm : int
-        Architecture that kernels are specialised for.
+    sm, leg
+        As in `Kernel`.
     """
 
-    def __init__(self, run: Run = Run(), sm_count: int = 2, shared_bytes: int = 163 * 1024, sm=800):
+    def __init__(
+        self,
+        run: Run = Run(),
+        sm_count: int = 2,
+        shared_bytes: int = 163 * 1024,
+        sm: int = 80,
+        leg: str = "source",
+    ):
         from cupy_delta.cuda.plan import DeviceFacts
 
-        self.run, self.sm = run, sm
+        self.run, self.sm, self.leg = run, sm, leg
         self.facts = DeviceFacts(sm_count=sm_count, shared_bytes=shared_bytes)
         self.launches: list = []
         self._targets: list = []
@@ -278,14 +304,14 @@ class EmulatorDevice:
         self._targets.clear()
 
     def compile(self, launch):
-        _kernel(launch.file, launch.entry, launch.defines, self.sm)
+        _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
 
     def launch(self, launch, values):
-        kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm)
+        kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
         kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
         self.launches.append(launch)
 
 
 @cache
-def _kernel(file: str, entry: str, defines: tuple, sm: int) -> Kernel:
-    return Kernel(KERNELS / file, entry, dict(defines), sm)
+def _kernel(file: str, entry: str, defines: tuple, sm: int, leg: str) -> Kernel:
+    return Kernel(KERNELS / file, entry, dict(defines), sm, leg)

@@ -37,12 +37,12 @@ def inputs():
     return elements, halves, numbers, factors
 
 
-def from_emulator():
+def from_emulator(**how):
     from emulator import Kernel, copy_in, empty
 
     outputs = {name: empty(shape, dtype, name) for name, (shape, dtype) in OUTPUTS.items()}
     arguments = [copy_in(x) for x in inputs()]
-    Kernel(SOURCE, "primitives").launch(1, 32, SHARED, [*arguments, *outputs.values()])
+    Kernel(SOURCE, "primitives", **how).launch(1, 32, SHARED, [*arguments, *outputs.values()])
     return outputs
 
 
@@ -60,10 +60,13 @@ def from_gpu():
     return {n: x.get() for n, x in outputs.items()} | {"gpu": np.array(name)}
 
 
-@pytest.fixture(scope="module")
-def both():
+LEGS = [dict(leg="source"), *(dict(leg="ptx", sm=sm) for sm in (80, 90, 120))]
+
+
+@pytest.fixture(scope="module", params=LEGS, ids=lambda how: "-".join(map(str, how.values())))
+def both(request):
     with np.load(GOLDEN) as golden:
-        return from_emulator(), {name: golden[name] for name in golden.files}
+        return from_emulator(**request.param), {name: golden[name] for name in golden.files}
 
 
 @pytest.mark.parametrize("name", ["words", "conversions", "copied"])

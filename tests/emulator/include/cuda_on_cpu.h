@@ -74,6 +74,10 @@ uint32_t movmatrix(uint32_t x, Site);
 enum MmaKind { MMA_BF16, MMA_F16, MMA_TF32 };
 void mma(float* d, const uint32_t* a, const uint32_t* b, MmaKind kind, Site);
 void atomic_access(const void* p, size_t bytes, Site);
+// For code made from PTX: shared memory as one array, and accesses that no compiler instruments.
+void shared_all(const char* name, Site);
+void* shared_start();
+void memory_access(const void* p, size_t bytes, bool write, Site);
 
 template <class... A, size_t... I>
 inline void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {

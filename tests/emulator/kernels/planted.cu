@@ -115,6 +115,14 @@ extern "C" __global__ void __launch_bounds__(64) planted(const bf16* x, float* y
 #endif
     __syncthreads();
   }
+#ifdef BUG_COPY_AT_EXIT
+  if (blockIdx.x == 0) load_tile(tiles, x, thread);
+#else
   cp_async_wait<0>();
+#endif
+#ifdef BUG_BARRIER_COUNT
+  if (warp == 0) named_barrier(1, 64);  // blame BARRIER_COUNT
+  if (warp == 1) named_barrier(1, 32);  // blame BARRIER_COUNT
+#endif
   if (thread == 0) atomicAdd(count, 1);
 }

@@ -86,6 +86,12 @@ void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
   return shared_arrays.back().at;
 }
 
+void shared_all(const char* name, Site site) {
+  if (dynamic_bytes) shared_take(dynamic_bytes, 128, name, site);
+}
+
+void* shared_start() { return shared_arrays.empty() ? nullptr : shared_arrays[0].at; }
+
 bool is_shared(const void* p) { return (uintptr_t)p >= window.low && (uintptr_t)p < window.high; }
 
 // ---- accesses -------------------------------------------------------------------------------------------------
@@ -191,6 +197,13 @@ void mark_copy(const void* p, size_t bytes, bool in_flight, Place place) {
     else
       c.write = moment_of(running);  // from here on it counts as this thread's write
   });
+}
+
+void memory_access(const void* p, size_t bytes, bool write, Site site) {
+  if ((uintptr_t)p % bytes) fault("misaligned", site, "access of %zu bytes, %s", bytes, locate((uintptr_t)p).c_str());
+  if ((uintptr_t)p - (uintptr_t)running->stack < STACK_BYTES) return;
+  if (options.preempt && random_bits() % options.preempt == 0) reschedule();
+  access(running, p, bytes, write, place_of(site), "");
 }
 
 void atomic_access(const void* p, size_t bytes, Site site) {
