@@ -14,13 +14,14 @@
 // at a time, a multiple of 16).
 // Grid: slots * H blocks of 32 WARPS threads.
 // Shared memory: Q and K tiles; slices of S, D', dO, N and -dR; three CHUNK x CHUNK matrices; beta and dbeta; see
-// cupy_delta/cuda/plan.py.
+// cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 
 typedef Mma<DTYPE> Product;
-constexpr int THREADS = 32 * WARPS, KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
+constexpr int THREADS = 32 * WARPS, BLOCKS = WARPS == 4 ? 3 : 1;  // blocks per multiprocessor, as registers allow
+constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 // A warp owns one tile of 16 rows and every ACROSS-th tile of 16 columns.
 constexpr int ROWS = CHUNK / 16, ACROSS = WARPS / ROWS;
@@ -32,8 +33,7 @@ PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, con
                         int columns, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Product::DEPTH) {
-    // Ties loads to their step: with twice the words per element, hoisted ones would spill.
-    if constexpr (sizeof(DTYPE) == 4) __syncwarp();
+    Product::order_loads();
     typename Product::A fa;
     Product::load_a(fa, a + k, a_pitch, lane);
 #pragma unroll
@@ -54,6 +54,7 @@ PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, con
 PRIM void multiply_transposed_jobs(float (&d)[K_JOBS][2][4], const DTYPE* a, const DTYPE* b, int across, int lane) {
 #pragma unroll
   for (int k = 0; k < CHUNK; k += Product::DEPTH) {
+    Product::order_loads();
     typename Product::A fa;
     Product::load_a_transposed(fa, a + k * C_PITCH, C_PITCH, lane);
 #pragma unroll
@@ -86,7 +87,7 @@ PRIM void write_jobs(DTYPE* out, int64_t stride, const float (&d)[K_JOBS][2][4],
       }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward_chunk(const DTYPE* q, const DTYPE* k, const float* beta, const DTYPE* corrections, const DTYPE* g_rows,
                    const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates, const int64_t* cu_seqlens, DTYPE* dq,
                    DTYPE* dk, DTYPE* dv, float* dbeta, float scale, int N, int T, int H, int HV) {

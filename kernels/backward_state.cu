@@ -12,7 +12,7 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE (0), VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
 // WARPS, ROW_TILES.
 // Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
-// Shared memory: two stages of K, Q and dO tiles, core, P and beta of a chunk; see cupy_delta/cuda/plan.py.
+// Shared memory: two stages of K, Q and dO tiles, core, P and beta of a chunk; see cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -83,7 +83,7 @@ PRIM void multiply_into_state(float (&D)[K_TILES][4], const Product::A& a, const
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates,
                    DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {

@@ -5,7 +5,7 @@
 // Numbers: operands rounded to DTYPE (S and the pairs included), sums in float (float: 3xTF32), O rounded once.
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, VARLEN, SLICE (value channels per block, a multiple of 16).
 // Grid: slots * HV * ceil(padded(HEAD_V) / SLICE) blocks of 128 threads.
-// Shared memory: Q and K tiles, the slice of N and of S, the pairs; see cupy_delta/cuda/plan.py.
+// Shared memory: Q and K tiles, the slice of N and of S, the pairs; see cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"

@@ -14,7 +14,7 @@
 // STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and states (K, V)), WARPS,
 // ROW_TILES (16-row tiles of value channels per warp). Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16
 // ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk;
-// see cupy_delta/cuda/plan.py.
+// see cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -22,6 +22,7 @@
 
 typedef Mma<DTYPE> Product;
 constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
+constexpr int BLOCKS = ROW_TILES == 2 ? 1 : 0;  // per multiprocessor: all registers for two tiles, else as it comes
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
@@ -55,6 +56,7 @@ PRIM void multiply_state(float (&R)[ROW_TILES][C_TILES][4], float (&O)[ROW_TILES
   }
 #pragma unroll
   for (int step = 0; step < KP / Product::DEPTH; step++) {
+    Product::order_loads();
     typename Product::A a[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], S[m], step);
@@ -78,6 +80,7 @@ PRIM void multiply_lower(float (&d)[ROW_TILES][C_TILES][4], const float (&rows)[
                          int lane) {
 #pragma unroll
   for (int k = 0; k < CHUNK / Product::DEPTH; k++) {
+    Product::order_loads();
     typename Product::A a[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], rows[m], k);
@@ -133,7 +136,7 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
             const float* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
             STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
@@ -271,6 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
 #pragma unroll
     for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+      Product::order_loads();
       typename Product::A a[ROW_TILES];
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], N[m], step);

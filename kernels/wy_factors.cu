@@ -13,13 +13,15 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WRITE_CORE or WRITE_WU.
 // Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
 // Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, A, X, half a
-// scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/plan.py.
+// scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/triangular_inverse.cuh"
 
-constexpr int THREADS = 128, KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
+// As many blocks as shared memory admits at HEAD_K = 128 (float: as registers do without spilling).
+constexpr int THREADS = 128, BLOCKS = sizeof(DTYPE) == 2 ? 5 : 2;
+constexpr int KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
 constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
 
 // out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
@@ -60,7 +62,7 @@ PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE*
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wy_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
                const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, float* running_sum, DTYPE* t, DTYPE* w, DTYPE* u,
                int N, int T, int H, int HV) {

@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 from . import workspace
-from .plan import DeviceFacts, Launch
+from .kernels import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
 
 NULL = np.uint64(0)

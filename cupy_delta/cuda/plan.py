@@ -1,11 +1,10 @@
-"""From a Problem and facts of a device to kernel launches. Pure Python; nothing here needs a GPU.
+"""From a Problem and facts of a device to a plan: launches in order, and the arrays they need.
 
 What the kernels do not do is refused here, naming the option and what would work.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import wraps
@@ -13,39 +12,24 @@ from functools import wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
+from .kernels import (
+    C_TYPES,
+    DeviceFacts,
+    affine_launch,
+    backward_chunk_launch,
+    backward_state_launch,
+    chunk_output_launch,
+    norm_launch,
+    normal,
+    token_launch,
+    walk_launch,
+    wy_factors_launch,
+)
 
-C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 MAX_HEAD = 256
-# Threads per block of the walk by tokens, and state elements that a thread of a step holds.
-TOKEN_THREADS = 128
-STEP_TILE = 128
 KEPT_PLANS = 256
 CHUNKS = (16, 32, 64)
 DEFAULT_CHUNK = {"float32": 16, "float16": 32, "bfloat16": 32}
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What a plan depends on: multiprocessors, and dynamic shared memory a block may have."""
-
-    sm_count: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One kernel launch. Arguments are NumPy scalars, names of arrays, or None for null.
-
-    Compared by identity: plans are kept, and so is what was compiled for their launches.
-    """
-
-    file: str
-    entry: str
-    defines: tuple
-    grid: int
-    block: int
-    shared: int
-    arguments: tuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +67,6 @@ def problem_signature(problem: Problem) -> tuple:
     chunks = None if p.states is None else p.states.shape
     present = (p.cu_seqlens is None, p.initial_state is None)
     return (p.dtype.name, *sizes, *options, pool, chunks, *present)
-
-
-def i32(x: int) -> np.int32:
-    return np.int32(x)
 
 
 # ---- what can be asked for -----------------------------------------------------------------------
@@ -133,384 +113,6 @@ def chunk_of(problem: Problem) -> int:
             f"chunk_size = {problem.chunk_size}: CuPy arrays support 16, 32 and 64, or None"
         )
     return problem.chunk_size
-
-
-# ---- shared memory, as the kernels carve it ------------------------------------------------------
-
-
-def padded(size: int) -> int:
-    return -(-size // 16) * 16
-
-
-def pitch(columns: int, itemsize: int) -> int:
-    return columns + 16 // itemsize
-
-
-def carve(*arrays: tuple[int, int]) -> int:
-    """Return the bytes of arrays (count, itemsize), each aligned to 16."""
-    end = 0
-    for count, itemsize in arrays:
-        end = -(-end // 16) * 16 + count * itemsize
-    return end
-
-
-def slots(problem: Problem, chunk: int) -> int:
-    """Chunk slots of all batch rows: the upper bound that needs no value of cu_seqlens."""
-    return problem.chunk_slots(chunk) * problem.B
-
-
-def variant(problem: Problem, chunk: int, **more) -> tuple:
-    """Return the macros that every chunked kernel has, and some of its own."""
-    common = dict(
-        DTYPE=C_TYPES[problem.dtype.name],
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
-        CHUNK=chunk,
-        HAS_GATE=int(problem.g is not None),
-        VARLEN=int(problem.cu_seqlens is not None),
-    )
-    return tuple((common | more).items())
-
-
-def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
-    if shared > facts.shared_bytes:
-        raise NotImplementedError(
-            f"chunk_size = {chunk}: {what} would need {shared} bytes of shared memory per block,"
-            f" this GPU has {facts.shared_bytes}; a smaller chunk_size works"
-        )
-
-
-# ---- the kernels ---------------------------------------------------------------------------------
-
-
-def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
-    """The core and P for the walk, or with `factors` the public T, W and U."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    square = (chunk * pitch(chunk, 4), 4)
-    half = (chunk // 2 * pitch(chunk, 4), 4)
-    rows = (chunk * pitch(K, size), size)
-    if factors:
-        first = [rows, (chunk * pitch(V, size), size), (chunk * pitch(chunk, size), size)]
-    else:
-        first = [rows, rows, square]
-    shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 4))
-    fits("the WY factors", chunk, shared, facts)
-    running_sum = "G" if problem.g is not None else None
-    names = (
-        (None, None, None, "t", "w", "u") if factors else ("core", "p", running_sum) + (None,) * 3
-    )
-    return Launch(
-        "wy_factors.cu",
-        "wy_factors",
-        variant(problem, chunk, WRITE_CORE=int(not factors), WRITE_WU=int(factors)),
-        slots(problem, chunk) * problem.H if problem.T else 0,
-        128,
-        shared,
-        (
-            None if factors else normal(problem, "q"),
-            normal(problem, "k"),
-            "v" if factors else None,
-            "beta",
-            "g",
-            "cu_seqlens",
-            *names,
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-        ),
-    )
-
-
-def walk_shape(
-    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int
-) -> tuple[int, int]:
-    """Return (16-row tiles of value channels per warp, warps per block) for a walk.
-
-    As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
-    """
-    rows = padded(V) // 16
-    row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
-    warps = min(4, -(-rows // row_tiles))
-    sequences = problem.N * problem.HV
-    # Measured on an H200: wide blocks once they fill three quarters of it, but at least two warps.
-    while warps > 2 and sequences * -(-rows // (row_tiles * warps)) < 0.75 * facts.sm_count:
-        warps = -(-warps // 2)
-    return row_tiles, warps
-
-
-def walk_launch(
-    problem: Problem,
-    chunk: int,
-    facts: DeviceFacts,
-    *,
-    factors: bool = False,
-    zero_v: bool = False,
-    states: str | None = None,
-    output: str | None = "o",
-    initial: str | None = "initial_state",
-    final: str = "final_state",
-) -> Launch:
-    """The walk over the chunks. `states` is the C type of written states, or None."""
-    size, K = problem.dtype.itemsize, padded(problem.K)
-    V = problem.K if zero_v else problem.V
-    row_tiles, warps = walk_shape(problem, V, chunk, facts, row_tiles=2 if K <= 64 else 1)
-    slice_ = 16 * row_tiles * warps
-    square = (chunk * pitch(chunk, size), size)
-    key_rows = (chunk * pitch(K, size), size)
-    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size)]
-    if not factors:
-        stage += [square, square, (chunk, 4), (chunk, 4)]
-    shared = carve(*stage, *stage)
-    fits("the state pass", chunk, shared, facts)
-    defines = variant(
-        problem,
-        chunk,
-        HEAD_V=V,
-        STATE_VK=int(problem.state_layout == "vk" and not zero_v),
-        FROM_FACTORS=int(factors),
-        ZERO_V=int(zero_v),
-        WRITE_STATES=int(states is not None),
-        STATES_DTYPE=states or "float",
-        WARPS=warps,
-        ROW_TILES=row_tiles,
-    )
-    return Launch(
-        "forward.cu",
-        "forward",
-        defines,
-        problem.N * problem.HV * -(-padded(V) // slice_),
-        32 * warps,
-        shared,
-        (
-            "w" if factors else normal(problem, "q"),
-            normal(problem, "k"),
-            None if zero_v else ("u" if factors else "v"),
-            None if factors else "core",
-            None if factors else "p",
-            None if factors else "beta",
-            "G" if problem.g is not None else None,
-            initial,
-            "cu_seqlens",
-            output,
-            final,
-            "states" if states else None,
-            ("v_new" if factors else "corrections") if states else None,
-            np.float32(problem.scale),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-        ),
-    )
-
-
-def norm_launch(problem: Problem, name: str, rows: str, backward: bool = False) -> Launch:
-    """q or k normalised into `rows`; or the gradient in `rows` carried back through the norm."""
-    count = problem.B * problem.T * problem.H
-    defines = dict(DTYPE=C_TYPES[problem.dtype.name], HEAD_K=problem.K, BACKWARD=int(backward))
-    arguments = (name, rows, np.int64(count))
-    return Launch("l2norm.cu", "l2norm", tuple(defines.items()), -(-count // 8), 256, 0, arguments)
-
-
-def normal(problem: Problem, name: str) -> str:
-    """Name of the array that the chunked kernels read for q or k."""
-    return f"{name}_normal" if problem.qk_l2norm else name
-
-
-def backward_state_launch(
-    problem: Problem, chunk: int, facts: DeviceFacts, has_dfinal: bool
-) -> Launch:
-    """The reverse walk: the gradient of the state leaving each chunk, and G."""
-    size, K = problem.dtype.itemsize, padded(problem.K)
-    # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
-    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
-    slice_ = 16 * row_tiles * warps
-    key_rows = (chunk * pitch(K, size), size)
-    square = (chunk * pitch(chunk, size), size)
-    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
-    shared = carve(*stage, *stage)
-    fits("the gradients' state pass", chunk, shared, facts)
-    return Launch(
-        "backward_state.cu",
-        "backward_state",
-        variant(
-            problem,
-            chunk,
-            STATE_VK=int(problem.state_layout == "vk"),
-            WARPS=warps,
-            ROW_TILES=row_tiles,
-        ),
-        problem.N * problem.HV * -(-padded(problem.V) // slice_),
-        32 * warps,
-        shared,
-        (
-            normal(problem, "q"),
-            normal(problem, "k"),
-            "core",
-            "p",
-            "beta",
-            "do",
-            "dfinal_state" if has_dfinal else None,
-            "cu_seqlens",
-            "dstates",
-            "g_rows",
-            "dinitial_state",
-            np.float32(problem.scale),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-        ),
-    )
-
-
-def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
-    """The chunk-parallel gradients, with as wide a slice of values as fits."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    # So that the sums over the group fit the registers of a warp.
-    warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
-    key_rows = (chunk * pitch(K, size), size)
-    square = (chunk * pitch(chunk, size), size)
-    for slice_ in (64, 32, 16):
-        slice_ = min(slice_, V)
-        state, rows = (slice_ * pitch(K, size), size), (chunk * pitch(slice_, size), size)
-        arrays = [key_rows, key_rows, state, state, rows, rows, rows, square, square, square]
-        shared = carve(*arrays, (chunk, 4), (chunk, 4))
-        if shared <= facts.shared_bytes:
-            break
-    fits("the gradients", chunk, shared, facts)
-    return Launch(
-        "backward_chunk.cu",
-        "backward_chunk",
-        variant(problem, chunk, WARPS=warps, SLICE=slice_),
-        slots(problem, chunk) * problem.H if problem.T else 0,
-        32 * warps,
-        shared,
-        (
-            normal(problem, "q"),
-            normal(problem, "k"),
-            "beta",
-            "corrections",
-            "g_rows",
-            "do",
-            "states",
-            "dstates",
-            "cu_seqlens",
-            "dq",
-            "dk",
-            "dv",
-            "dbeta",
-            np.float32(problem.scale),
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-        ),
-    )
-
-
-def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
-    """Outputs of all chunks from their states."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
-    slice_ = min(V, 64)
-    shared = carve(
-        (chunk * pitch(K, size), size),
-        (chunk * pitch(K, size), size),
-        (chunk * pitch(slice_, size), size),
-        (K * pitch(slice_, size), size),
-        (chunk * pitch(chunk, size), size),
-    )
-    fits("chunk outputs", chunk, shared, facts)
-    slices = -(-V // slice_)
-    return Launch(
-        "chunk_output.cu",
-        "chunk_output",
-        variant(problem, chunk, SLICE=slice_),
-        slots(problem, chunk) * problem.HV * slices if problem.T else 0,
-        128,
-        shared,
-        (
-            "q",
-            "k",
-            "v_new",
-            "states",
-            "cu_seqlens",
-            "o",
-            np.float32(problem.scale),
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-        ),
-    )
-
-
-def token_tile(problem: Problem, step: bool) -> tuple[int, int, int]:
-    """Return value channels per thread, threads that share their keys, value channels per block.
-
-    Steps are bound by memory: a thread takes as many neighbours of a (K, V) state as 16 bytes hold.
-    """
-    values = 1
-    if step and problem.state_layout == "kv":
-        values = math.gcd(problem.V, 16 // problem.state.dtype.itemsize)
-    keys = min(32, STEP_TILE // values)
-    parts = values
-    while parts * keys < problem.K:
-        parts *= 2
-    whole_warps = max(values, 32 * values // parts)
-    channels = max(whole_warps, TOKEN_THREADS * values // parts)
-    return values, parts, min(channels, -(-problem.V // whole_warps) * whole_warps)
-
-
-def token_launch(problem: Problem, step: bool) -> Launch:
-    """The walk token by token; with `step` on the slots of a pool, in place."""
-    check_heads(problem)
-    check_gate(problem)
-    real = "double" if problem.dtype.name == "float64" else "float"
-    state = C_TYPES[problem.state.dtype.name] if step else real
-    values, parts, channels = token_tile(problem, step)
-    slices = -(-problem.V // channels)
-    itemsize = 8 if real == "double" else 4
-    defines = dict(
-        DTYPE=C_TYPES[problem.dtype.name],
-        STATE_DTYPE=state,
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
-        HAS_GATE=int(problem.g is not None),
-        VARLEN=int(problem.cu_seqlens is not None),
-        STATE_VK=int(problem.state_layout == "vk"),
-        L2NORM=int(problem.qk_l2norm),
-        BETA_PER_VALUE=int(problem.beta_per_value),
-        STEP=int(step),
-        PARTS=parts,
-        VALUES=values,
-        CHANNELS=channels,
-    )
-    scale = np.float64(problem.scale) if real == "double" else np.float32(problem.scale)
-    return Launch(
-        "recurrent.cu",
-        "recurrent",
-        tuple(defines.items()),
-        problem.N * problem.HV * slices,
-        channels * parts // values,
-        4 * problem.K * itemsize,
-        (
-            "q",
-            "k",
-            "v",
-            "beta",
-            "g",
-            "state" if step else "initial_state",
-            "cu_seqlens",
-            "state_indices" if step else None,
-            "o",
-            "state" if step else "final_state",
-            scale,
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
-            i32(problem.state.shape[0] if step else problem.N),
-        ),
-    )
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -631,6 +233,8 @@ def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
 @planned
 def plan_tokens(problem: Problem, step: bool) -> Plan:
     """Plan `recurrent_delta_rule` or `delta_rule_step`."""
+    check_heads(problem)
+    check_gate(problem)
     outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
     if not step:
         outputs["final_state"] = (problem.state_shape, problem.state_dtype)
@@ -639,11 +243,5 @@ def plan_tokens(problem: Problem, step: bool) -> Plan:
 
 def plan_affine(shape: tuple, columns: int, dtype, add: bool) -> Plan:
     """Plan P X + H for stacks (N, HV, K, .)."""
-    N, HV, K = shape
-    defines = dict(REAL=C_TYPES[dtype.name], ADD=int(add))
-    count = N * HV * K * columns
-    arguments = ("p", "x", "h", "y", np.int64(count), i32(K), i32(columns))
-    launch = Launch(
-        "affine.cu", "affine", tuple(defines.items()), -(-count // 256), 256, 0, arguments
-    )
-    return Plan((launch,), {"y": ((N, HV, K, columns), dtype)})
+    launch = affine_launch(shape, columns, dtype, add)
+    return Plan((launch,), {"y": ((*shape, columns), dtype)})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from ..arrays import FLOAT_DTYPES
 from ..problem import Problem
 from . import plan as plans
-from .plan import DeviceFacts, Launch
+from .kernels import DeviceFacts, Launch
 
-PASSES = ("forward", "backward", "recurrent", "step")
+PASSES = ("forward", "backward", "recurrent", "step", "blocks")
 
 
 def launches_of(
@@ -37,7 +38,8 @@ def launches_of(
     Parameters
     ----------
     facts : DeviceFacts
-    passes : tuple of {"forward", "backward", "recurrent", "step"}
+    passes : tuple of {"forward", "backward", "recurrent", "step", "blocks"}
+        "blocks" are the WY building blocks, which take neither a gate nor qk_l2norm.
     dtype : str
         Of q, k and v; beta and g count as float32, decoding pools as float32 (or float64).
     K, V, B, T, H, HV
@@ -93,12 +95,32 @@ def launches_of(
         plans.check_gate_gradients(problem)
         planned.append(plans.plan_forward(problem, facts, True))
         planned.append(plans.plan_backward(problem, facts, True))
-    planned += [plans.plan_tokens(problem, name == "step") for name in passes if name in PASSES[2:]]
+    planned += [
+        plans.plan_tokens(problem, name == "step")
+        for name in ("recurrent", "step")
+        if name in passes
+    ]
+    if "blocks" in passes:
+        planned += _blocks(replace(problem, g=None, qk_l2norm=False, state_layout="kv"), facts)
     distinct = {}
     for plan in planned:
         for launch in plan.launches:
             distinct.setdefault((launch.file, launch.defines), launch)
     return list(distinct.values())
+
+
+def _blocks(problem: Problem, facts: DeviceFacts) -> list[plans.Plan]:
+    chunk = plans.chunk_of(problem)
+    states = np.broadcast_to(
+        np.zeros((), problem.state_dtype), plans.chunked_states(problem, chunk)
+    )
+    problem = replace(problem, w=problem.k, u=problem.v, v_new=problem.v, states=states)
+    return [
+        plans.plan_wy_factors(problem, facts),
+        plans.plan_state_pass(problem, facts),
+        plans.plan_chunk_output(problem, facts),
+        plans.plan_transfer(problem, facts),
+    ]
 
 
 def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:

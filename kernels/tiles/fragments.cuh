@@ -48,6 +48,8 @@ struct Mma {
       a.r[i] = pack2<T>(s * x.x, s * x.y);
     }
   }
+  // At the start of a step: ldmatrix stays where it is.
+  static PRIM void order_loads() {}
   // d[0], d[1] += A B
   static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
     mma_m16n8k16<T>(d0, a.r, b.r[0], b.r[1]);
@@ -108,6 +110,8 @@ struct Mma<float> {
     for (int i = 0; i < 4; i++)
       split(a.high[i], a.low[i], s * (__uint_as_float(a.high[i]) + __uint_as_float(a.low[i])));
   }
+  // Keeps the compiler from loading many steps ahead, for which the registers do not suffice.
+  static PRIM void order_loads() { __syncwarp(); }
   static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
     // Tensor cores truncate when they add: so three terms at a time, and d in ordinary float sums.
     float t0[4] = {}, t1[4] = {};
@@ -143,6 +147,7 @@ template <class T, int TILES, int DEPTH_TOTAL>
 PRIM void multiply_rows(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
+    Mma<T>::order_loads();
     typename Mma<T>::A fa;
     Mma<T>::load_a(fa, a + k, a_pitch, lane);
 #pragma unroll
@@ -157,6 +162,7 @@ template <class T, int TILES, int DEPTH_TOTAL>
 PRIM void multiply_columns(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
+    Mma<T>::order_loads();
     typename Mma<T>::A fa;
     Mma<T>::load_a(fa, a + k, a_pitch, lane);
 #pragma unroll
@@ -172,6 +178,7 @@ template <class T, int TILES, int DEPTH_TOTAL>
 PRIM void multiply_transposed(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
+    Mma<T>::order_loads();
     typename Mma<T>::A fa;
     Mma<T>::load_a_transposed(fa, a + k * a_pitch, a_pitch, lane);
 #pragma unroll

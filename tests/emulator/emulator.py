@@ -270,7 +270,7 @@ class EmulatorDevice:
         sm: int = 80,
         leg: str = "source",
     ):
-        from cupy_delta.cuda.plan import DeviceFacts
+        from cupy_delta.cuda.kernels import DeviceFacts
 
         self.run, self.sm, self.leg = run, sm, leg
         self.facts = DeviceFacts(sm_count=sm_count, shared_bytes=shared_bytes)

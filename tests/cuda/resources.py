@@ -1,0 +1,111 @@
+"""What the kernels cost on every architecture, read from NVRTC's log; no GPU needed.
+
+python tests/cuda/resources.py           # prints the table
+python tests/cuda/resources.py --write   # and makes it tests/golden/resources.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import nvrtc
+
+from cupy_delta.cuda.kernels import DeviceFacts
+from cupy_delta.cuda.sources import variant_source
+from cupy_delta.cuda.variants import launches_of
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"
+# Shared memory that one block may have and multiprocessors (CUDA programming guide, compute
+# capabilities; of the largest card).
+KIB = 1024
+ARCHITECTURES = {
+    "sm_80": DeviceFacts(sm_count=108, shared_bytes=163 * KIB),
+    "sm_86": DeviceFacts(sm_count=84, shared_bytes=99 * KIB),
+    "sm_89": DeviceFacts(sm_count=142, shared_bytes=99 * KIB),
+    "sm_90": DeviceFacts(sm_count=132, shared_bytes=227 * KIB),
+    "sm_100": DeviceFacts(sm_count=148, shared_bytes=227 * KIB),
+    "sm_120": DeviceFacts(sm_count=188, shared_bytes=99 * KIB),
+}
+
+ALL = ("forward", "backward", "recurrent", "step", "blocks")
+CALLS = (
+    dict(dtype="bfloat16", K=128, V=128, H=8, passes=ALL),
+    dict(dtype="bfloat16", K=128, V=128, H=64, passes=("forward", "backward")),
+    dict(dtype="bfloat16", K=64, V=64, H=64, passes=("forward", "backward")),
+    dict(dtype="bfloat16", K=128, V=128, gate=True, varlen=True, B=3, passes=("forward",)),
+    dict(dtype="bfloat16", K=128, V=128, state_layout="vk", passes=("backward", "step")),
+    dict(dtype="float16", K=100, V=40, qk_l2norm=True, passes=("forward", "backward", "step")),
+    dict(dtype="float32", K=128, V=128, passes=ALL),
+    dict(dtype="float32", K=60, V=17, passes=("forward", "backward")),
+    dict(dtype="float64", K=128, V=128, passes=("recurrent", "step")),
+    dict(dtype="bfloat16", K=256, V=256, passes=("forward", "backward", "step")),
+    dict(dtype="bfloat16", K=64, V=64, chunk_size=64, passes=("forward", "backward")),
+)
+
+
+class Resources(NamedTuple):
+    """Of one kernel: registers per thread, spilled bytes per thread, static shared bytes."""
+
+    registers: int
+    spilled: int
+    static_shared: int
+
+
+@cache
+def launches(arch: str) -> dict:
+    """Return the kernels of all calls by a name that tells them apart."""
+    found = {}
+    for call in CALLS:
+        for launch in launches_of(ARCHITECTURES[arch], **call):
+            macros = " ".join(f"{name}={value}" for name, value in sorted(launch.defines))
+            found[f"{launch.entry} {macros}"] = launch
+    return found
+
+
+def must_not_spill(name: str) -> bool:
+    """Tell whether a kernel is for head sizes up to 128, at the default chunk size."""
+    sizes = dict(re.findall(r"(HEAD_K|HEAD_V|CHUNK)=(\d+)", name))
+    heads = max(int(sizes["HEAD_K"]), int(sizes.get("HEAD_V", 0)))
+    return heads <= 128 and int(sizes.get("CHUNK", 0)) <= 32
+
+
+def measure(arch: str, name: str) -> Resources:
+    """Compile a kernel as CuPy does and read ptxas' report."""
+    launch = launches(arch)[name]
+    return compiled(variant_source(launch.file, launch.defines), arch)
+
+
+def compiled(source: str, arch: str) -> Resources:
+    log = nvrtc.compile_source(source, arch, ("-ftz=true", "--ptxas-options=-v")).log
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    shared = re.search(r"(\d+) bytes smem", log)
+    return Resources(
+        int(re.search(r"Used (\d+) registers", log)[1]),
+        sum(int(n) for pair in spilled for n in pair),
+        int(shared[1]) if shared else 0,
+    )
+
+
+def main() -> None:
+    work = [(arch, name) for arch in ARCHITECTURES for name in launches(arch)]
+    with ThreadPoolExecutor() as pool:
+        measured = list(pool.map(measure, *zip(*work, strict=True)))
+    table: dict = {arch: {} for arch in ARCHITECTURES}
+    for (arch, name), resources in zip(work, measured, strict=True):
+        table[arch][name] = list(resources)
+        print(f"{arch:7}{resources.registers:4} registers{resources.spilled:5} spilled  {name}")
+    if "--write" in sys.argv:
+        GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
