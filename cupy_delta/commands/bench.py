@@ -5,7 +5,6 @@ Prints tokens/s, FLOP/s and bytes/s per row; the counts are those of `work`.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 
@@ -14,7 +13,17 @@ import numpy as np
 from ..arrays import FLOAT_DTYPES
 from ..operators import chunk_delta_rule, chunk_delta_rule_bwd, chunk_delta_rule_fwd
 from ..version import __version__
-from .console import Device, add_device, positive, positives, print_table, progress, random_inputs
+from .console import (
+    Device,
+    add_device,
+    positive,
+    positives,
+    print_table,
+    progress,
+    random_inputs,
+    save_figure,
+    write_json,
+)
 
 
 def add_arguments(parser) -> None:
@@ -95,8 +104,7 @@ def run_command(args) -> int:
     )
     if args.output:
         report = dict(version=__version__, device=device.name, dtype=args.dtype, rows=rows)
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.output, report)
     if plt:
         _draw(plt, rows, args)
     return 0
@@ -150,5 +158,5 @@ def _draw(plt, rows: list[dict], args) -> None:
     axes.set_title(f"cupy_delta, {args.dtype}, B = {args.batch}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.plot, dpi=150)
+    save_figure(figure, args.plot)
     plt.close(figure)

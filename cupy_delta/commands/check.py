@@ -8,12 +8,12 @@ rounded to the dtype in every product of a chunk, as tensor cores do, with float
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..arrays import FLOAT_DTYPES
+from ..building_blocks import chunk_output, sequence_transfer, state_pass, wy_factors
 from ..operators import (
     chunk_delta_rule,
     chunk_delta_rule_bwd,
@@ -23,7 +23,7 @@ from ..operators import (
 )
 from ..problem import operator_problem
 from ..reference.adjoint import recurrent_delta_rule_bwd
-from .console import Device, add_device, print_table, progress, random_inputs
+from .console import Device, add_device, print_table, progress, random_inputs, write_json
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -39,6 +39,7 @@ class Case:
     gate: str | None = None
     beta: tuple = (0.0, 1.0)
     correlation: float = 0.0
+    beta_per_value: bool = False
     cu_seqlens: tuple | None = None
     options: dict = field(default_factory=dict)
 
@@ -47,6 +48,7 @@ CASES = (
     Case("chunk", "chunk", sizes=dict(B=2, H=2, HV=2)),
     Case("chunk, K != V", "chunk", sizes=dict(K=40, V=96)),
     Case("chunk, grouped value heads", "chunk", sizes=dict(H=2, HV=4)),
+    Case("chunk, chunks of 16", "chunk", options=dict(chunk_size=16)),
     Case("chunk, one token", "chunk", T=1),
     Case("chunk, sequences end to end", "chunk", cu_seqlens=(0, 0, 1, 65, 130)),
     Case("chunk, beta = 2, correlated keys", "chunk", beta=(2.0, 2.0), correlation=0.9),
@@ -54,7 +56,12 @@ CASES = (
     Case("chunk, scalar gate", "chunk", gate="scalar"),
     Case("chunk, channel gate", "chunk", gate="channel"),
     Case("recurrent", "recurrent", sizes=dict(H=2, HV=4), gate="scalar"),
+    Case("recurrent, beta per value", "recurrent", beta_per_value=True),
     Case("step", "step", T=4, sizes=dict(B=3, H=2, HV=4)),
+    Case("step, indexed pool", "indexed step", T=2, sizes=dict(B=3, H=2, HV=4)),
+    Case("building blocks", "blocks", sizes=dict(H=2, HV=4)),
+    Case("building blocks, sequences", "blocks", cu_seqlens=(0, 0, 1, 65, 130)),
+    Case("transfer", "transfer", sizes=dict(H=2, HV=4)),
     Case("gradients", "gradients", sizes=dict(H=2, HV=4)),
     Case("gradients, sequences end to end", "gradients", cu_seqlens=(0, 0, 1, 65, 130)),
     Case("gradients, scalar gate", "gradients", gate="scalar"),
@@ -69,16 +76,14 @@ def add_arguments(parser) -> None:
 
 
 def run_command(args) -> int:
-    from .main import CommandError
-
     device = Device(args.device)
     work = [(case, dtype) for case in CASES for dtype in BOUNDS]
     rows = []
     for case, dtype in progress(work, "checking"):
-        error = _error(case, dtype, device, args.seed)
-        if error is None:
+        if device.name == "gpu" and _only_on_cpu(case, dtype):
             rows.append([case.name, dtype, "-", "-", "not on this device"])
             continue
+        error = _error(case, dtype, device, args.seed)
         verdict = "ok" if error <= BOUNDS[dtype] else "FAILED"
         rows.append([case.name, dtype, f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", verdict])
     print_table(["case", "dtype", "error", "bound", "verdict"], rows)
@@ -87,21 +92,22 @@ def run_command(args) -> int:
     print(f"{ran - failed} of {ran} cases within their bounds on the {device.name}")
     if args.json:
         keys = ("case", "dtype", "error", "bound", "verdict")
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump([dict(zip(keys, row, strict=True)) for row in rows], file, indent=1)
-    if not ran:
-        raise CommandError("no case could run on this device, so nothing was checked")
+        write_json(args.json, [dict(zip(keys, row, strict=True)) for row in rows])
     return 1 if failed else 0
 
 
-def _error(case: Case, dtype: str, device: Device, seed: int) -> float | None:
-    """Return the error of one case, or None where the device's backend lacks the option."""
+def _only_on_cpu(case: Case, dtype: str) -> bool:
+    """Tell what CuPy arrays do not support; anything else that fails there is a defect."""
+    chunked = case.operator in ("chunk", "gradients", "blocks", "transfer")
+    gate = case.gate == "channel" or (case.gate is not None and case.operator == "gradients")
+    return gate or (chunked and dtype == "float64")
+
+
+def _error(case: Case, dtype: str, device: Device, seed: int) -> float:
+    """Return the error of one case."""
     arrays = _draw(case, dtype, np.random.default_rng(seed))
-    try:
-        moved = {name: device.to(x) for name, x in arrays.items()}
-        results = [device.back(x) for x in _results(case, moved)]
-    except NotImplementedError:
-        return None
+    moved = {name: device.to(x) for name, x in arrays.items()}
+    results = [device.back(x) for x in _results(case, moved)]
     wide = {n: x.astype(np.float64) if _is_float(x) else x for n, x in arrays.items()}
     exact = _exact(case, wide)
     return max(_difference(x, y) for x, y in zip(results, exact, strict=True))
@@ -115,6 +121,8 @@ def _draw(case: Case, dtype: str, rng) -> dict:
         mixed = np.sqrt(case.correlation) * common / np.linalg.norm(common)
         mixed = mixed + np.sqrt(1 - case.correlation) * k.astype(np.float64)
         k = (mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)).astype(k.dtype)
+    if case.beta_per_value:
+        beta = rng.uniform(*case.beta, v.shape).astype(beta.dtype)
     states = FLOAT_DTYPES["float64" if dtype == "float64" else "float32"]
     g = None
     if case.gate:
@@ -126,8 +134,10 @@ def _draw(case: Case, dtype: str, rng) -> dict:
     shape = (N, HV, V, K) if case.options.get("state_layout") == "vk" else (N, HV, K, V)
     state, dstate = (rng.standard_normal(shape).astype(states) for _ in range(2))
     do = rng.standard_normal(v.shape).astype(v.dtype)
+    pool = rng.standard_normal((q.shape[0] + 2, *shape[1:])).astype(k.dtype)
+    indices = np.array([q.shape[0] + 1, -1, *range(q.shape[0] - 2)])[: q.shape[0]]
     names = dict(q=q, k=k, v=v, beta=beta, g=g, cu_seqlens=cu, state=state)
-    return names | dict(do=do, dstate=dstate)
+    return names | dict(do=do, dstate=dstate, pool=pool, indices=indices)
 
 
 def _results(case: Case, a: dict) -> list:
@@ -141,6 +151,18 @@ def _results(case: Case, a: dict) -> list:
     if case.operator == "step":
         state = a["state"].copy()
         return [delta_rule_step(*inputs, state=state), state]
+    if case.operator == "indexed step":
+        pool = a["pool"].copy()
+        o = delta_rule_step(*inputs, state=pool, state_indices=a["indices"])
+        return [o, pool]
+    sequences = dict(cu_seqlens=a["cu_seqlens"])
+    if case.operator == "blocks":
+        q, k, v, beta, _ = inputs
+        factors = wy_factors(k, v, beta, **sequences)
+        passed = state_pass(k, factors.w, factors.u, initial_state=a["state"], **sequences)
+        return [chunk_output(q, k, passed.v_new, passed.states, **sequences), passed.final_state]
+    if case.operator == "transfer":
+        return [sequence_transfer(*inputs[1:4], **sequences).apply(a["state"])]
     forward = chunk_delta_rule_fwd(*inputs, **options)
     return list(chunk_delta_rule_bwd(forward.residuals, a["do"], a["dstate"]))
 
@@ -149,12 +171,20 @@ def _exact(case: Case, a: dict) -> list:
     """The same from the float64 token loop on NumPy arrays."""
     inputs = [a[name] for name in ("q", "k", "v", "beta", "g")]
     options = case.options | dict(initial_state=a["state"], cu_seqlens=a["cu_seqlens"])
-    if case.operator != "gradients":
-        return list(recurrent_delta_rule(*inputs, **options))
-    options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None) | options
-    return list(
-        recurrent_delta_rule_bwd(operator_problem(*inputs, **options), a["do"], a["dstate"])
-    )
+    options.pop("chunk_size", None)
+    if case.operator == "gradients":
+        options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None) | options
+        problem = operator_problem(*inputs, **options)
+        return list(recurrent_delta_rule_bwd(problem, a["do"], a["dstate"]))
+    if case.operator == "indexed step":
+        used = a["indices"] >= 0
+        o, pool = np.zeros_like(a["v"]), a["pool"].copy()
+        inputs = [None if x is None else x[used] for x in inputs]
+        initial = pool[a["indices"][used]]
+        o[used], pool[a["indices"][used]] = recurrent_delta_rule(*inputs, initial_state=initial)
+        return [o, pool]
+    o, final_state = recurrent_delta_rule(*inputs, **options)
+    return [final_state] if case.operator == "transfer" else [o, final_state]
 
 
 def _is_float(x) -> bool:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 
@@ -45,6 +50,43 @@ def progress(items: list, label: str) -> Iterator:
         yield item
         if (i + 1) % step == 0 or i + 1 == len(items):
             print(f"{label}: {i + 1}/{len(items)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[BinaryIO]:
+    """Open a file that is written whole or not at all: a full disk leaves an old one as it was."""
+    from .main import CommandError
+
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(suffix=".part", dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str, report) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
+def save_figure(figure, path: str) -> None:
+    kind = os.path.splitext(path)[1][1:].lower() or "png"
+    with whole_file(path) as file:
+        figure.savefig(file, format=kind, dpi=150)
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..operators import chunk_delta_rule
-from .console import print_table
+from .console import print_table, save_figure
 
 KEYS, K, V, ROUNDS = 16, 256, 32, 12
 
@@ -96,5 +96,5 @@ def _draw(path: str, truth, delta, additive, errors) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.suptitle(f"{KEYS} keys, each bound to a new value {ROUNDS} times: what is recalled")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)

@@ -8,14 +8,13 @@ NumPy cannot store bfloat16: it saves such arrays as raw 2-byte items, and --bfl
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 
 import numpy as np
 
 from ..arrays import FLOAT_DTYPES
 from ..operators import chunk_delta_rule, recurrent_delta_rule
-from .console import Device, positive
+from .console import Device, positive, whole_file
 
 REQUIRED = ("q", "k", "v", "beta")
 OPTIONAL = ("g", "initial_state", "cu_seqlens")
@@ -56,7 +55,8 @@ def run_command(args) -> int:
     else:
         result = recurrent_delta_rule(*inputs, **options)
     o, final_state = (device.back(x) for x in result)
-    _save(args.output, o=o, final_state=final_state)
+    with whole_file(args.output) as file:
+        np.savez(file, o=o, final_state=final_state)
     print(f"{args.output}: o {o.shape} {o.dtype}, final_state {final_state.shape}")
     return 0
 
@@ -86,28 +86,3 @@ def _load(path: str, bfloat16: bool) -> dict:
                 raise CommandError(f"{path}: {name} is raw 2-byte items; is it --bfloat16?")
             arrays[name] = x.view(FLOAT_DTYPES["bfloat16"])
     return arrays
-
-
-def _save(path: str, **arrays) -> None:
-    """Write all or nothing: a full disk leaves an existing file as it was."""
-    from .main import CommandError
-
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=".npz.part", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,29 @@
+"""What the command `check` would find on a GPU, and that it expects of one what runs there."""
+
+import pytest
+
+from cupy_delta.commands import check
+
+
+class OnGpu:
+    """The device of the command `check`, for arrays that only count as being on a GPU."""
+
+    name = "gpu"
+
+    def to(self, x):
+        return x
+
+    back = to
+
+
+@pytest.mark.parametrize("case", check.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", check.BOUNDS)
+def test_cases_of_the_check_command(emulated, on_reference, monkeypatch, case, dtype):
+    """All that the command expects of a GPU runs there, and within its bounds."""
+    if check._only_on_cpu(case, dtype):
+        with pytest.raises(NotImplementedError):
+            check._error(case, dtype, OnGpu(), 0)
+        return
+    exact = check._exact
+    monkeypatch.setattr(check, "_exact", lambda *args: on_reference(exact, *args))
+    assert check._error(case, dtype, OnGpu(), 0) <= check.BOUNDS[dtype]
