@@ -301,7 +301,7 @@ def chunk_delta_rule_fwd(
 
     Notes
     -----
-    On NumPy the residuals hold the inputs and one state per 8 chunks; on CuPy one state and one
+    On NumPy the residuals hold the inputs and one state per 4 chunks; on CuPy one state and one
     C x C factor per chunk.
 
     References

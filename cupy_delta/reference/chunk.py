@@ -18,7 +18,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from ..problem import Problem
-from .decay import make_decay, transpose
+from .decay import lower_triangle, make_decay, transpose
 from .tiles import Span, l2norm, l2norm_gradient
 
 
@@ -97,29 +97,31 @@ def load_block(problem: Problem, span: Span) -> Block:
     )
 
 
-@dataclass
 class Trace:
-    """What the backward needs of one chunk's forward."""
+    """What the backward needs of a block's forward: per chunk the entering state, R and N."""
 
-    S: np.ndarray
-    R: np.ndarray
-    N: np.ndarray
+    def __init__(self, block: Block):
+        self.S: list[np.ndarray] = []
+        self.R = np.empty_like(block.v)
+        self.N = np.empty_like(block.v)
 
 
-def forward_block(block: Block, S, o=None, trace: list | None = None):
+def forward_block(block: Block, S, o=None, trace: Trace | None = None):
     """Walk the chunks of a block from state S; return the state after the last.
 
-    Writes the outputs to `o` (h, G, n, C, V) and appends a `Trace` per chunk, if given.
+    Writes the outputs to `o` (h, G, n, C, V), and what the backward needs to `trace`, if given.
     """
     for i in range(block.k.shape[2]):
-        R = block.k_read[:, :, i] @ S
+        R = np.empty_like(block.v[:, :, i]) if trace is None else trace.R[:, :, i]
+        np.matmul(block.k_read[:, :, i], S, out=R)
         np.subtract(block.v[:, :, i], R, out=R)
         N = solve_unit_lower(block.A[:, :, i], block.b[:, :, i] * R)
         if o is not None:
             np.matmul(block.q_read[:, :, i], S, out=o[:, :, i])
             o[:, :, i] += block.P[:, :, i] @ N
         if trace is not None:
-            trace.append(Trace(S, R, N))
+            trace.S.append(S)
+            trace.N[:, :, i] = N
         written = transpose(block.k_write[:, :, i]) @ N
         written += block.decay.carry(S, i)
         S = written
@@ -137,15 +139,14 @@ class BlockGradients:
     g: np.ndarray | None
 
 
-def backward_block(problem: Problem, block: Block, trace: list[Trace], do, D):
+def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
     """Walk the chunks backwards from D, the gradient of the state leaving the block.
 
     Returns the `BlockGradients` and the gradient of the state entering the block.
     """
     dtype = problem.compute_dtype
     stack = do.shape[:-1]
-    N = np.stack([t.N for t in trace], axis=2)
-    R = np.stack([t.R for t in trace], axis=2)
+    N, R = trace.N, trace.R
     dR = np.empty_like(do)
     dbeta = np.empty((*stack, 1), dtype)
     # Rows that meet the entering and the leaving state: dO S^T, dR S^T and N D'^T.
@@ -155,7 +156,7 @@ def backward_block(problem: Problem, block: Block, trace: list[Trace], do, D):
     carried = np.empty((*stack[:3], D.shape[-2]), dtype)
     strict = np.tri(block.k.shape[3], k=-1, dtype=dtype)
     for i in reversed(range(stack[2])):
-        S, b = trace[i].S, block.b[:, :, i]
+        S, b = trace.S[i], block.b[:, :, i]
         dO = do[:, :, i]
         dN = transpose(block.P[:, :, i]) @ dO + block.k_write[:, :, i] @ D
         G = solve_unit_lower(block.A[:, :, i], dN, transposed=True)
@@ -172,13 +173,17 @@ def backward_block(problem: Problem, block: Block, trace: list[Trace], do, D):
         D -= transpose(block.k_read[:, :, i]) @ dR[:, :, i]
 
     decay = block.decay
-    dP = np.tril(do @ transpose(N))
-    E = np.tril(dR @ transpose(N), -1)
+    dP = lower_triangle(do @ transpose(N))
+    E = lower_triangle(dR @ transpose(N), -1)
     np.negative(E, out=E)
-    q_pairs, q_state = decay.lower(dP, block.k), decay.read(dO_S)
-    k_late, k_early = decay.lower(E, block.k), decay.upper(E, block.k) + decay.upper(dP, block.q)
+    dq = decay.lower(dP, block.k)
+    dq += decay.read(dO_S)
+    k_late, k_early = decay.lower(E, block.k), decay.upper(E, block.k)
+    k_early += decay.upper(dP, block.q)
     k_state, k_write = decay.read(dR_S), decay.write(N_D)
-    dq, dk = q_pairs + q_state, k_late + k_early - k_state + k_write
+    dk = k_late + k_early
+    dk -= k_state
+    dk += k_write
     dg = None
     if problem.gate:
         # G_i enters with the later token of a pair and with reads, -G_j with the earlier token

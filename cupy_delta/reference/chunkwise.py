@@ -1,6 +1,6 @@
 """The chunkwise operator and its gradients: walks over sequences, block after block.
 
-Memory beyond inputs and outputs is bounded: a thread holds one block of at most 8 chunks, and
+Memory beyond inputs and outputs is bounded: a thread holds one block of at most 4 chunks, and
 the forward keeps one state per block, from which the backward runs the block again.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import Problem
-from .chunk import backward_block, forward_block, load_block
+from .chunk import Trace, backward_block, forward_block, load_block
 from .parallel import for_each
 from .tiles import DEFAULT_CHUNK, Item, block_count, items
 
@@ -43,7 +43,8 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
             span = item.spans[j]
             S = checkpoints[item.first_block + j, item.heads]
             S = S.reshape(-1, item.groups, *S.shape[1:])
-            block, trace = load_block(problem, span), []
+            block = load_block(problem, span)
+            trace = Trace(block)
             forward_block(block, S, trace=trace)
             gradients, D = backward_block(problem, block, trace, span.value_heads(do, dtype), D)
             span.store_key_heads(dq, gradients.q)

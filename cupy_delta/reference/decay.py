@@ -44,7 +44,7 @@ class NoDecay:
 
     def pairs(self, a, b):
         """tril(a b^T), diagonal included."""
-        return _tril(a @ transpose(b))
+        return lower_triangle(a @ transpose(b))
 
     def lower(self, L, x):
         return L @ x
@@ -75,7 +75,7 @@ class ScalarDecay:
         return state * self._carry[:, :, chunk]
 
     def pairs(self, a, b):
-        return _tril((a @ transpose(b)) * self._pair)
+        return lower_triangle((a @ transpose(b)) * self._pair)
 
     def lower(self, L, x):
         return (L * self._pair) @ x
@@ -144,6 +144,7 @@ class ChannelDecay:
         return total
 
 
-def _tril(x):
-    np.copyto(x, 0, where=~np.tri(x.shape[-1], dtype=bool))
+def lower_triangle(x, diagonal: int = 0):
+    """Clear what lies above the diagonal of matrices, in place, NaN included."""
+    np.copyto(x, 0, where=~np.tri(x.shape[-1], k=diagonal, dtype=bool))
     return x

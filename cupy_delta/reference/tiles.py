@@ -14,7 +14,8 @@ import numpy as np
 from ..problem import Problem
 
 DEFAULT_CHUNK = 64
-CHUNKS_PER_BLOCK = 8
+# Small enough for a block to stay in a core's cache, large enough for calls to be few.
+CHUNKS_PER_BLOCK = 4
 HEADS_PER_ITEM = 4
 L2NORM_EPS = 1e-6
 
