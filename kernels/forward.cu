@@ -5,27 +5,36 @@
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
 //   FROM_FACTORS:  N = U - W S,  S' = S + K^T N     the building block: no gate, no output
 //
+// A long sequence of few heads is cut into SEGMENTS. TRANSFER walks all but the last from zero and, with ZERO_V, from
+// the identity: what is left is H and P of S -> P S + H. segment_states.cu joins them to the states that enter the
+// segments, from which the walk with SEGMENTS goes through all of them at once.
+//
 // Numbers: the state lives in float accumulators and is never rounded between chunks; operands of products are
 // rounded to DTYPE (S, b R and N included), sums are float (float: 3xTF32). Everything is held transposed, rows =
 // value channels: then S^T, R^T and N^T are left operands straight from their accumulators.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of initial and final state),
-// FROM_FACTORS, ZERO_V (values are zero: the transfer's P), WRITE_STATES (the state entering each chunk, in
-// STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and states (K, V)), WARPS,
-// ROW_TILES (16-row tiles of value channels per warp). Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16
-// ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W) and V tiles, core, P, beta and G of a chunk;
-// see cupy_delta/cuda/kernels.py.
+// FROM_FACTORS, ZERO_V (no values, from the identity: a transfer's P), SEGMENTS, TRANSFER, WRITE_STATES (the state
+// entering each chunk, in STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and
+// states (K, V)), WARPS, ROW_TILES (16-row tiles of value channels per warp). Grid: N * segments walked * HV * slices
+// blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
+// and V tiles, core, P, beta and G of a chunk; see cupy_delta/cuda/kernels.py.
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/store.cuh"
 
+#define WITH_OUTPUT (!FROM_FACTORS && !TRANSFER)
+
 typedef Mma<DTYPE> Product;
 constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
-constexpr int BLOCKS = ROW_TILES == 2 ? 1 : 0;  // per multiprocessor: all registers for two tiles, else as it comes
+// Blocks per multiprocessor: all registers for two tiles, and where shared memory holds no second block; else as the
+// compiler sees fit.
+constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && sizeof(DTYPE) == 2) ? 1 : 0;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
+constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;  // of each sequence's segments
 
 struct Stage {
   DTYPE *k, *q_or_w, *v, *core, *p;
@@ -35,11 +44,15 @@ struct Stage {
 PRIM Stage take_stage(DynSmem& smem) {
   Stage s = {};
   s.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+#if !TRANSFER
   s.q_or_w = smem.take<DTYPE>(CHUNK * K_PITCH, "q or w");
+#endif
   s.v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
 #if !FROM_FACTORS
   s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
+#if WITH_OUTPUT
   s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
+#endif
   s.beta = smem.take<float>(CHUNK, "beta");
   s.G = smem.take<float>(CHUNK, "G");
 #endif
@@ -105,6 +118,14 @@ PRIM void write_rows(DTYPE* out, int64_t stride, const float (&d)[ROW_TILES][C_T
                                       tokens - j * 8, lane);
 }
 
+// S = 1 on the diagonal of the rows from `value` on.
+PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) S[j][i] = value + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
+}
+
 // What all blocks of a launch share.
 struct Inputs {
   const DTYPE *q_or_w, *k, *v, *core, *p;
@@ -119,12 +140,14 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
 #if FROM_FACTORS
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens,
                                                HEAD_K, thread);
-#else
+#elif WITH_OUTPUT
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K,
                                                thread);
+  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
+#endif
+#if !FROM_FACTORS
   load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
                                                  thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
   load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 #if HAS_GATE
   load_column<CHUNK, THREADS>(s.G, in.G + value, HV, tokens, thread);
@@ -141,12 +164,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
             STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
-  const int h = hv / (HV / H);
+  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
+  const int n = part / WALKED, segment = part % WALKED, h = hv / (HV / H);
   const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
-  const Sequence sequence = find_sequence<CHUNK>(cu_seqlens, n, T);
+  const Sequence sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, n, segment, T);
   const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
-  const int64_t state_at = ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
+  const int64_t entering_at = ((int64_t)part * HV + hv) * HEAD_K * HEAD_V;
   const Inputs inputs = {q_or_w, k, v, core, p, beta, G};
 
   DynSmem smem;
@@ -156,10 +179,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++) {
     clear(S[m]);
+#if ZERO_V
+    set_identity(S[m], value + m * 16, lane);
+#else
     if (initial_state != nullptr) {
 #pragma unroll
-      for (int j = 0; j < K_TILES; j++) load_state(S[m][j], initial_state + state_at, value + m * 16, j * 8, lane);
+      for (int j = 0; j < K_TILES; j++) load_state(S[m][j], initial_state + entering_at, value + m * 16, j * 8, lane);
     }
+#endif
   }
 
   if (chunks > 0)
@@ -197,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if FROM_FACTORS
     multiply_state(R, O, S, stage.q_or_w, nullptr, lane);
 #else
-    multiply_state(R, O, S, stage.k, stage.q_or_w, lane);
+    multiply_state(R, O, S, stage.k, WITH_OUTPUT ? stage.q_or_w : nullptr, lane);
 #endif
 
     // N^ starts as R = V - e^G K S, and R becomes b R; or N = U - W S.
@@ -230,7 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
           }
       }
+#if WITH_OUTPUT || WRITE_STATES
     const int64_t out = (token * HV + hv) * HEAD_V + value, stride = (int64_t)HV * HEAD_V;
+#endif
 #if !FROM_FACTORS
     multiply_lower(N, R, stage.core, lane);
 #endif
@@ -244,6 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) N[m][j][i] *= stage.beta[sum_column(lane, j, i)];
+#if WITH_OUTPUT
     multiply_lower(O, N, stage.p, lane);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
@@ -252,6 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < 4; i++) O[m][j][i] *= scale;
     write_rows(o + out, stride, O, value, tokens, lane);
+#endif
 #endif
 
     // S' = e^(G_C) S + (e^(G_C - G) K)^T N. Tokens past the end have G = 0 and N = 0.
@@ -289,8 +320,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   cp_async_wait<0>();
 
+  // A transfer leaves a state per segment, a whole walk one per sequence: the last segment's.
+  if (!TRANSFER && segment < SEGMENTS - 1) return;
+  const int64_t leaving_at = TRANSFER ? entering_at : ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(final_state + state_at, S[m][j], value + m * 16, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) store_state(final_state + leaving_at, S[m][j], value + m * 16, j * 8, lane);
 }

@@ -12,6 +12,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("-K", "--key-size", type=positives, default=[128], metavar="N[,N...]")
     parser.add_argument("-V", "--value-size", type=positive, metavar="N", help="default: V = K")
     parser.add_argument("-B", "--batch", type=positive, default=1, help="sequences")
+    parser.add_argument("-T", "--tokens", type=positive, default=1024, help="tokens T")
     parser.add_argument("-H", "--heads", type=positive, default=16, help="key heads H")
     parser.add_argument("--value-heads", type=positive, metavar="HV", help="default: HV = H")
     parser.add_argument("--dtype", default="bfloat16", choices=list(FLOAT_DTYPES))
@@ -40,6 +41,7 @@ def run_command(args) -> int:
             K=K,
             V=args.value_size or K,
             B=args.batch,
+            T=args.tokens,
             H=args.heads,
             HV=args.value_heads,
             chunk_size=args.chunk_size,

@@ -16,6 +16,8 @@ C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16"
 # Threads per block of the walk by tokens, and state elements that a thread of a step holds.
 TOKEN_THREADS = 128
 STEP_TILE = 128
+# Chunks per segment for which cutting a sequence pays its extra launches (predicted).
+SEGMENT_CHUNKS = 64
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,56 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
 
 
 def walk_shape(
-    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int
+    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int, walked: int = 1
 ) -> tuple[int, int]:
     """Return (16-row tiles of value channels per warp, warps per block) for a walk.
+
+    `walked` is the number of segments of each sequence that are walked.
 
     As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
     """
     rows = padded(V) // 16
     row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
     warps = min(4, -(-rows // row_tiles))
-    sequences = problem.N * problem.HV
+    sequences = problem.N * problem.HV * walked
     # Measured on an H200: wide blocks once they fill three quarters of it, but at least two warps.
     while warps > 2 and sequences * -(-rows // (row_tiles * warps)) < 0.75 * facts.sm_count:
         warps = -(-warps // 2)
     return row_tiles, warps
+
+
+def segment_count(problem: Problem, chunk: int, facts: DeviceFacts) -> int:
+    """Segments to cut every sequence into: 1, or 4 or 8 for long sequences of few heads.
+
+    Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing. Blocks
+    of all segments shall still find a multiprocessor each.
+    """
+    blocks = problem.N * problem.HV * -(-padded(problem.V) // 32)
+    chunks = problem.B * problem.T // (chunk * max(1, problem.N))
+    for segments in (8, 4):
+        if blocks and blocks * segments <= facts.sm_count and chunks >= segments * SEGMENT_CHUNKS:
+            return segments
+    return 1
+
+
+def segment_states_launch(problem: Problem, segments: int) -> Launch:
+    """The states that enter all segments, from the transfers of all but the last."""
+    defines = dict(
+        HEAD_K=problem.K,
+        HEAD_V=problem.V,
+        SEGMENTS=segments,
+        STATE_VK=int(problem.state_layout == "vk"),
+    )
+    columns = (problem.K * 16, 4)
+    return Launch(
+        "segment_states.cu",
+        "segment_states",
+        tuple(defines.items()),
+        problem.N * problem.HV * -(-problem.V // 16),
+        256,
+        carve(columns, columns, (problem.K * 33, 4)),
+        ("initial_state", "segment_p", "segment_h", "entering", i32(problem.HV)),
+    )
 
 
 def walk_launch(
@@ -157,21 +195,33 @@ def walk_launch(
     *,
     factors: bool = False,
     zero_v: bool = False,
+    segments: int = 1,
+    transfer: bool = False,
     states: str | None = None,
     output: str | None = "o",
     initial: str | None = "initial_state",
     final: str = "final_state",
 ) -> Launch:
-    """The walk over the chunks. `states` is the C type of written states, or None."""
+    """The walk over the chunks, of a sequence's segments at once.
+
+    With `transfer` of all segments but the last, from zero, or with `zero_v` from the identity.
+    `states` is the C type of written states, or None.
+    """
+    walked = segments - 1 if transfer else segments
     size, K = problem.dtype.itemsize, padded(problem.K)
     V = problem.K if zero_v else problem.V
-    row_tiles, warps = walk_shape(problem, V, chunk, facts, row_tiles=2 if K <= 64 else 1)
+    tiles = 2 if K <= 64 else 1
+    row_tiles, warps = walk_shape(problem, V, chunk, facts, tiles, walked)
     slice_ = 16 * row_tiles * warps
     square = (chunk * pitch(chunk, size), size)
     key_rows = (chunk * pitch(K, size), size)
-    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size)]
+    stage = [key_rows, (chunk * pitch(slice_, size), size)]
+    if not transfer:
+        stage.append(key_rows)
     if not factors:
-        stage += [square, square, (chunk, 4), (chunk, 4)]
+        stage += [square, (chunk, 4), (chunk, 4)]
+    if not factors and not transfer:
+        stage.append(square)
     shared = carve(*stage, *stage)
     fits("the state pass", chunk, shared, facts)
     defines = variant(
@@ -181,6 +231,8 @@ def walk_launch(
         STATE_VK=int(problem.state_layout == "vk" and not zero_v),
         FROM_FACTORS=int(factors),
         ZERO_V=int(zero_v),
+        SEGMENTS=segments,
+        TRANSFER=int(transfer),
         WRITE_STATES=int(states is not None),
         STATES_DTYPE=states or "float",
         WARPS=warps,
@@ -190,7 +242,7 @@ def walk_launch(
         "forward.cu",
         "forward",
         defines,
-        problem.N * problem.HV * -(-padded(V) // slice_),
+        problem.N * walked * problem.HV * -(-padded(V) // slice_),
         32 * warps,
         shared,
         (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..problem import Problem
 from . import plan as plans
 from .environment import environment
@@ -110,9 +108,6 @@ def sequence_transfer(problem: Problem):
     with device_of(problem.v) as device:
         plan = plans.plan_transfer(problem, device.facts)
         arrays = device_arrays(problem, device, ("k", "v", "beta", "cu_seqlens"))
-        shape = (problem.N, problem.HV, problem.K, problem.K)
-        identity = np.broadcast_to(np.eye(problem.K, dtype=problem.state_dtype), shape)
-        arrays["identity"] = device.bring(identity, "identity", None)
         results = execute(plan, arrays, device)
     return results["p"], results["h"]
 

@@ -21,6 +21,8 @@ from .kernels import (
     chunk_output_launch,
     norm_launch,
     normal,
+    segment_count,
+    segment_states_launch,
     token_launch,
     walk_launch,
     wy_factors_launch,
@@ -141,8 +143,32 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
         workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
     launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
-    launches.append(walk_launch(problem, chunk, facts, states=states))
+    segments = segment_count(problem, chunk, facts)
+    initial = "initial_state"
+    if segments > 1:
+        initial = "entering"
+        workspace |= segment_arrays(problem, segments)
+        cut = dict(segments=segments, transfer=True, output=None, initial=None)
+        launches += [
+            walk_launch(problem, chunk, facts, final="segment_h", **cut),
+            walk_launch(problem, chunk, facts, final="segment_p", zero_v=True, **cut),
+            segment_states_launch(problem, segments),
+        ]
+    launches.append(
+        walk_launch(problem, chunk, facts, segments=segments, states=states, initial=initial)
+    )
     return Plan(tuple(launches), outputs, workspace)
+
+
+def segment_arrays(problem: Problem, segments: int) -> dict:
+    N, heads = problem.N, problem.state_shape[1:]
+    square = (problem.HV, problem.K, problem.K)
+    shapes = {
+        "segment_h": (N, segments - 1, *heads),
+        "segment_p": (N, segments - 1, *square),
+        "entering": (N, segments, *heads),
+    }
+    return {name: (shape, problem.state_dtype) for name, shape in shapes.items()}
 
 
 @planned
@@ -225,7 +251,7 @@ def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
     launches = (
         wy_factors_launch(problem, chunk, facts, factors=True),
         walk_launch(problem, chunk, facts, initial=None, final="h", **options),
-        walk_launch(problem, chunk, facts, initial="identity", final="p", zero_v=True, **options),
+        walk_launch(problem, chunk, facts, initial=None, final="p", zero_v=True, **options),
     )
     return Plan(launches, outputs, factor_arrays(problem, chunk))
 

@@ -26,6 +26,19 @@ PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
 #endif
 }
 
+// The segment-th of COUNT parts of the n-th sequence: runs of whole chunks, of one length but for the last ones,
+// which may be shorter or empty.
+template <int CHUNK_TOKENS, int COUNT>
+PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, int segment, int T) {
+  Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
+  if constexpr (COUNT > 1) {
+    const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS, length = (chunks + COUNT - 1) / COUNT;
+    const int skipped = min(segment * length, chunks), start = min(skipped * CHUNK_TOKENS, s.tokens);
+    s = {s.first + start, min(s.tokens - start, length * CHUNK_TOKENS), s.slot + skipped};
+  }
+  return s;
+}
+
 struct Chunk {
   int64_t first;  // row of its first token
   int tokens;     // at most CHUNK; 0 or less: no chunk has this slot
