@@ -49,7 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
     float d[2][4];
     clear(d);
-    if (c <= r) multiply_rows<DTYPE, 2, KP>(d, tile_q + r * K_PITCH, K_PITCH, tile_k + c * K_PITCH, K_PITCH, lane);
+    if (c <= r)
+      multiply_tiles<DTYPE, 2, KP, false>(d, tile_q + r * K_PITCH, K_PITCH, tile_k + c * K_PITCH, K_PITCH, lane);
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -64,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int r = tile / (SLICE / 16) * 16, c = tile % (SLICE / 16) * 16;
     float d[2][4];
     clear(d);
-    multiply_columns<DTYPE, 2, KP>(d, tile_q + r * K_PITCH, K_PITCH, state + c, V_PITCH, lane);
-    multiply_columns<DTYPE, 2, CHUNK>(d, pairs + r * C_PITCH, C_PITCH, tile_n + c, V_PITCH, lane);
+    multiply_tiles<DTYPE, 2, KP, true>(d, tile_q + r * K_PITCH, K_PITCH, state + c, V_PITCH, lane);
+    multiply_tiles<DTYPE, 2, CHUNK, true>(d, pairs + r * C_PITCH, C_PITCH, tile_n + c, V_PITCH, lane);
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll

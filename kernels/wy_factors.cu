@@ -31,7 +31,7 @@ PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, in
     if (c > r) continue;
     float d[2][4];
     clear(d);
-    multiply_rows<DTYPE, 2, KP>(d, rows + r * K_PITCH, K_PITCH, columns + c * K_PITCH, K_PITCH, lane);
+    multiply_tiles<DTYPE, 2, KP, false>(d, rows + r * K_PITCH, K_PITCH, columns + c * K_PITCH, K_PITCH, lane);
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -50,7 +50,7 @@ PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE*
     int r = job / STEPS * 16, c = job % STEPS * 16;
     float d[2][4];
     clear(d);
-    multiply_columns<DTYPE, 2, CHUNK>(d, t + r * C_PITCH, C_PITCH, tile + c, PITCH, lane);
+    multiply_tiles<DTYPE, 2, CHUNK, true>(d, t + r * C_PITCH, C_PITCH, tile + c, PITCH, lane);
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
       float d[2][4];
       clear(d);
-      if (c <= r) multiply_columns<float, 2, CHUNK>(d, a + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
+      if (c <= r) multiply_tiles<float, 2, CHUNK, true>(d, a + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll

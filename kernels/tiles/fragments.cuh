@@ -141,10 +141,10 @@ struct Mma<float> {
 PRIM int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
 PRIM int sum_column(int lane, int j, int i) { return j * 8 + lane % 4 * 2 + i % 2; }
 
-// d (16 x 8 TILES) += A B over DEPTH_TOTAL, with A[i][k] = a[i * a_pitch + k], and
-// B[k][n] = b[n * b_pitch + k] (rows times rows) or b[k * b_pitch + n] (rows times columns).
-template <class T, int TILES, int DEPTH_TOTAL>
-PRIM void multiply_rows(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
+// d (16 x 8 TILES) += A B over DEPTH_TOTAL, with A[i][k] = a[i * a_pitch + k] and B[k][n] = b[n * b_pitch + k], rows
+// times rows, or (B_COLUMNS) B[k][n] = b[k * b_pitch + n], rows times columns.
+template <class T, int TILES, int DEPTH_TOTAL, bool B_COLUMNS>
+PRIM void multiply_tiles(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
 #pragma unroll
   for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
     Mma<T>::order_loads();
@@ -153,38 +153,10 @@ PRIM void multiply_rows(float (&d)[TILES][4], const T* a, int a_pitch, const T* 
 #pragma unroll
     for (int j = 0; j < TILES; j += 2) {
       typename Mma<T>::B fb;
-      Mma<T>::load_b(fb, b + j * 8 * b_pitch + k, b_pitch, lane);
-      Mma<T>::multiply(d[j], d[j + 1], fa, fb);
-    }
-  }
-}
-template <class T, int TILES, int DEPTH_TOTAL>
-PRIM void multiply_columns(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
-#pragma unroll
-  for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
-    Mma<T>::order_loads();
-    typename Mma<T>::A fa;
-    Mma<T>::load_a(fa, a + k, a_pitch, lane);
-#pragma unroll
-    for (int j = 0; j < TILES; j += 2) {
-      typename Mma<T>::B fb;
-      Mma<T>::load_b_transposed(fb, b + k * b_pitch + j * 8, b_pitch, lane);
-      Mma<T>::multiply(d[j], d[j + 1], fa, fb);
-    }
-  }
-}
-// The same with A^T from memory: A[i][k] = a[k * a_pitch + i].
-template <class T, int TILES, int DEPTH_TOTAL>
-PRIM void multiply_transposed(float (&d)[TILES][4], const T* a, int a_pitch, const T* b, int b_pitch, int lane) {
-#pragma unroll
-  for (int k = 0; k < DEPTH_TOTAL; k += Mma<T>::DEPTH) {
-    Mma<T>::order_loads();
-    typename Mma<T>::A fa;
-    Mma<T>::load_a_transposed(fa, a + k * a_pitch, a_pitch, lane);
-#pragma unroll
-    for (int j = 0; j < TILES; j += 2) {
-      typename Mma<T>::B fb;
-      Mma<T>::load_b_transposed(fb, b + k * b_pitch + j * 8, b_pitch, lane);
+      if constexpr (B_COLUMNS)
+        Mma<T>::load_b_transposed(fb, b + k * b_pitch + j * 8, b_pitch, lane);
+      else
+        Mma<T>::load_b(fb, b + j * 8 * b_pitch + k, b_pitch, lane);
       Mma<T>::multiply(d[j], d[j + 1], fa, fb);
     }
   }

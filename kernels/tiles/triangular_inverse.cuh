@@ -55,8 +55,8 @@ PRIM void invert_unit_lower(float* x, const float* a, float* scratch, int thread
       float y[2][4];
       clear(y);
       for (int k = 0; k < half; k += 16)
-        multiply_columns<float, 2, 16>(y, a + below + row * pitch + k, pitch, x + corner + k * pitch + column, pitch,
-                                       lane);
+        multiply_tiles<float, 2, 16, true>(y, a + below + row * pitch + k, pitch, x + corner + k * pitch + column,
+                                           pitch, lane);
       float* out = scratch + (pair * half + row) * pitch + column;
 #pragma unroll
       for (int j = 0; j < 2; j++)
@@ -68,8 +68,8 @@ PRIM void invert_unit_lower(float* x, const float* a, float* scratch, int thread
       float z[2][4];
       clear(z);
       for (int k = 0; k < half; k += 16)
-        multiply_columns<float, 2, 16>(z, x + below + half + row * pitch + k, pitch,
-                                       scratch + (pair * half + k) * pitch + column, pitch, lane);
+        multiply_tiles<float, 2, 16, true>(z, x + below + half + row * pitch + k, pitch,
+                                           scratch + (pair * half + k) * pitch + column, pitch, lane);
       float* out = x + below + row * pitch + column;
 #pragma unroll
       for (int j = 0; j < 2; j++)
