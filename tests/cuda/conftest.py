@@ -21,9 +21,10 @@ from cupy_delta.results import Residuals
 
 
 def pytest_generate_tests(metafunc):
-    """Everything emulated runs on both legs: the source, and what NVRTC makes of it."""
+    """Emulated tests run on both legs, the source and what NVRTC makes of it, or on LEGS."""
     if "emulated" in metafunc.fixturenames and "both_legs" not in metafunc.fixturenames:
-        legs = ["gpu"] if metafunc.config.getoption("--on-gpu") else ["source", "ptx"]
+        legs = getattr(metafunc.module, "LEGS", ["source", "ptx"])
+        legs = ["gpu"] if metafunc.config.getoption("--on-gpu") else legs
         metafunc.parametrize("emulated", legs, indirect=True)
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from cupy_delta.commands import check
 
+# The same calls as in the operators' tests, which run on both.
+LEGS = ["source"]
+
 
 class OnGpu:
     """The device of the command `check`, for arrays that only count as being on a GPU."""
