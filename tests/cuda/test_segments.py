@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from emulator import Run
 from helpers import definition, make_inputs
 from rounded import error, rounded_products
 
@@ -86,6 +87,17 @@ def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segm
     for x, y in zip(gradients(), on_reference(gradients), strict=True):
         assert error(x, y) < 5e-6
     assert (8, 0, 0) in segments_of(emulated)
+
+
+def test_the_same_bits_in_any_schedule(emulated, short_segments):
+    args, kw = make_inputs(150, K=24, V=20, dtype=BF16, gate="scalar", initial=True)
+    results = []
+    for run in (Run(), Run("descending", "early"), Run("random", "either", preempt=30, seed=1)):
+        emulated(run, **FACTS)
+        results.append(cd.chunk_delta_rule(*args, **kw, chunk_size=16))
+    for other in results[1:]:
+        assert np.array_equal(other.o, results[0].o)
+        assert np.array_equal(other.final_state, results[0].final_state)
 
 
 def test_nan_does_not_reach_earlier_chunks_or_other_heads(emulated, short_segments):
