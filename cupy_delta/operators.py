@@ -301,8 +301,8 @@ def chunk_delta_rule_fwd(
 
     Notes
     -----
-    On NumPy the residuals hold the inputs and one state per 4 chunks; on CuPy one state and one
-    C x C factor per chunk.
+    On NumPy the residuals hold the inputs and one state per 4 chunks; on CuPy per chunk one
+    state, two C x C factors and a row of V numbers per token, in the dtype of v.
 
     References
     ----------

@@ -206,8 +206,13 @@ class _Checker:
                 f"{name}: expected B = 1, since sequences then lie end to end along T,"
                 f" got B = {self.sizes['B']}"
             )
+        T = self.sizes["T"]
+        if kind == "cupy" and cu_seqlens.shape[0] == 1 and T:
+            # The one thing that is known of values in device memory.
+            raise ValueError(
+                f"{name}: expected at least one sequence for T = {T}, got shape (1,), N = 0"
+            )
         if kind == "numpy":
-            T = self.sizes["T"]
             # Compared, not subtracted: a difference of integers may wrap round.
             falls = np.any(cu_seqlens[1:] < cu_seqlens[:-1])
             if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or falls:

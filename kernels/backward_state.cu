@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
 
-      // G^T = dN^T + (b dN)^T core; dN becomes b dN, then -b G.
+      // G^T = dN^T + (b dN)^T core; dN becomes b dN; at the end G becomes -b G.
 #pragma unroll
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll

@@ -38,7 +38,8 @@ constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;  // of each sequence'
 
 struct Stage {
   DTYPE *k, *q_or_w, *v, *core, *p;
-  float *beta, *G;
+  float* beta;
+  double* G;
 };
 
 PRIM Stage take_stage(DynSmem& smem) {
@@ -54,7 +55,7 @@ PRIM Stage take_stage(DynSmem& smem) {
   s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
 #endif
   s.beta = smem.take<float>(CHUNK, "beta");
-  s.G = smem.take<float>(CHUNK, "G");
+  s.G = smem.take<double>(CHUNK, "G");
 #endif
   return s;
 }
@@ -129,7 +130,8 @@ PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
 // What all blocks of a launch share.
 struct Inputs {
   const DTYPE *q_or_w, *k, *v, *core, *p;
-  const float *beta, *G;
+  const float* beta;
+  const double* G;
 };
 
 PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
@@ -161,7 +163,7 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
-            const float* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
+            const double* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
             STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
@@ -248,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
             const int t = sum_column(lane, j + half, i);
 #if HAS_GATE
-            const float decay = expf(stage.G[t]);
+            const float decay = expf((float)stage.G[t]);
             r *= decay;
             O[m][j + half][i] *= decay;
 #endif
@@ -287,7 +289,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     // S' = e^(G_C) S + (e^(G_C - G) K)^T N. Tokens past the end have G = 0 and N = 0.
 #if HAS_GATE
-    const float end = stage.G[tokens - 1], carry = expf(end);
+    const double end = stage.G[tokens - 1];
+    const float carry = expf((float)end);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
@@ -299,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int t = sum_column(lane, j, i);
-          N[m][j][i] *= t < tokens ? expf(end - stage.G[t]) : 0.0f;
+          N[m][j][i] *= t < tokens ? expf((float)(end - stage.G[t])) : 0.0f;
         }
     }
 #endif

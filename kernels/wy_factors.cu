@@ -7,8 +7,9 @@
 //
 // X = I + diag(b) core, so T R = b (R + core (b R)): the core serves where T would, without dividing by b.
 //
-// Numbers: products of DTYPE operands with float sums (float: 3xTF32); the inverse and the core in
-// 3xTF32, see tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
+// Numbers: G in double, since small differences of large sums count; g below -1000 counts as -1000, whose exponential
+// is 0 like that of anything below, -inf included. Products of DTYPE operands with float sums (float: 3xTF32); the
+// inverse and the core in 3xTF32, see tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WRITE_CORE or WRITE_WU.
 // Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
@@ -23,6 +24,8 @@
 constexpr int THREADS = 128, BLOCKS = sizeof(DTYPE) == 2 ? 5 : 2;
 constexpr int KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
 constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
+
+PRIM float no_less_than_lowest(float g) { return g < -1000.0f ? -1000.0f : g; }  // NaN stays
 
 // out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
 PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, int warp, int lane) {
@@ -64,7 +67,7 @@ PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE*
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wy_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
-               const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, float* running_sum, DTYPE* t, DTYPE* w, DTYPE* u,
+               const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, double* running_sum, DTYPE* t, DTYPE* w, DTYPE* u,
                int N, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int h = blockIdx.x % H, groups = HV / H;
@@ -85,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float* inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
   float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
   float* b = smem.take<float>(CHUNK, "beta");
-  float* G = smem.take<float>(CHUNK, "G");
+  double* G = smem.take<double>(CHUNK, "G");
 
   const int64_t key_row = chunk.first * H + h;
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
@@ -106,7 +109,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int64_t row = chunk.first * HV + h * groups + group;  // of (token, value head)
     load_column<CHUNK, THREADS>(b, beta + row, HV, chunk.tokens, thread);
 #if HAS_GATE
-    load_column<CHUNK, THREADS>(G, g + row, HV, chunk.tokens, thread);
+    for (int i = thread; i < CHUNK; i += THREADS)
+      G[i] = i < chunk.tokens ? no_less_than_lowest(g[row + (int64_t)i * HV]) : 0.0f;
 #endif
 #if WRITE_WU
     load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V,
@@ -126,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       int r = i / CHUNK, c = i % CHUNK;
       if (c > r) continue;
 #if HAS_GATE
-      float decay = expf(G[r] - G[c]);
+      float decay = expf((float)(G[r] - G[c]));
 #else
       float decay = 1.0f;
 #endif
@@ -141,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       int r = i / CHUNK, c = i % CHUNK;
       float decay = 1.0f;
 #if HAS_GATE
-      if (c <= r) decay = expf(G[r] - G[c]);
+      if (c <= r) decay = expf((float)(G[r] - G[c]));
 #endif
       a[r * A_PITCH + c] = c < r ? kk[r * A_PITCH + c] * decay : 0.0f;
       if (r < chunk.tokens)

@@ -79,6 +79,20 @@ def test_info_without_a_device(tmp_path):
     assert "CuPy arrays" in result.stdout and "no usable NVIDIA driver" in result.stdout
 
 
+def test_info_names_a_gpu_that_is_too_old(tmp_path):
+    (tmp_path / "cupy.py").write_text(
+        "import types\n"
+        "__version__ = '99.0'\n"
+        "properties = dict(name=b'Old', totalGlobalMem=2**33, major=7, minor=5)\n"
+        "runtime = types.SimpleNamespace(driverGetVersion=lambda: 1, getDeviceCount=lambda: 1,\n"
+        "    getDeviceProperties=lambda i: properties)\n"
+        "cuda = types.SimpleNamespace(runtime=runtime)\n"
+    )
+    result = python("-m", "cupy_delta", "info", path=tmp_path)
+    assert "Old, compute 7.5, 8 GiB" in result.stdout
+    assert "no GPU of compute capability 8.0 or newer" in result.stdout
+
+
 def test_check_passes_and_writes_its_table(capsys, tmp_path):
     path = tmp_path / "check.json"
     assert main(["check", "--device", "cpu", "--seed", "3", "--json", str(path)]) == 0

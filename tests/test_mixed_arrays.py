@@ -75,6 +75,13 @@ def test_cupy_arrays_reach_their_backend(cupy, function):
     assert (problem.B, problem.T, problem.N, problem.HV) == (2, 6, 2, 4)
 
 
+def test_no_sequence_for_some_tokens_on_a_device(cupy):
+    arguments = on_device(good("chunk_delta_rule", B=1, N=1))
+    arguments["cu_seqlens"] = FakeArray(np.zeros(1, np.int64))
+    message = "cu_seqlens: expected at least one sequence for T = 6, got shape (1,), N = 0"
+    refuse("chunk_delta_rule", arguments, ValueError, message)
+
+
 @pytest.mark.parametrize(("function", "name"), ON_DEVICE)
 def test_a_numpy_array_among_cupy_arrays(cupy, function, name):
     arguments = good(function)

@@ -228,6 +228,22 @@ def test_blas_threads_are_restored():
     assert [library["num_threads"] for library in blas.info()] == before
 
 
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+@pytest.mark.parametrize("reset", [-100, -1e4, -np.inf])
+def test_resets_of_the_state_among_mild_gates(gate, reset):
+    args, kw = make_inputs(70, K=8, V=6, gate=gate, decay=0.05, initial=True)
+    args[4][:, ::8] = reset
+    results = [
+        cd.chunk_delta_rule(*args, **kw, chunk_size=16),
+        cd.recurrent_delta_rule(*args, **kw),
+    ]
+    for x, y in zip(*results, strict=True):
+        assert deviation(x, y) < 1e-12
+    forward = cd.chunk_delta_rule_fwd(*args, **kw, chunk_size=16)
+    back = cd.chunk_delta_rule_bwd(forward.residuals, args[2])
+    assert all(np.isfinite(x).all() for x in back)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is a Unix module")
 def test_a_million_tokens_fit_in_four_gib():
     code = """

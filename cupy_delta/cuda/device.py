@@ -8,6 +8,7 @@ import cupy
 import numpy as np
 
 from . import workspace
+from .environment import LOWEST_CAPABILITY
 from .kernels import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
 
@@ -51,6 +52,11 @@ class CupyDevice:
         """Return `x` on the device, C-contiguous, aligned to 16 bytes, in `dtype` if given."""
         dtype = x.dtype if dtype is None else dtype
         if not isinstance(x, cupy.ndarray):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise ValueError(
+                    f"{name}: expected a CuPy array while a CUDA graph is captured,"
+                    f" got a NumPy array of shape {x.shape}"
+                )
             return cupy.asarray(np.ascontiguousarray(x, dtype))
         if x.dtype == dtype and x.flags.c_contiguous and x.data.ptr % 16 == 0:
             return x
@@ -83,6 +89,12 @@ class CupyDevice:
 
 @cache
 def _facts(index: int) -> DeviceFacts:
+    capability = cupy.cuda.Device(index).compute_capability
+    if int(capability) < 10 * LOWEST_CAPABILITY:
+        raise NotImplementedError(
+            f"device {index} has compute capability {capability[:-1]}.{capability[-1]};"
+            f" CuPy arrays need {LOWEST_CAPABILITY}.0 or newer, NumPy arrays no GPU"
+        )
     attributes = cupy.cuda.Device(index).attributes
     return DeviceFacts(
         sm_count=attributes["MultiProcessorCount"],

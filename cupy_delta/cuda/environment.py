@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+LOWEST_CAPABILITY = 8
+
 
 def environment() -> dict:
     """Describe the CUDA side of this machine.
@@ -45,7 +47,12 @@ def _explore(facts: dict[str, str]) -> str | None:
         return f"no usable NVIDIA driver ({_line(error)})"
     for i in range(count):
         facts[f"device {i}"] = _try(lambda i=i: _device(i))
-    return None if count else "CuPy finds no NVIDIA GPU"
+    if not count:
+        return "CuPy finds no NVIDIA GPU"
+    majors = [cupy.cuda.runtime.getDeviceProperties(i)["major"] for i in range(count)]
+    if max(majors) < LOWEST_CAPABILITY:
+        return f"no GPU of compute capability {LOWEST_CAPABILITY}.0 or newer"
+    return None
 
 
 def _device(index: int) -> str:

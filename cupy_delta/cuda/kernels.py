@@ -106,7 +106,7 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
         first = [rows, (chunk * pitch(V, size), size), (chunk * pitch(chunk, size), size)]
     else:
         first = [rows, rows, square]
-    shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 4))
+    shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 8))
     fits("the WY factors", chunk, shared, facts)
     running_sum = "G" if problem.g is not None else None
     names = (
@@ -219,7 +219,7 @@ def walk_launch(
     if not transfer:
         stage.append(key_rows)
     if not factors:
-        stage += [square, (chunk, 4), (chunk, 4)]
+        stage += [square, (chunk, 4), (chunk, 8)]
     if not factors and not transfer:
         stage.append(square)
     shared = carve(*stage, *stage)

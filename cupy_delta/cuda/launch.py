@@ -19,7 +19,7 @@ def execute(plan: Plan, arrays: dict, device, targets: dict | None = None) -> di
     device
         A `CupyDevice`, or the emulator's.
     targets : dict, optional
-        Outputs that the caller brings, by name, or arrays that are updated in place.
+        Outputs that the caller brings, by name.
 
     Returns
     -------

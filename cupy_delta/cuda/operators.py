@@ -6,6 +6,7 @@ from ..problem import Problem
 from . import plan as plans
 from .environment import environment
 from .launch import device_arrays, execute
+from .workspace import left_aside
 
 OPERATOR_ARRAYS = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens")
 
@@ -25,8 +26,12 @@ def chunk_delta_rule(problem: Problem):
 
 
 def chunk_delta_rule_fwd(problem: Problem):
-    """Return (o, final_state, saved)."""
-    return _forward(problem, residuals=True)
+    """Return (o, final_state, saved); saved holds what the gradients' kernels read."""
+    with device_of(problem.v) as device:
+        backward = plans.plan_backward(problem, device.facts, True)
+    o, final_state, results = _forward(problem, residuals=True)
+    read = {a for launch in backward.launches for a in launch.arguments if isinstance(a, str)}
+    return o, final_state, {name: x for name, x in results.items() if name in read}
 
 
 def _forward(problem: Problem, residuals: bool):
@@ -53,7 +58,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         results = execute(plan, arrays, device)
         dbeta = results["dbeta"]
         if dbeta.dtype != problem.beta.dtype:
-            dbeta = dbeta.astype(problem.beta.dtype)
+            dbeta = device.bring(dbeta, "dbeta", problem.beta.dtype)
     dinitial = None if problem.initial_state is None else results["dinitial_state"]
     return results["dq"], results["dk"], results["dv"], dbeta, None, dinitial
 
@@ -114,7 +119,7 @@ def sequence_transfer(problem: Problem):
 
 def affine(p, x, h):
     """Return P x + h, or P x where h is None, for stacks (N, HV, K, .)."""
-    with device_of(p) as device:
+    with device_of(p) as device, left_aside():
         plan = plans.plan_affine(p.shape[:3], x.shape[3], x.dtype, h is not None)
         arrays = {
             name: None if a is None else device.bring(a, name, None)

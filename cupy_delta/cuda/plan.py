@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 
 import numpy as np
 
@@ -56,6 +56,7 @@ def planned(function):
             plan = plans[key] = function(problem, *more)
             if len(plans) > KEPT_PLANS:
                 plans.popitem(last=False)
+        plans.move_to_end(key)
         return plan
 
     return lookup
@@ -74,7 +75,11 @@ def problem_signature(problem: Problem) -> tuple:
 # ---- what can be asked for -----------------------------------------------------------------------
 
 
-def check_heads(problem: Problem) -> None:
+def check_sizes(problem: Problem) -> None:
+    if problem.T >= 2**31:
+        raise NotImplementedError(
+            f"T = {problem.T}: CuPy arrays support fewer than 2**31 tokens along T"
+        )
     for name, size in (("K", problem.K), ("V", problem.V)):
         if size > MAX_HEAD:
             raise NotImplementedError(
@@ -101,7 +106,7 @@ def check_gate_gradients(problem: Problem) -> None:
 
 def chunk_of(problem: Problem) -> int:
     """Return the chunk size in force, or refuse what the chunked kernels do not do."""
-    check_heads(problem)
+    check_sizes(problem)
     check_gate(problem)
     if problem.dtype.name == "float64":
         raise NotImplementedError(
@@ -136,7 +141,7 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
             workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
             launches.append(norm_launch(problem, name, normal(problem, name)))
     if problem.g is not None:
-        workspace["G"] = (tokens, np.dtype(np.float32))
+        workspace["G"] = (tokens, np.dtype(np.float64))
     states = None
     if residuals:
         states = C_TYPES[problem.dtype.name]
@@ -259,7 +264,7 @@ def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
 @planned
 def plan_tokens(problem: Problem, step: bool) -> Plan:
     """Plan `recurrent_delta_rule` or `delta_rule_step`."""
-    check_heads(problem)
+    check_sizes(problem)
     check_gate(problem)
     outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
     if not step:
@@ -267,7 +272,13 @@ def plan_tokens(problem: Problem, step: bool) -> Plan:
     return Plan((token_launch(problem, step),), outputs)
 
 
+@lru_cache(KEPT_PLANS)
 def plan_affine(shape: tuple, columns: int, dtype, add: bool) -> Plan:
     """Plan P X + H for stacks (N, HV, K, .)."""
+    if dtype.name not in ("float32", "float64"):
+        raise NotImplementedError(
+            f"h: transfers of {dtype.name} are not supported on CuPy arrays; those that"
+            " sequence_transfer returns are float32"
+        )
     launch = affine_launch(shape, columns, dtype, add)
     return Plan((launch,), {"y": ((*shape, columns), dtype)})

@@ -95,11 +95,11 @@ def launches_of(
         plans.check_gate_gradients(problem)
         planned.append(plans.plan_forward(problem, facts, True))
         planned.append(plans.plan_backward(problem, facts, True))
-    planned += [
-        plans.plan_tokens(problem, name == "step")
-        for name in ("recurrent", "step")
-        if name in passes
-    ]
+    if "recurrent" in passes:
+        planned.append(plans.plan_tokens(problem, False))
+    if "step" in passes:
+        # One sequence per batch row: a step knows no cu_seqlens.
+        planned.append(plans.plan_tokens(replace(problem, B=N, cu_seqlens=None), True))
     if "blocks" in passes:
         planned += _blocks(replace(problem, g=None, qk_l2norm=False, state_layout="kv"), facts)
     distinct = {}
@@ -125,7 +125,7 @@ def _blocks(problem: Problem, facts: DeviceFacts) -> list[plans.Plan]:
 
 def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:
     """Compile kernels on a device, into CuPy's cache on disk; yield each when it is ready."""
-    with device:
-        for launch in launches:
+    for launch in launches:
+        with device:
             device.compile(launch)
-            yield launch
+        yield launch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _local = threading.local()
 
@@ -19,7 +21,10 @@ class Workspace:
     -----
     Everything that a call returns inside the context, ``out`` aside, lies in the workspace and is
     overwritten by the next call of the same shapes. Calls must follow each other on one stream:
-    they share their buffers. The context holds for the thread that entered it.
+    they share their buffers. The context holds for the thread that entered it. `Transfer.apply` and
+    `Transfer.then` allocate their results nevertheless. While a graph is captured, every array has
+    to be in device memory already, ``cu_seqlens`` and ``state_indices`` included, C-contiguous and
+    aligned to 16 bytes, with beta and g in the dtype of sums (float32, or float64).
 
     Examples
     --------
@@ -36,15 +41,13 @@ class Workspace:
 
     def __init__(self):
         self._buffers: dict = {}
-        self._outer: list = []
 
     def __enter__(self) -> Workspace:
-        self._outer.append(current())
-        _local.workspace = self
+        _entered().append(self)
         return self
 
     def __exit__(self, *error) -> None:
-        _local.workspace = self._outer.pop()
+        _entered().pop()
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +63,24 @@ class Workspace:
         return buffer
 
 
+def _entered() -> list[Workspace | None]:
+    """What this thread has entered, the innermost last; None where a workspace is left aside."""
+    if not hasattr(_local, "entered"):
+        _local.entered = []
+    return _local.entered
+
+
 def current() -> Workspace | None:
     """The workspace of this thread, if one is entered."""
-    return getattr(_local, "workspace", None)
+    entered = _entered()
+    return entered[-1] if entered else None
+
+
+@contextmanager
+def left_aside() -> Iterator[None]:
+    """Allocate afresh: for results that meet each other as inputs of the same call."""
+    _entered().append(None)
+    try:
+        yield
+    finally:
+        _entered().pop()

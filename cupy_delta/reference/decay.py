@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import numpy as np
 
+LOWEST = -1000.0
+
 
 def make_decay(gate: str | None, g, dtype):
     """Return the decay for g of shape (h, G, n, C) or (h, G, n, C, K), or for no gate."""
     if gate is None:
         return NoDecay()
-    # Long sums of large numbers whose small differences matter: float64 whatever the inputs.
-    G = np.cumsum(g, axis=3, dtype=np.float64)
+    # Long sums of large numbers whose small differences matter: float64 whatever the inputs. The
+    # exponential of LOWEST is 0, like that of anything below: -inf too, of which no difference is.
+    G = np.cumsum(np.maximum(g, LOWEST), axis=3, dtype=np.float64)
     return ScalarDecay(G, dtype) if gate == "scalar" else ChannelDecay(G, dtype)
 
 

@@ -46,11 +46,12 @@ PRIM void load_tile(T* tile, const T* rows, int64_t stride, int valid, int width
   }
 }
 
-// Loads one float per token of a chunk, (B, T, HV): beta or G. Past the end: zero.
-template <int ROWS, int THREADS>
-PRIM void load_column(float* column, const float* values, int64_t stride, int valid, int thread) {
+// Loads one number per token of a chunk, (B, T, HV): beta or G. Past the end: zero.
+template <int ROWS, int THREADS, class T>
+PRIM void load_column(T* column, const T* values, int64_t stride, int valid, int thread) {
+  constexpr int BYTES = sizeof(T);
   for (int r = thread; r < ROWS; r += THREADS) {
     bool inside = r < valid;
-    cp_async<4>(&column[r], inside ? &values[r * stride] : values, inside ? 4 : 0);
+    cp_async<BYTES>(&column[r], inside ? &values[r * stride] : values, inside ? BYTES : 0);
   }
 }

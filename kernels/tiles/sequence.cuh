@@ -42,7 +42,6 @@ PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, int segment, int T)
 struct Chunk {
   int64_t first;  // row of its first token
   int tokens;     // at most CHUNK; 0 or less: no chunk has this slot
-  int sequence;
 };
 
 // The chunk with the given slot, among N sequences.
@@ -67,5 +66,5 @@ PRIM Chunk find_chunk(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
   int64_t offset = (slot - s.slot) * CHUNK_TOKENS;
   int64_t rest = s.tokens - offset;
-  return {s.first + offset, (int)min(rest, (int64_t)CHUNK_TOKENS), n};
+  return {s.first + offset, (int)min(rest, (int64_t)CHUNK_TOKENS)};
 }

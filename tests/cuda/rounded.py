@@ -12,7 +12,7 @@ def rounded_products(args, kw, chunk):
     """
     dtype = args[0].dtype
     q, k, v, beta = (np.asarray(x, np.float64) for x in args[:4])
-    g = None if args[4] is None else np.asarray(args[4], np.float64)
+    g = None if args[4] is None else np.maximum(np.asarray(args[4], np.float64), -1000)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     cu = kw["cu_seqlens"]

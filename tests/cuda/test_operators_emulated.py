@@ -123,6 +123,15 @@ def test_strong_decay(emulated, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("reset", [-100, -1e4, -np.inf])
+def test_strong_resets_among_mild_gates(emulated, dtype, reset):
+    args, kw = make_inputs(70, K=16, V=16, gate="scalar", decay=0.05, dtype=dtype, initial=True)
+    args[4] = args[4].astype(np.float32)
+    args[4][:, ::8] = reset
+    check(args, kw)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
 def test_normalised_keys(emulated, on_reference, dtype):
     args, kw = make_inputs(50, H=2, K=40, V=32, dtype=dtype)
     args[0], args[1] = 3 * args[0], (0.5 * args[1].astype(np.float32)).astype(dtype)

@@ -6,6 +6,7 @@ from helpers import make_inputs
 
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda import sources
+from cupy_delta.cuda.variants import launches_of
 from cupy_delta.problem import factors_problem, operator_problem, step_problem
 
 H200 = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
@@ -97,6 +98,27 @@ def test_every_launch_names_arrays_that_exist():
         known |= set(plan.workspace) | set(plan.outputs)
         for launch in plan.launches:
             assert {a for a in launch.arguments if isinstance(a, str)} <= known
+
+
+def test_plans_in_use_are_kept_however_many_others_there_are():
+    p = problem()
+    kept = plans.plan_forward(p, H200)
+    for T in range(100, 100 + plans.KEPT_PLANS + 5):
+        plans.plan_forward(problem(T=T, K=16, V=16), H200)
+        assert plans.plan_forward(p, H200) is kept
+
+
+def test_transfers_of_16_bits_are_named():
+    with pytest.raises(NotImplementedError, match="h: transfers of float16 are not supported"):
+        plans.plan_affine((1, 1, 4), 4, np.dtype(np.float16), False)
+
+
+def test_a_step_of_sequences_needs_the_kernel_of_a_batch():
+    facts = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+    sizes = dict(dtype="float32", K=32, V=32, B=3)
+    (packed,) = launches_of(facts, ("step",), varlen=True, **sizes)
+    (batch,) = launches_of(facts, ("step",), **sizes)
+    assert (packed.defines, packed.grid) == (batch.defines, batch.grid)
 
 
 def test_steps_and_factors_have_plans():
