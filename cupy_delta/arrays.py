@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -15,11 +16,19 @@ FLOAT_DTYPES = {
 }
 
 
+@cache
+def dtype_name(dtype: np.dtype) -> str:
+    """Name a dtype, of either byte order; NumPy takes a microsecond for it."""
+    return dtype.name
+
+
 def kind_of(x) -> str | None:
     """Return "numpy", "cupy", or None for anything that is neither.
 
     Masked arrays and matrices are not accepted: their arithmetic differs from that of arrays.
     """
+    if type(x) is np.ndarray:
+        return "numpy"
     if isinstance(x, np.ndarray):
         return None if isinstance(x, np.ma.MaskedArray | np.matrix) else "numpy"
     cupy = sys.modules.get("cupy")

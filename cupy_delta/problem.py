@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from .arrays import FLOAT_DTYPES, describe, kind_of, overlaps
+from .arrays import FLOAT_DTYPES, describe, dtype_name, kind_of, overlaps
 
 MAX_STEP_TOKENS = 8
 
@@ -71,7 +72,7 @@ class Problem:
 
     @property
     def compute_dtype(self) -> np.dtype:
-        return FLOAT_DTYPES["float64" if self.dtype.name == "float64" else "float32"]
+        return FLOAT_DTYPES["float64" if dtype_name(self.dtype) == "float64" else "float32"]
 
     state_dtype = compute_dtype
 
@@ -104,6 +105,11 @@ class Problem:
         return [(0, ends[n], ends[n + 1], n) for n in range(self.N)]
 
 
+@cache
+def _symbols(shapes: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(s.split()) for s in ((shapes,) if isinstance(shapes, str) else shapes))
+
+
 class _Checker:
     """Checks arrays one after the other; the first use of a symbol fixes its value."""
 
@@ -115,7 +121,7 @@ class _Checker:
         self.device = getattr(first, "device", None)
         self.sizes: dict[str, int] = {}
         self.source: dict[str, str] = {}
-        name = first.dtype.name
+        name = dtype_name(first.dtype)
         if name not in FLOAT_DTYPES:
             raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
         self.dtype = FLOAT_DTYPES[name]
@@ -124,8 +130,8 @@ class _Checker:
     def array(self, name: str, x, shapes: str | tuple[str, ...], dtypes: tuple) -> None:
         """Check kind, device, dtype, rank and shape of one array."""
         self.same_kind(name, x)
-        names = [np.dtype(d).name for d in dtypes]
-        if x.dtype.name not in names:
+        if all(dtype_name(x.dtype) != dtype_name(np.dtype(d)) for d in dtypes):
+            names = [np.dtype(d).name for d in dtypes]
             like = f" like {self.first_name}" if dtypes == (self.dtype,) else ""
             raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
         self.shape(name, x, shapes)
@@ -146,17 +152,16 @@ class _Checker:
             )
 
     def shape(self, name: str, x, shapes: str | tuple[str, ...]) -> None:
-        shapes = (shapes,) if isinstance(shapes, str) else shapes
-        fitting = [s for s in shapes if len(s.split()) == x.ndim]
-        if not fitting:
-            wanted = " or ".join(f"({', '.join(s.split())})" for s in shapes)
+        alternatives = _symbols(shapes)
+        symbols = next((s for s in alternatives if len(s) == x.ndim), None)
+        if symbols is None:
+            wanted = " or ".join(f"({', '.join(s)})" for s in alternatives)
             raise ValueError(
-                f"{name}: expected {wanted}, {_one_of([str(len(s.split())) for s in shapes])}"
+                f"{name}: expected {wanted}, {_one_of([str(len(s)) for s in alternatives])}"
                 f" dimensions, got shape {tuple(x.shape)}"
             )
-        symbols = fitting[0].split()
         for symbol, size in zip(symbols, x.shape, strict=True):
-            if symbol in self.sizes and self.sizes[symbol] != size:
+            if self.sizes.get(symbol, size) != size:
                 wanted = ", ".join(str(self.sizes.get(s, s)) for s in symbols)
                 raise ValueError(
                     f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
@@ -166,7 +171,7 @@ class _Checker:
             if symbol not in self.sizes:
                 self.fix(symbol, size, name)
 
-    def swapped(self, symbols: list[str], shape: tuple[int, ...]) -> str:
+    def swapped(self, symbols: tuple[str, ...], shape: tuple[int, ...]) -> str:
         """Say so when a state of the wrong shape would fit in the other layout."""
         turned = (*shape[:-2], shape[-1], shape[-2])
         fits = all(self.sizes.get(s, n) == n for s, n in zip(symbols, turned, strict=True))

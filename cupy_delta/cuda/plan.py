@@ -66,10 +66,10 @@ def problem_signature(problem: Problem) -> tuple:
     p = problem
     sizes = (p.B, p.T, p.N, p.H, p.HV, p.K, p.V, p.chunk_size)
     options = (p.scale, p.qk_l2norm, p.state_layout, p.gate, p.beta_per_value)
-    pool = None if p.state is None else (p.state.shape[0], p.state.dtype.name)
+    pool = None if p.state is None else (p.state.shape[0], p.state.dtype)
     chunks = None if p.states is None else p.states.shape
     present = (p.cu_seqlens is None, p.initial_state is None)
-    return (p.dtype.name, *sizes, *options, pool, chunks, *present)
+    return (p.dtype, *sizes, *options, pool, chunks, *present)
 
 
 # ---- what can be asked for -----------------------------------------------------------------------
