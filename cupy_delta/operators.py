@@ -41,8 +41,8 @@ def chunk_delta_rule(
         Writing strength, after any sigmoid; [0, 2] is the stable range for unit keys. Dtype of
         `v` or float32.
     g : array, (B, T, HV) or (B, T, HV, K), optional
-        Log decay, natural logarithm, at most 0: a scalar gate per head or one per key channel.
-        Dtype of `v` or float32.
+        Log decay, natural logarithm, at most 0, -inf to forget all: a scalar gate per head or one
+        per key channel. Dtype of `v` or float32.
     scale : float, optional
         Factor on the outputs, ``K ** -0.5`` by default.
     initial_state : array, (N, HV, K, V), optional
