@@ -16,7 +16,6 @@ The error of each is against the float64 operator, on the first 1024 tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -26,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 import cupy_delta
-from cupy_delta.commands.console import print_table
+from cupy_delta.commands.console import print_table, write_json
 from cupy_delta.reference.parallel import for_each, thread_count
 
 CHUNK = 64
@@ -198,8 +197,7 @@ def report(args, rows: list[dict]) -> None:
             repeats=args.repeats,
             rows=rows,
         )
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        write_json(args.output, result)
 
 
 if __name__ == "__main__":

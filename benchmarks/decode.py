@@ -9,7 +9,6 @@ second of both, and their ratio. Times are of CUDA graph replays, medians; K = V
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_delta
-from cupy_delta.commands.console import print_table
+from cupy_delta.commands.console import print_table, write_json
 from cupy_delta.cuda import Workspace
 
 D = 128
@@ -97,8 +96,7 @@ def main() -> int:
     print_table(["states", "dtype", "layout", "step us", "step TB/s", "copy TB/s", "ratio"], table)
     if args.output:
         report = {"gpu": gpu, "cupy_delta": cupy_delta.__version__, "rows": rows}
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.output, report)
     return 0
 
 

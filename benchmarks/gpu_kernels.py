@@ -10,7 +10,6 @@ and fla can be imported. Errors are against the float64 operator on the CPU, on 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 import cupy_delta
-from cupy_delta.commands.console import print_table
+from cupy_delta.commands.console import print_table, write_json
 
 D = 128
 ROWS = (
@@ -205,8 +204,7 @@ def main() -> int:
         cupy.get_default_memory_pool().free_all_blocks()
     show(report)
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_json(args.output, report)
     return 0
 
 

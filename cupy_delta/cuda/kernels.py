@@ -142,7 +142,8 @@ def walk_shape(
 
     `walked` is the number of segments of each sequence that are walked.
 
-    As many warps as share a block's keys, but rather more blocks than idle multiprocessors.
+    Up to four warps share the keys of a block; fewer where the blocks would leave more than a
+    quarter of the multiprocessors idle, down to two.
     """
     rows = padded(V) // 16
     row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)

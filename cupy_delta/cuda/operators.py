@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..problem import Problem
 from . import plan as plans
-from .environment import environment
 from .launch import device_arrays, execute
 from .workspace import left_aside
 
@@ -12,11 +11,9 @@ OPERATOR_ARRAYS = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens")
 
 
 def device_of(x):
-    """Return the device that an array lives on, or say in one line why it cannot be used."""
-    try:
-        from .device import CupyDevice
-    except ImportError as error:
-        raise RuntimeError(environment()["problem"] or str(error)) from error
+    """Return the device that a CuPy array lives on."""
+    from .device import CupyDevice
+
     return CupyDevice(x.device.id)
 
 

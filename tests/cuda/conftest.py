@@ -28,6 +28,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("emulated", legs, indirect=True)
 
 
+def pytest_collection_modifyitems(config, items):
+    """With --on-gpu, leave out what is about the emulator or the compiler alone."""
+    if not config.getoption("--on-gpu"):
+        return
+    emulator_only = {"test_legs.py", "test_resources.py"}
+    left_out = [item for item in items if item.path.name in emulator_only]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def emulated(monkeypatch, request):
     """Send NumPy arrays to the CUDA backend on an emulated device.
@@ -40,7 +50,12 @@ def emulated(monkeypatch, request):
         monkeypatch.setattr(dispatch, "backend_for", lambda kind: GpuRoundTrip(kind))
         monkeypatch.setattr(operators_module, "backend_for", lambda kind: GpuRoundTrip(kind))
         monkeypatch.setattr(blocks_module, "backend_for", lambda kind: GpuRoundTrip(kind))
-        return lambda *args, **kwargs: None
+
+        def on_gpu(*args, **kwargs):
+            """How a launch is run, and on what, is up to the GPU; nothing is recorded."""
+
+        on_gpu.devices = None
+        return on_gpu
 
     def use(run=None, leg=chosen, **facts):
         def device_of(x):

@@ -54,3 +54,17 @@ def error(x, y):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     value = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
     return np.inf if np.isnan(value) else float(value)
+
+
+def twice(plain, exact):
+    """Return a bound: twice the error of the plain evaluation, which must be finite itself."""
+    bound = 2 * error(plain, exact) + 1e-7
+    assert np.isfinite(bound)
+    return bound
+
+
+def wide(args, kw):
+    """Return the call's arguments in float64."""
+    args = [None if x is None else x.astype(np.float64) for x in args]
+    initial = kw["initial_state"]
+    return args, kw | {"initial_state": None if initial is None else initial.astype(np.float64)}

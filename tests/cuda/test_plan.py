@@ -108,16 +108,21 @@ def test_plans_in_use_are_kept_however_many_others_there_are():
         assert plans.plan_forward(p, H200) is kept
 
 
+@pytest.mark.parametrize("passes", ["forward", "recurrent"])
+def test_too_many_tokens_are_named(passes):
+    with pytest.raises(NotImplementedError, match=r"T = 2147483648: CuPy arrays support fewer"):
+        launches_of(H200, (passes,), dtype="float32", K=16, V=16, T=2**31)
+
+
 def test_transfers_of_16_bits_are_named():
     with pytest.raises(NotImplementedError, match="h: transfers of float16 are not supported"):
         plans.plan_affine((1, 1, 4), 4, np.dtype(np.float16), False)
 
 
 def test_a_step_of_sequences_needs_the_kernel_of_a_batch():
-    facts = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
     sizes = dict(dtype="float32", K=32, V=32, B=3)
-    (packed,) = launches_of(facts, ("step",), varlen=True, **sizes)
-    (batch,) = launches_of(facts, ("step",), **sizes)
+    (packed,) = launches_of(H200, ("step",), varlen=True, **sizes)
+    (batch,) = launches_of(H200, ("step",), **sizes)
     assert (packed.defines, packed.grid) == (batch.defines, batch.grid)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from emulator import Run
 from helpers import definition, make_inputs
-from rounded import error, rounded_products
+from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import kernels
@@ -25,14 +25,13 @@ def short_segments(monkeypatch):
     monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
 
 
-def segments_of(emulated):
+def assert_cut(emulated):
+    """The last walk went through eight segments; on a GPU its own facts decide."""
+    if emulated.devices is None:
+        return
     walks = [dict(x.defines) for d in emulated.devices for x in d.launches if x.entry == "forward"]
-    return [(walk["SEGMENTS"], walk["TRANSFER"], walk["ZERO_V"]) for walk in walks]
-
-
-def wide(args, kw):
-    args = [None if x is None else x.astype(np.float64) for x in args]
-    return args, kw | {"initial_state": kw["initial_state"].astype(np.float64)}
+    cut = [(walk["SEGMENTS"], walk["TRANSFER"], walk["ZERO_V"]) for walk in walks]
+    assert cut[-3:] == [(8, 1, 0), (8, 1, 1), (8, 0, 0)]
 
 
 @pytest.mark.parametrize("T", [128, 129, 160, 330])
@@ -41,10 +40,11 @@ def test_lengths(emulated, short_segments, T, dtype):
     args, kw = make_inputs(T, B=2, K=40, V=33, G=2, dtype=dtype, initial=True, beta=(0, 2))
     emulated(**FACTS)
     result = cd.chunk_delta_rule(*args, **kw, chunk_size=16)
-    assert segments_of(emulated) == [(8, 1, 0), (8, 1, 1), (8, 0, 0)]
-    exact = definition(*wide(args, kw)[0], **wide(args, kw)[1])
+    assert_cut(emulated)
+    wide_args, wide_kw = wide(args, kw)
+    exact = definition(*wide_args, **wide_kw)
     for x, y, plain in zip(result, exact, rounded_products(args, kw, 16), strict=True):
-        assert error(x, y) < (5e-6 if dtype == F32 else 2 * error(plain, y))
+        assert error(x, y) < (5e-6 if dtype == F32 else twice(plain, y))
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
@@ -55,10 +55,11 @@ def test_hard_keys(emulated, short_segments, correlation, beta):
     )
     emulated(**FACTS)
     result = cd.chunk_delta_rule(*args, **kw)
-    assert (8, 0, 0) in segments_of(emulated)
-    exact = definition(*wide(args, kw)[0], **wide(args, kw)[1])
+    assert_cut(emulated)
+    wide_args, wide_kw = wide(args, kw)
+    exact = definition(*wide_args, **wide_kw)
     for x, y, plain in zip(result, exact, rounded_products(args, kw, 32), strict=True):
-        assert error(x, y) < 2 * error(plain, y)
+        assert error(x, y) < twice(plain, y)
 
 
 @pytest.mark.parametrize("gate", [None, "scalar"])
@@ -71,7 +72,7 @@ def test_options_and_uneven_sequences(
     args, kw = make_inputs(901, K=24, V=40, dtype=F32, **options)
     emulated(**FACTS)
     result = cd.chunk_delta_rule(*args, **kw, chunk_size=16)
-    assert (8, 0, 0) in segments_of(emulated)
+    assert_cut(emulated)
     for x, y in zip(result, on_reference(cd.chunk_delta_rule, *args, **kw), strict=True):
         assert error(x, y) < 5e-6
 
@@ -86,7 +87,7 @@ def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segm
 
     for x, y in zip(gradients(), on_reference(gradients), strict=True):
         assert error(x, y) < 5e-6
-    assert (8, 0, 0) in segments_of(emulated)
+    assert_cut(emulated)
 
 
 def test_the_same_bits_in_any_schedule(emulated, short_segments):
