@@ -65,7 +65,7 @@ PRIM uint32_t to_tf32(float x) {
 
 // ---- shared memory ---------------------------------------------------------------------------------
 
-extern __shared__ __align__(128) uint8_t dynamic_shared[];
+extern __shared__ __align__(1024) uint8_t dynamic_shared[];
 
 // Carves arrays out of dynamic shared memory; every thread must carve the same ones in one order.
 struct DynSmem {

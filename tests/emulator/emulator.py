@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import ptx
+from tensor_map import tensor_map
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
@@ -62,8 +63,8 @@ class _Options(ctypes.Structure):
 class Run:
     """How a launch is run.
 
-    schedule : which thread goes next; completion : when cp.async copies; preempt : switch threads
-    at one access in so many (0: only where the kernel waits).
+    schedule : which thread goes next; completion : when cp.async and TMA copy; preempt : switch
+    threads at one access in so many (0: only where the kernel waits).
     """
 
     schedule: str = "ascending"
@@ -178,7 +179,8 @@ class Kernel:
         depends = [*KERNELS.rglob("*.cuh"), *(HERE / "include").glob("*.h")]
         include = [f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm * 10}"]
         if leg == "ptx":
-            text = ptx.compile_to_cpp(text, f"sm_{sm}")
+            # What only sm_90a has, kernels for 9.0 may use.
+            text = ptx.compile_to_cpp(text, "sm_90a" if sm == 90 else f"sm_{sm}")
             library = build([path], [*COMMON, *FROM_PTX, *include], depends, text)
         else:
             text += f"EMULATOR_EXPORT({entry})\n"
@@ -207,7 +209,7 @@ class Kernel:
                 raise EmulatorFault(
                     f"bad-launch: argument {i} of {self.entry} has {size} bytes, got {got}"
                 )
-            values.append(np.atleast_1d(value))
+            values.append(_aligned(value))
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
         options = run.options()
         failed = runtime().emulator_launch(
@@ -219,6 +221,15 @@ class Kernel:
             raise EmulatorFault(runtime().emulator_fault().decode())
         names = ("switches", "collectives", "accesses", "barriers", "phases", "conflicts")
         return dict(zip(names, counts, strict=True))
+
+
+def _aligned(value: np.generic) -> np.ndarray:
+    """Return the bytes of a scalar at a multiple of 64, as C++ may ask of an argument."""
+    memory = np.empty(value.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    memory = memory[start : start + value.nbytes]
+    memory[:] = np.frombuffer(value.tobytes(), np.uint8)
+    return memory
 
 
 @cache
@@ -273,7 +284,7 @@ class EmulatorDevice:
         from cupy_delta.cuda.kernels import DeviceFacts
 
         self.run, self.sm, self.leg = run, sm, leg
-        self.facts = DeviceFacts(sm_count=sm_count, shared_bytes=shared_bytes)
+        self.facts = DeviceFacts(sm_count, shared_bytes, capability=(sm // 10, sm % 10))
         self.launches: list = []
         self._targets: list = []
 
@@ -302,6 +313,9 @@ class EmulatorDevice:
         for x, emulated in self._targets:
             x[...] = emulated
         self._targets.clear()
+
+    def tensor_map(self, x, shape, box):
+        return tensor_map(x, shape, box)
 
     def compile(self, launch):
         _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)

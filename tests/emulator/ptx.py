@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 
 import nvrtc
-from ptx_instructions import REGISTERS, Instructions, UnknownInstruction, operands
+from ptx_hopper import HopperInstructions
+from ptx_instructions import REGISTERS, UnknownInstruction, operands
 
 STATEMENT = re.compile(
     r"\s*(?:(?P<open>\{)|(?P<close>\})|\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*"
@@ -19,7 +20,7 @@ STATEMENT = re.compile(
 )
 
 
-class Entry(Instructions):
+class Entry(HopperInstructions):
     """One kernel being translated.
 
     Parameters
@@ -94,7 +95,7 @@ class Entry(Instructions):
     def function(self) -> Iterator[str]:
         yield f'extern "C" void emulator_kernel_{self.name}(void** arguments) {{'
         yield '  shared_all("all of it", Site{"", 0});'
-        yield "  [[maybe_unused]] constexpr uint64_t dynamic_shared = 0;"
+        yield "  [[maybe_unused]] const uint64_t dynamic_shared = dynamic_shared_start();"
         for i, size in enumerate(self.sizes):
             yield f"  alignas(16) uint8_t p{i}[{size}]; memcpy(p{i}, arguments[{i}], {size});"
         for text in self.locals.values():

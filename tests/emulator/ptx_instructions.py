@@ -126,6 +126,8 @@ class Instructions:
             return "dynamic_shared"
         if x in self.locals:
             return f"reinterpret_cast<uint64_t>({x})"
+        if x in self.parameters:
+            return f"reinterpret_cast<uint64_t>(p{self.parameters[x]})"
         if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", x):
             return f"get<float>(0x{m[1]}u)"
         if m := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", x):
@@ -153,8 +155,8 @@ class Instructions:
         if space == "local" and base in self.locals:
             return f"({base}{offset})"
         address = base if re.fullmatch(r"\d+", base) else self.value(base, "u64")
-        if space == "shared" and base != "dynamic_shared":
-            address = self.value(base, "u32") if base.startswith("%") else address
+        if space == "shared" and base.startswith("%"):
+            address = self.value(base, "u32")
         return f"{'shared' if space == 'shared' else 'generic'}_pointer({address}{offset})"
 
     def array(self, operand, type_):

@@ -16,6 +16,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
+#define __grid_constant__
 #define __shared__ USE_DynSmem_INSTEAD_OF___shared__
 
 struct uint3 {
@@ -74,9 +75,37 @@ uint32_t movmatrix(uint32_t x, Site);
 enum MmaKind { MMA_BF16, MMA_F16, MMA_TF32 };
 void mma(float* d, const uint32_t* a, const uint32_t* b, MmaKind kind, Site);
 void atomic_access(const void* p, size_t bytes, Site);
+// Compute capability 9.0.
+uint32_t shared_address(const void* p, Site);
+void mbarrier_init(uint64_t* barrier, int arrivals, Site);
+void mbarrier_init_fence();
+void mbarrier_arrive(uint64_t* barrier, int bytes, Site);  // which it expects besides
+void mbarrier_wait(uint64_t* barrier, int parity, Site);
+struct Coordinates {
+  int x, y, z, w;
+};
+void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates, Site);
+void tma_store(const void* map, const void* from, Coordinates, Site);
+void tma_store_commit();
+void tma_store_wait_read(int pending);
+void async_proxy_fence();
+void stmatrix(void* row, const uint32_t* r, bool transposed, Site);
+struct Wgmma {
+  MmaKind kind;
+  int tiles;          // of 8 columns
+  const uint32_t* a;  // fragments, or null
+  uint64_t a_tile, b_tile;
+  bool a_columns, b_columns, accumulate, negate;  // negate: -A
+  bool at_once;  // d has its value on return, as code needs that moves registers before the wait
+};
+void wgmma(float* d, const Wgmma&, Site);
+void wgmma_fence(Site);
+void wgmma_commit(Site);
+void wgmma_wait(int pending, Site);
 // For code made from PTX: shared memory as one array, and accesses that no compiler instruments.
 void shared_all(const char* name, Site);
 void* shared_start();
+uint8_t* shared_window();
 void memory_access(const void* p, size_t bytes, bool write, Site);
 
 template <class... A, size_t... I>

@@ -25,11 +25,12 @@ void put(R& bits, T value) {
   }
 }
 
-// Shared addresses count from the kernel's one array, which is the whole of its shared memory.
-inline uint8_t* shared_pointer(uint64_t address) { return (uint8_t*)shared_start() + (uint32_t)address; }
+// Shared addresses count from the window's start, as in the descriptors of wgmma.
+inline uint64_t shared_to_generic(uint64_t address) { return (uint64_t)shared_window() + (uint32_t)address; }
+inline uint64_t generic_to_shared(uint64_t address) { return address - (uint64_t)shared_window(); }
+inline uint64_t dynamic_shared_start() { return shared_start() ? generic_to_shared((uint64_t)shared_start()) : 0; }
+inline uint8_t* shared_pointer(uint64_t address) { return (uint8_t*)shared_to_generic(address); }
 inline uint8_t* generic_pointer(uint64_t address) { return (uint8_t*)address; }
-inline uint64_t shared_to_generic(uint64_t address) { return (uint64_t)shared_pointer(address); }
-inline uint64_t generic_to_shared(uint64_t address) { return address - (uint64_t)shared_start(); }
 
 template <class T>
 T shift_left(T x, uint32_t n) {

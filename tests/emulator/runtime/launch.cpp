@@ -54,6 +54,9 @@ int emulator_launch(void* kernel, unsigned grid, unsigned threads, size_t shared
   for (unsigned block : block_order(grid)) {
     begin_block_memory(shared_bytes);
     reset_barriers();
+    reset_mbarriers();
+    reset_bulk_copies();
+    reset_products();
     run_block({block, 0, 0}, {threads, 1, 1}, {grid, 1, 1}, (void (*)(void**))kernel, arguments);
     if (!fault_text.empty()) return 1;
   }

@@ -91,6 +91,33 @@ void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
   warp_collective(transposed ? 11 : 10, ~0u, &load, transposed ? ldmatrix_body<true> : ldmatrix_body<false>, site);
 }
 
+// ---- stmatrix: lane l has what ldmatrix would give it --------------------------------------------------------
+
+template <bool TRANSPOSED>
+static void stmatrix_body(void** arguments, unsigned) {
+  auto store = [&](int lane) { return (Load*)arguments[lane]; };
+  Place place = place_of(store(0)->site);
+  for (int lane = 0; lane < 32; lane++) {
+    int r = lane >> 2, c = (lane & 3) * 2;
+    Fiber* f = warp_of(running).lanes[lane];
+    for (int t = 0; t < 4; t++) {
+      for (int half = 0; half < 2; half++) {
+        uint16_t x = store(lane)->r[t] >> (16 * half);
+        auto* row = (uint16_t*)store(t * 8 + (TRANSPOSED ? c + half : r))->row;
+        uint16_t* p = row + (TRANSPOSED ? r : c + half);
+        access(f, p, 2, true, place, "stmatrix ");
+        *p = x;
+      }
+    }
+  }
+}
+
+void stmatrix(void* row, const uint32_t* r, bool transposed, Site site) {
+  if (shared_address(row, site) % 16) fault("misaligned", site, "stmatrix row at %p, no multiple of 16", row);
+  Load store{row, (uint32_t*)r, site};
+  warp_collective(transposed ? 14 : 13, ~0u, &store, transposed ? stmatrix_body<true> : stmatrix_body<false>, site);
+}
+
 static void movmatrix_body(void** arguments, unsigned) {
   uint16_t tile[8][8];
   for (int lane = 0; lane < 32; lane++) memcpy(&tile[lane >> 2][(lane & 3) * 2], arguments[lane], 4);
@@ -112,12 +139,10 @@ struct Mma {
   const uint32_t *a, *b;
 };
 
-static float from_half(uint16_t x) {
-  uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 1023;
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
-  float magnitude =
-      exponent ? std::ldexp((float)(1024 + fraction), (int)exponent - 25) : std::ldexp((float)fraction, -24);
-  return sign ? -magnitude : magnitude;
+float from_half(uint16_t x) {
+  uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+  if (magnitude >= 0x7c00 << 13) return __uint_as_float(sign | 0x7f800000 | magnitude);
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 0x1p112f));  // the exponent's new bias
 }
 
 template <MmaKind KIND>

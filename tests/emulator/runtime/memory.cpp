@@ -51,7 +51,9 @@ static Region* find(uintptr_t a) {
 void begin_block_memory(size_t bytes) {
   if (!window.low) {
     window.name = "shared memory";
-    window.low = (uintptr_t)map_pages(SHARED_WINDOW, PROT_READ | PROT_WRITE);
+    // Aligned to its size, so that the bits of addresses are those of offsets.
+    auto mapping = (uintptr_t)map_pages(2 * SHARED_WINDOW, PROT_READ | PROT_WRITE);
+    window.low = (mapping + SHARED_WINDOW - 1) / SHARED_WINDOW * SHARED_WINDOW;
     window.high = window.low + SHARED_WINDOW;
     window.cells.resize(SHARED_WINDOW / GRANULE);
     owner.assign(SHARED_WINDOW, 0);
@@ -77,7 +79,7 @@ void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
   if (device_end > dynamic_bytes)
     fault("shared-layout", site, "'%s' ends at byte %zu, the launch gave %zu bytes", name, device_end, dynamic_bytes);
   // A red zone before each array, and the same alignment as on the device.
-  size_t start = (window_end + std::max<size_t>(align, 64) + align - 1) / align * align;
+  size_t start = (window_end + 64 + align - 1) / align * align;
   window_end = (start + bytes + 63) / 64 * 64;
   if (window_end + 64 > SHARED_WINDOW || shared_arrays.size() == 254)
     fault("shared-layout", site, "more shared memory than the emulator has");
@@ -87,10 +89,17 @@ void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
 }
 
 void shared_all(const char* name, Site site) {
-  if (dynamic_bytes) shared_take(dynamic_bytes, 128, name, site);
+  if (dynamic_bytes) shared_take(dynamic_bytes, 1024, name, site);
 }
 
 void* shared_start() { return shared_arrays.empty() ? nullptr : shared_arrays[0].at; }
+
+uint8_t* shared_window() { return (uint8_t*)window.low; }
+
+uint32_t shared_address(const void* p, Site site) {
+  if (!is_shared(p)) fault("bad-address", site, "%p is not in shared memory", p);
+  return (uint32_t)((uintptr_t)p - window.low);
+}
 
 bool is_shared(const void* p) { return (uintptr_t)p >= window.low && (uintptr_t)p < window.high; }
 
@@ -130,40 +139,55 @@ static void each_cell(Region* r, uintptr_t a, size_t bytes, F body) {
   for (size_t i = (a - base) / GRANULE; i <= (a + bytes - 1 - base) / GRANULE; i++) body(r->cells[i]);
 }
 
-static void check_write(Fiber* f, Cell& c, uintptr_t a, Place place, const char* what) {
-  if (c.write && !happened_before(c.write, f))
-    fault("race", place,
-          format("%swrite to %s, unordered with the write by %s at %s", what, locate(a).c_str(), who(c.write).c_str(),
-                 describe(c.write_place).c_str()));
+// By a thread, or by the async proxy for it.
+struct Access {
+  Fiber* f;
+  Moment when;
+  bool async, write;
+  Place place;
+  const char* what;
+
+  std::string text(uintptr_t a) const { return std::string(what) + (write ? "write to " : "read of ") + locate(a); }
+};
+
+static void check_order(const Access& x, uintptr_t a, Moment other, Place other_place, const char* other_verb) {
+  if (!other || happened_before(other, x.f)) return;
+  fault(is_agent(other) ? "async-hazard" : "race", x.place,
+        x.text(a) + ", unordered with the " + other_verb + " by " + who(other) + " at " + describe(other_place));
+}
+
+static void check_proxy(const Access& x, uintptr_t a, const Cell& c) {
+  if (!x.async || !c.write || is_agent(c.write) || shown_to_async(c.write, x.f)) return;
+  fault("proxy", x.place,
+        x.text(a) + ", no async_proxy_fence since the write by " + who(c.write) + " at " + describe(c.write_place));
+}
+
+static void check_write(const Access& x, Cell& c, uintptr_t a) {
+  check_order(x, a, c.write, c.write_place, "write");
+  check_proxy(x, a, c);
   for (int i = 0; i < READS; i++) {
-    if (c.reads[i] && !happened_before(c.reads[i], f))
-      fault("race", place,
-            format("%swrite to %s, unordered with the read by %s at %s", what, locate(a).c_str(),
-                   who(c.reads[i]).c_str(), describe(c.read_places[i]).c_str()));
+    check_order(x, a, c.reads[i], c.read_places[i], "read");
     c.reads[i] = 0;
   }
-  c.write = moment_of(f);
-  c.write_place = place;
+  c.write = x.when;
+  c.write_place = x.place;
   c.initialised = true;
 }
 
-static void check_read(Fiber* f, Cell& c, uintptr_t a, Place place, const char* what) {
-  if (!c.initialised) fault("uninitialised", place, format("%sread of %s, never written", what, locate(a).c_str()));
-  if (c.write && !happened_before(c.write, f))
-    fault("race", place,
-          format("%sread of %s, unordered with the write by %s at %s", what, locate(a).c_str(), who(c.write).c_str(),
-                 describe(c.write_place).c_str()));
-  Moment now = moment_of(f);
+static void check_read(const Access& x, Cell& c, uintptr_t a) {
+  if (!c.initialised) fault("uninitialised", x.place, x.text(a) + ", never written");
+  check_order(x, a, c.write, c.write_place, "write");
+  check_proxy(x, a, c);
   int slot = -1;
   for (int i = 0; i < READS && slot < 0; i++) {
-    if (!c.reads[i] || c.reads[i] >> 32 == now >> 32 || happened_before(c.reads[i], f)) slot = i;
+    if (!c.reads[i] || c.reads[i] >> 32 == x.when >> 32 || happened_before(c.reads[i], x.f)) slot = i;
   }
   if (slot < 0) slot = random_bits() % READS;
-  c.reads[slot] = now;
-  c.read_places[slot] = place;
+  c.reads[slot] = x.when;
+  c.read_places[slot] = x.place;
 }
 
-void access(Fiber* f, const void* p, size_t bytes, bool write, Place place, const char* what) {
+static void check(const Access& x, const void* p, size_t bytes) {
   auto a = (uintptr_t)p;
   Region* r = find(a);
   if (!r) return;  // a constant of the module, or a guard page's business
@@ -171,21 +195,27 @@ void access(Fiber* f, const void* p, size_t bytes, bool write, Place place, cons
   if (!inside(r, a, bytes)) {
     uintptr_t end = a + bytes - 1;
     bool starts_inside = inside(r, a, 1);
-    fault("out-of-bounds", place,
-          format("%s%s of %zu bytes, %s", what, write ? "write" : "read", bytes,
+    fault("out-of-bounds", x.place,
+          format("%s%s of %zu bytes, %s", x.what, x.write ? "write" : "read", bytes,
                  locate(starts_inside ? end : a).c_str()));
   }
   if (!options.check) return;
   each_cell(r, a, bytes, [&](Cell& c) {
     if (c.copy_in_flight)
-      fault("async-hazard", place,
-            format("%s%s of %s while the cp.async of %s is in flight", what, write ? "write" : "read",
-                   locate(a).c_str(), describe(c.write_place).c_str()));
-    if (write)
-      check_write(f, c, a, place, what);
+      fault("async-hazard", x.place, x.text(a) + " while the cp.async of " + describe(c.write_place) + " is in flight");
+    if (x.write)
+      check_write(x, c, a);
     else
-      check_read(f, c, a, place, what);
+      check_read(x, c, a);
   });
+}
+
+void access(Fiber* f, const void* p, size_t bytes, bool write, Place place, const char* what) {
+  check({f, moment_of(f), false, write, place, what}, p, bytes);
+}
+
+void async_access(Fiber* f, Moment when, const void* p, size_t bytes, bool write, Place place, const char* what) {
+  check({f, when, true, write, place, what}, p, bytes);
 }
 
 void mark_copy(const void* p, size_t bytes, bool in_flight, Place place) {
@@ -217,8 +247,20 @@ void atomic_access(const void* p, size_t bytes, Site site) {
 
 using namespace emulator;
 
+static void check_sums(void* p, bool write, void* pc) {
+  for (const Sums& s : running->sums_of_wgmma) {
+    if (p >= s.low && p < s.high)
+      fault("async-hazard", place_of(pc),
+            format("%s sums before the wait for the wgmma at ", write ? "write to" : "read of") + describe(s.place));
+  }
+}
+
 static inline __attribute__((always_inline)) void on_access(void* p, size_t bytes, bool write, void* pc) {
-  if (!in_kernel || (uintptr_t)p - (uintptr_t)running->stack < STACK_BYTES) return;
+  if (!in_kernel) return;
+  if ((uintptr_t)p - (uintptr_t)running->stack < STACK_BYTES) {
+    if (!running->sums_of_wgmma.empty()) check_sums(p, write, pc);
+    return;
+  }
   if (options.preempt && random_bits() % options.preempt == 0) reschedule();
   access(running, p, bytes, write, place_of(pc), "");
 }

@@ -20,7 +20,7 @@ enum Schedule { ASCENDING, DESCENDING, RANDOM };
 enum Completion { LATE, EARLY, EITHER };
 struct Options {
   int schedule;    // which runnable thread goes next
-  int completion;  // when cp.async really copies
+  int completion;  // when cp.async and TMA really copy
   int check;       // shadow memory on
   int preempt;     // switch threads at one access in so many; 0: never
   uint64_t seed;
@@ -29,11 +29,15 @@ struct Options {
 extern Options options;
 uint64_t random_bits();
 
-// ---- vector clocks: who has seen what of whom ------------------------------------------------------
-typedef std::vector<uint32_t> Clock;
-typedef std::shared_ptr<const Clock> SharedClock;
+// ---- order: who has seen what of whom ------------------------------------------------------------------
+typedef std::vector<uint32_t> Clock;  // by thread of the block, then by agent
+struct Knowledge {
+  Clock seen;    // what happened before
+  Clock fenced;  // of that, what a proxy fence has shown to the async proxy
+};
+typedef std::shared_ptr<const Knowledge> SharedKnowledge;
 
-// A moment of a thread: thread number (unique over the blocks of a launch) << 32 | its clock.
+// A moment of a thread or agent: its number (unique over the blocks of a launch) << 32 | its clock.
 typedef uint64_t Moment;
 
 // A place in kernel source: a program counter of the module, or FROM_SITE | index of a known Site.
@@ -43,11 +47,15 @@ Place place_of(void* pc);
 std::string describe(Place);
 
 // ---- threads -----------------------------------------------------------------------------------------
-enum State { RUNNABLE, IN_COLLECTIVE, AT_BARRIER, EXITED };
+enum State { RUNNABLE, IN_COLLECTIVE, AT_BARRIER, AT_MBARRIER, EXITED };
 struct Copy {
   void* to;
   const void* from;
   int bytes, valid;
+};
+struct Sums {  // of a thread, on its stack
+  const float *low, *high;
+  Place place;
 };
 struct Fiber {
   ThreadIndex index;
@@ -55,11 +63,13 @@ struct Fiber {
   uint8_t* stack;
   State state;
   Site waits_at;
-  SharedClock seen;
+  SharedKnowledge knows;
   uint32_t clock;
   int arrays_taken;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
+  const uint64_t* mbarrier;         // that it waits for
+  std::vector<Sums> sums_of_wgmma;  // not to be touched before the wait
 };
 struct Meeting {  // of the lanes of a mask at a warp collective
   unsigned mask = 0, arrived = 0;
@@ -83,16 +93,27 @@ void park(State, Site);
 void wake(Fiber*);
 void reschedule();
 void check_exit();  // faults if others wait for the exiting thread
-void begin_launch();
 void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*kernel)(void**), void** arguments);
 void reset_barriers();
-void join_all(const std::vector<Fiber*>&);  // everyone learns what everyone knew
-Moment moment_of(Fiber*);
-bool happened_before(Moment, const Fiber*);
-std::string who(const Fiber*);
-std::string who(Moment);
 std::string thread_states();
 [[noreturn]] void leave_launch();
+
+// ---- happens-before (order.cpp) ------------------------------------------------------------------------
+void begin_launch();
+void begin_block_order();
+// What works beside the threads; its steps are seen by those who waited for them.
+int new_agent(const std::string& name);
+Moment moment_of(Fiber*);
+Moment moment_of(int agent, uint32_t step);
+bool is_agent(Moment);
+bool happened_before(Moment, const Fiber*);
+bool shown_to_async(Moment, const Fiber*);  // what was written then, by a proxy fence that the thread knows of
+void join_all(const std::vector<Fiber*>&);  // everyone learns what everyone knew
+void release(Knowledge& into, Fiber*);
+void acquire(Fiber*, const SharedKnowledge&);
+void learn_step(const std::vector<Fiber*>&, int agent, uint32_t step);
+std::string who(const Fiber*);
+std::string who(Moment);
 
 // ---- faults: end the launch with a message "kind: text at file:line by thread" --------------------
 [[noreturn]] void fault(const char* kind, Place, const std::string& text);
@@ -126,12 +147,32 @@ struct Region {  // a global buffer, or the window of shared memory
 extern std::vector<Array> shared_arrays;
 void begin_block_memory(size_t dynamic_bytes);
 void access(Fiber*, const void*, size_t bytes, bool write, Place, const char* what);
+// What the async proxy does for a thread, which is over at `when`, a moment of an agent.
+void async_access(Fiber*, Moment when, const void*, size_t bytes, bool write, Place, const char* what);
 // The last `bytes` at p will be, or have been, written by a copy of the running thread.
 void mark_copy(const void* p, size_t bytes, bool in_flight, Place);
 std::string locate(uintptr_t address);
 bool is_shared(const void*);
 constexpr size_t STACK_BYTES = 256 << 10;
-constexpr size_t SHARED_WINDOW = 1 << 20;
+constexpr size_t SHARED_WINDOW = 256 << 10;  // what the descriptors of wgmma can address
+
+// The byte of a tile swizzled by rows of 128 bytes that lies at a shared address.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// ---- mbarriers, TMA and wgmma ----------------------------------------------------------------------------
+void reset_mbarriers();
+std::string mbarrier_state(const uint64_t*);
+Moment begin_copy(uint64_t* barrier, Site);  // returns when it will be over
+void complete_copy(uint64_t* barrier, int bytes, Place);
+void check_loads_at_end();
+bool complete_a_load();      // false: none is in flight
+void complete_some_loads();  // if chance is to decide when
+void reset_bulk_copies();
+void check_stores_at_exit();
+void reset_products();
+void check_products_at_exit();
+void check_products_at_end();
+float from_half(uint16_t);
 
 struct Statistics {
   uint64_t switches, collectives, accesses, barriers, ldmatrix_phases, ldmatrix_conflicts;

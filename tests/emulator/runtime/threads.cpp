@@ -1,4 +1,4 @@
-// Fibers, the scheduler, barriers and warp collectives, with the order of events that they create.
+// Fibers, the scheduler, barriers and warp collectives.
 #include <sys/mman.h>
 
 #include "runtime.h"
@@ -14,8 +14,7 @@ Statistics statistics;
 
 static std::vector<uint8_t*> stacks;
 static void* launcher_stack;
-static int turn;                                               // the warp whose threads run
-static uint64_t next_thread = 1, launch_thread, first_thread;  // numbers never used twice
+static int turn;  // the warp whose threads run
 static void (*kernel)(void**);
 static void** kernel_arguments;
 
@@ -42,41 +41,6 @@ emulator_switch:
 .size emulator_switch, .-emulator_switch
 )");
 
-// ---- happens-before ----------------------------------------------------------------------------------
-
-Moment moment_of(Fiber* f) { return (first_thread + f->index.linear) << 32 | f->clock; }
-
-bool happened_before(Moment m, const Fiber* f) {
-  if (m >> 32 < launch_thread) return true;  // an earlier launch
-  uint64_t thread = (m >> 32) - first_thread;
-  if (thread >= fibers.size()) return false;  // another block: nothing orders blocks of one launch
-  return (int)thread == f->index.linear || (f->seen && (uint32_t)m <= (*f->seen)[thread]);
-}
-
-void join_all(const std::vector<Fiber*>& threads) {
-  if (!options.check) return;
-  auto joined = std::make_shared<Clock>(fibers.size(), 0);
-  const Clock* last = nullptr;
-  for (Fiber* f : threads) {
-    if (f->seen && f->seen.get() != last) {
-      last = f->seen.get();
-      for (size_t i = 0; i < joined->size(); i++) (*joined)[i] = std::max((*joined)[i], (*last)[i]);
-    }
-  }
-  for (Fiber* f : threads) (*joined)[f->index.linear] = f->clock++;
-  for (Fiber* f : threads) f->seen = joined;
-}
-
-std::string who(const Fiber* f) {
-  const ThreadIndex& i = f->index;
-  return format("thread %d (warp %d lane %d) of block %u", i.linear, i.warp, i.lane, i.block.x);
-}
-
-std::string who(Moment m) {
-  uint64_t thread = (m >> 32) - first_thread;
-  return thread < fibers.size() ? "thread " + std::to_string(thread) : "a thread of another block";
-}
-
 // ---- scheduler -----------------------------------------------------------------------------------------
 
 static Warp* next_warp() {
@@ -98,11 +62,12 @@ static int next_lane(unsigned runnable) {
 }
 
 std::string thread_states() {
-  static const char* names[] = {"runnable", "in a warp operation", "at a barrier", "exited"};
+  static const char* names[] = {"runnable", "in a warp operation", "at a barrier", "at an mbarrier", "exited"};
   std::map<std::string, int> counts;
   for (const Fiber& f : fibers) {
     std::string state = names[f.state];
-    if (f.state == IN_COLLECTIVE || f.state == AT_BARRIER) state += " at " + describe(place_of(f.waits_at));
+    if (f.state != RUNNABLE && f.state != EXITED) state += " at " + describe(place_of(f.waits_at));
+    if (f.state == AT_MBARRIER) state += " (" + mbarrier_state(f.mbarrier) + ")";
     counts[state]++;
   }
   std::string text;
@@ -110,11 +75,16 @@ std::string thread_states() {
   return text;
 }
 
+static void check_block_end();
+
 void reschedule() {
   if (++statistics.switches > options.max_steps) fault("livelock", (Place)0, thread_states());
+  complete_some_loads();
   Warp* warp = next_warp();
+  while (!warp && complete_a_load()) warp = next_warp();
   if (!warp) {
     if (exited_threads < (int)fibers.size()) fault("deadlock", (Place)0, thread_states());
+    check_block_end();
     leave_launch();
   }
   Fiber *next = warp->lanes[next_lane(warp->runnable)], *last = running;
@@ -155,8 +125,6 @@ static void fiber_main() {
   reschedule();
 }
 
-void begin_launch() { launch_thread = next_thread; }
-
 void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(void**), void** arguments) {
   int threads = block_size.x * block_size.y * block_size.z;
   while ((int)stacks.size() < threads) {
@@ -167,12 +135,11 @@ void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(voi
   }
   kernel = entry;
   kernel_arguments = arguments;
-  first_thread = next_thread;
-  next_thread += threads;
   exited_threads = 0;
   warps.assign((threads + 31) / 32, Warp());
   fibers.clear();
   fibers.resize(threads);
+  begin_block_order();
   for (int t = 0; t < threads; t++) {
     Fiber& f = fibers[t];
     unsigned x = t % block_size.x, y = t / block_size.x % block_size.y, z = t / block_size.x / block_size.y;
@@ -303,6 +270,8 @@ void check_exit() {
   Fiber* f = running;
   if (!f->open_group.empty() || !f->groups.empty())
     fault("async-hazard", (Place)0, "the thread exits with cp.async in flight");
+  check_stores_at_exit();
+  check_products_at_exit();
   for (Meeting& m : warp_of(f).meetings) {
     if (m.arrived && (m.mask >> f->index.lane & 1))
       fault("divergence", m.site, "lane %d exits while its warp waits for it", f->index.lane);
@@ -311,5 +280,10 @@ void check_exit() {
   if (!b.arrived.empty())
     fault("divergent-barrier", b.site, "thread %d exits while %zu threads wait at __syncthreads", f->index.linear,
           b.arrived.size());
+}
+
+static void check_block_end() {
+  check_loads_at_end();
+  check_products_at_end();
 }
 }  // namespace emulator
