@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/compare.py`: rows, floors, contestants, timing, costs and the report."""

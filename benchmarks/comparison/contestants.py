@@ -1,0 +1,287 @@
+"""The contestants: each takes the same arrays and runs one forward or one backward.
+
+A contestant is built from `Inputs` (NumPy or CuPy arrays; CuPy's are shared with PyTorch by DLPack)
+on the current stream. It imports its library when it is built, never before. Every forward writes
+outputs and final states. The backward is timed alone, with what the forward kept.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext, suppress
+from itertools import accumulate
+
+import numpy as np
+
+from .rows import Inputs, Row
+
+
+class Ours:
+    """cupy_delta's operators."""
+
+    name = "cupy_delta"
+    distribution = "cupy_delta"
+    backward_too = True
+    notes = ""
+
+    def __init__(self, inputs: Inputs):
+        import cupy
+
+        import cupy_delta
+        from cupy_delta.cuda import Workspace
+
+        self.library, self.workspace = cupy_delta, Workspace()
+        x = inputs
+        self.arrays = [cupy.asarray(a) for a in (x.q, x.k, x.v, x.beta)]
+        self.do = cupy.asarray(x.do)
+        cu_seqlens = None if x.cu_seqlens is None else cupy.asarray(x.cu_seqlens)
+        self.options = {"cu_seqlens": cu_seqlens, "out": cupy.empty_like(self.arrays[2])}
+        self.residuals = None
+
+    @staticmethod
+    def refusal(row: Row, passes: str) -> str | None:
+        return None if row.D <= 256 else "head sizes up to 256"
+
+    def forward(self):
+        return self.library.chunk_delta_rule(*self.arrays, **self.options).o
+
+    def prepare_backward(self) -> None:
+        self.residuals = self.library.chunk_delta_rule_fwd(*self.arrays, **self.options).residuals
+
+    def backward(self):
+        return self.library.chunk_delta_rule_bwd(self.residuals, self.do)[:4]
+
+    @staticmethod
+    def graph(copies: list, passes: str, stream):
+        """Capture one call per copy, each with buffers of its own; return what replays them."""
+
+        def calls():
+            for copy in copies:
+                with copy.workspace:
+                    getattr(copy, passes)()
+
+        calls()  # allocates the buffers
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            calls()
+        except Exception:
+            with suppress(Exception):  # what is left of it
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
+        return lambda: graph.launch(stream)
+
+    @staticmethod
+    def host(x) -> np.ndarray:
+        return x.get().astype(np.float64)
+
+    @staticmethod
+    def float32(x):
+        """As a CuPy array of float32."""
+        return x.astype(np.float32)
+
+    @classmethod
+    def gradients_host(cls, gradients, row: Row) -> list[np.ndarray]:
+        """Of q, k, v and beta."""
+        return [cls.host(x) for x in gradients]
+
+    @staticmethod
+    def synchronise() -> None:
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+
+
+class TorchContestant:
+    """What contestants on PyTorch share; gradients by autograd, of q, k, v and beta."""
+
+    backward_too = True
+    widths: tuple[int, ...] | None = None
+    repeats_keys = False
+
+    def __init__(self, inputs: Inputs):
+        import torch
+
+        self.torch, self.row, self.rule = torch, inputs.row, self.load()
+        x = inputs
+        q, k, v, beta, do = (self.tensor(a) for a in (x.q, x.k, x.v, x.beta, x.do))
+        if self.repeats_keys and self.row.HV > self.row.H:
+            q, k = (a.repeat_interleave(self.row.HV // self.row.H, dim=2) for a in (q, k))
+        self.plain, self.do = [q, k, v, beta], do
+        self.cu_seqlens = None if x.cu_seqlens is None else self.tensor(x.cu_seqlens)
+        self.leaves, self.o = [], None
+
+    def tensor(self, array):
+        if isinstance(array, np.ndarray):
+            if array.dtype.name == "bfloat16":
+                bits = self.torch.from_numpy(array.view(np.int16))
+                return bits.view(self.torch.bfloat16).cuda()
+            return self.torch.from_numpy(array).cuda()
+        return self.torch.from_dlpack(array)
+
+    @classmethod
+    def refusal(cls, row: Row, passes: str) -> str | None:
+        if passes == "backward" and not cls.backward_too:
+            return "no backward"
+        if cls.widths and row.D not in cls.widths:
+            return "head sizes " + ", ".join(map(str, cls.widths)) + " only"
+        return None
+
+    def call(self, tensors, final_state: bool):
+        raise NotImplementedError
+
+    def forward(self):
+        with self.torch.no_grad():
+            return self.call(self.plain, True)
+
+    def prepare_backward(self) -> None:
+        self.leaves = [x.detach().requires_grad_() for x in self.plain]
+        self.o = self.call(self.leaves, False)
+
+    def backward(self):
+        return self.torch.autograd.grad(self.o, self.leaves, self.do, retain_graph=True)
+
+    @staticmethod
+    def graph(copies: list, passes: str, stream):
+        """Capture one call per copy; results stay alive, so that each copy has its own."""
+        import torch
+
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        with torch.cuda.graph(graph, stream=outer, capture_error_mode="thread_local"):
+            results = [getattr(copy, passes)() for copy in copies]
+        kept = [graph, results]
+        return lambda: kept[0].replay()
+
+    @staticmethod
+    def host(x) -> np.ndarray:
+        return x.detach().double().cpu().numpy()
+
+    @staticmethod
+    def float32(x):
+        import cupy
+
+        return cupy.from_dlpack(x.detach().float())
+
+    @classmethod
+    def gradients_host(cls, gradients, row: Row) -> list[np.ndarray]:
+        """Of q, k, v and beta; where keys were repeated, summed over the group."""
+        found = [cls.host(x) for x in gradients]
+        if cls.repeats_keys and row.HV > row.H:
+            found[:2] = [x.reshape(*x.shape[:2], row.H, -1, row.D).sum(axis=3) for x in found[:2]]
+        return found
+
+    @staticmethod
+    def synchronise() -> None:
+        import torch
+
+        torch.cuda.current_stream().synchronize()
+
+
+class Fla(TorchContestant):
+    name = "fla"
+    distribution = "fla-core"
+    repeats_keys = True
+    notes = (
+        "flash-linear-attention, `chunk_delta_rule`; q and k repeated for the value heads of a "
+        "group beforehand, so its backward leaves out the sum over the group"
+    )
+
+    @staticmethod
+    def load():
+        os.environ["FLA_FLASH_QLA"] = "0"
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return chunk_delta_rule
+
+    def call(self, tensors, final_state: bool):
+        options = {"output_final_state": final_state, "cu_seqlens": self.cu_seqlens}
+        return self.rule(*tensors, **options)[0]
+
+
+class FlaGated(TorchContestant):
+    name = "fla_gated"
+    distribution = "fla-core"
+    notes = (
+        "flash-linear-attention, `chunk_gated_delta_rule` with g = 0 and its own kernels "
+        "(FLA_FLASH_QLA=0)"
+    )
+
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        self.g = self.torch.zeros_like(self.plain[3])
+
+    @staticmethod
+    def load():
+        os.environ["FLA_FLASH_QLA"] = "0"  # else it hands over to FlashQLA where that is installed
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule
+
+    def call(self, tensors, final_state: bool):
+        q, k, v, beta = tensors
+        options = {"output_final_state": final_state, "cu_seqlens": self.cu_seqlens}
+        return self.rule(q, k, v, self.g, beta, **options)[0]
+
+
+class FlashQla(FlaGated):
+    name = "flash_qla"
+    distribution = "flash_qla"
+    widths = (128,)
+    notes = "FlashQLA, `chunk_gated_delta_rule` with g = 0; head size 128 only"
+
+    @staticmethod
+    def load():
+        from flash_qla import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule
+
+
+class FlashInfer(TorchContestant):
+    name = "flashinfer"
+    distribution = "flashinfer-python"
+    backward_too = False
+    widths = (128,)
+    notes = (
+        "FlashInfer, gated delta rule prefill with g=None into given outputs; its context-parallel "
+        "path, which it takes on its own for few heads, fills a gate of ones in every call; head "
+        "size 128 and forward only"
+    )
+
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        torch, row = self.torch, self.row
+        self.plain = [x.reshape(row.tokens, *x.shape[2:]) for x in self.plain]
+        ends = torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int64, device="cuda")
+        self.given = {
+            "cu_seqlens": ends,
+            "max_seqlen": max(row.lengths),
+            "output": torch.empty_like(self.plain[2]),
+            "output_state": torch.empty(
+                (len(row.lengths), row.HV, row.D, row.D), dtype=torch.float32, device="cuda"
+            ),
+        }
+
+    @staticmethod
+    def load():
+        from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule
+
+    def call(self, tensors, final_state: bool):
+        q, k, v, beta = tensors
+        o, _ = self.rule(q, k, v, None, beta, output_final_state=True, **self.given)
+        return o.reshape(*self.row.batch, self.row.HV, self.row.D)
+
+
+CONTESTANTS = {c.name: c for c in (Ours, Fla, FlaGated, FlashQla, FlashInfer)}
+
+
+def torch_stream(stream):
+    """A context that makes a CuPy stream PyTorch's current one, if there is a PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return nullcontext()
+
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr))

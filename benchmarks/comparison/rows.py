@@ -1,0 +1,180 @@
+"""What is measured: the shapes, the arrays drawn for them, and the floor under each time.
+
+The floor is a count of what no chunkwise evaluation can leave out, divided by two rates measured
+on an H200. Chunks of 64; the form with the fewest products (V - K S is formed first, so U and W
+never are); every triangle skipped; products that the value heads of a group share are made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+FLOP_PER_SECOND = 790e12
+"""Assumption: a large bfloat16 matrix product on an H200."""
+BYTES_PER_SECOND = 4.3e12
+"""Assumption: a device-to-device copy on an H200, read and written bytes together."""
+FLOOR_CHUNK = 64
+BYTES = 2  # of one bfloat16
+
+PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape: H heads of q and k, HV of v, beta and o, K = V = D; which group it belongs to.
+
+    `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens.
+    """
+
+    group: str
+    lengths: tuple[int, ...]
+    H: int
+    HV: int
+    D: int = 128
+    ragged: bool = False
+
+    @property
+    def name(self) -> str:
+        tokens = f"{len(self.lengths)}x{self.lengths[0]}"
+        if self.ragged:
+            parts = "+".join(str(x) for x in self.lengths)
+            few = len(self.lengths) <= 2
+            tokens = parts if few else f"{len(self.lengths)} ragged, {self.tokens}"
+        width = "" if self.D == 128 else f" d{self.D}"
+        return f"{tokens} h{self.H}/{self.HV}{width}"
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """B and T of the arrays."""
+        return (1, self.tokens) if self.ragged else (len(self.lengths), self.lengths[0])
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of q, k, v and beta."""
+        return self.tokens * (2 * self.H * self.D * BYTES + self.HV * (self.D * BYTES + 4))
+
+    def shortened(self) -> Row:
+        """The same heads and width with at most 512 tokens, for the float64 check."""
+        lengths = (100, 37, 256, 119) if self.ragged else (500,)
+        return Row(self.group, lengths, self.H, self.HV, self.D, self.ragged)
+
+
+TINY = Row("tiny", (128,), 2, 4)
+"""What every contestant is tried on, and what the host's time per call is taken with."""
+
+
+def _rows() -> tuple[Row, ...]:
+    def several(group, *shapes, D=128):
+        return [Row(group, (T,) * B, H, HV, D) for B, T, H, HV in shapes]
+
+    tail = (12345, 77, 8191, 1, 513, 4096, 6001, 1544)
+    return (
+        *several("gva", *((1, 32768, *heads) for heads in ((2, 8), (4, 16), (8, 32), (16, 64)))),
+        *several("gva", (4, 8192, 16, 64), (1, 8192, 2, 8), (1, 8192, 8, 32), (1, 8192, 16, 64)),
+        *several("gva", (8, 1024, 16, 64), (8, 1024, 4, 16), (1, 2048, 2, 8)),
+        *several("grouped", *((1, 32768, *heads) for heads in ((16, 32), (4, 8), (2, 4)))),
+        *several("grouped", (8, 4096, 16, 32), (1, 8192, 16, 32), (1, 8192, 4, 8)),
+        *several("equal", *((1, 32768, H, H) for H in (8, 16, 32)), (4, 8192, 32, 32)),
+        *several("equal", (8, 1024, 16, 16), (1, 8192, 8, 8), (1, 2048, 8, 8)),
+        Row("ragged", (28672, 4096), 16, 64, ragged=True),
+        Row("ragged", tail, 16, 64, ragged=True),
+        Row("ragged", tail, 16, 32, ragged=True),
+        *several("width", (1, 32768, 32, 32), (4, 8192, 32, 32), D=64),
+        *several("width", (1, 32768, 16, 16), (4, 8192, 16, 16), D=256),
+        *several("length", *((1, T, 16, 16) for T in (512, 2048, 8192, 131072))),
+        *several("gva", (1, 32768, 8, 24), (1, 32768, 16, 48), (2, 16384, 16, 64)),
+        *several("gva", (4, 8192, 8, 32), (8, 4096, 4, 16)),
+    )
+
+
+ROWS = _rows()
+
+
+def chosen(patterns: list[str]) -> list[Row]:
+    """Rows whose group or name matches one of the patterns (* and ? as in file names)."""
+    found = [r for r in ROWS if any(fnmatch(r.name, p) or r.group == p for p in patterns)]
+    return found if patterns else list(ROWS)
+
+
+def flops(row: Row, passes: str, chunk: int = FLOOR_CHUNK) -> float:
+    """Floating point operations of the whole row."""
+    D, G = row.D, row.HV / row.H
+    if passes == "forward":
+        # K S, Q S, K^T N; triangles of K K^T and Q K^T (shared), of T R and P N; the inverse.
+        each = 6 * D * D + 2 * chunk * D / G + 2 * (chunk + 1) * D + chunk**2 / 3
+    else:
+        # Seven products with a state. Of the chunk's products five of ten triangles are sums over
+        # the group or products of q and k alone.
+        each = 14 * D * D + 5 * chunk * D / G + 5 * chunk * D
+    return each * row.tokens * row.HV
+
+
+def traffic(row: Row, passes: str, states: int = 1) -> float:
+    """Bytes: every input read once, every output written once; `states` float32 ones per head."""
+    D, G = row.D, row.HV / row.H
+    if passes == "forward":  # q, k | v, o | beta
+        each = 2 * D * BYTES / G + 2 * D * BYTES + 4
+        ends = states * len(row.lengths) * row.HV * D * D * 4
+    else:  # q, k, dq, dk | v, do, dv | beta, dbeta
+        each, ends = 4 * D * BYTES / G + 3 * D * BYTES + 8, 0
+    return each * row.tokens * row.HV + ends
+
+
+def floor_ms(row: Row, passes: str) -> float:
+    """Milliseconds below which no chunkwise evaluation can be, at the two assumed rates."""
+    seconds = (flops(row, passes) / FLOP_PER_SECOND, traffic(row, passes) / BYTES_PER_SECOND)
+    return max(seconds) * 1e3
+
+
+def copies_past_cache(row: Row, cache_bytes: int) -> int:
+    """Copies of the inputs that together are three times as large as the cache."""
+    return max(1, -(-3 * cache_bytes // row.input_bytes))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a row, NumPy's or CuPy's: bfloat16, beta float32, keys of unit length."""
+
+    row: Row
+    q: Any
+    k: Any
+    v: Any
+    beta: Any
+    do: Any
+    cu_seqlens: Any
+
+    def wide(self) -> Inputs:
+        """The same values in float64; NumPy arrays only."""
+        wide = (x.astype(np.float64) for x in (self.q, self.k, self.v, self.beta, self.do))
+        return Inputs(self.row, *wide, self.cu_seqlens)
+
+
+def draw(row: Row, xp, seed: int = 0, dtype: str = "bfloat16") -> Inputs:
+    """Draw the arrays of a row with the array library `xp`."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    rng = xp.random.default_rng(seed)
+    (B, T), D = row.batch, row.D
+
+    def normal(heads: int, unit: bool):
+        x = rng.standard_normal((B, T, heads, D), xp.float32)
+        if unit:
+            x /= xp.sqrt((x * x).sum(-1, keepdims=True))
+        return x.astype(dtype)
+
+    q, k = normal(row.H, True), normal(row.H, True)
+    v, do = normal(row.HV, False), normal(row.HV, False)
+    beta = rng.random((B, T, row.HV), xp.float32)
+    ends = xp.asarray([0, *accumulate(row.lengths)], xp.int64) if row.ragged else None
+    return Inputs(row, q, k, v, beta, do, ends)
