@@ -11,6 +11,7 @@ from . import workspace
 from .environment import LOWEST_CAPABILITY
 from .kernels import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
+from .tensor_maps import tensor_map
 
 NULL = np.uint64(0)
 
@@ -77,6 +78,10 @@ class CupyDevice:
             x[...] = aligned
         self._targets.clear()
 
+    def tensor_map(self, x, shape: tuple, box: tuple):
+        """Return the TMA map of a C-contiguous array as a kernel argument."""
+        return tensor_map(x.data.ptr, shape, box)
+
     def compile(self, launch: Launch) -> None:
         """Compile a launch's kernel, or find it in CuPy's cache."""
         _compiled(self.index, launch)
@@ -99,22 +104,23 @@ def _facts(index: int) -> DeviceFacts:
     return DeviceFacts(
         sm_count=attributes["MultiProcessorCount"],
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+        capability=(int(capability[:-1]), int(capability[-1])),
     )
 
 
 @lru_cache(1024)
 def _compiled(index: int, launch: Launch):
     """Look a launch's kernel up by the launch itself, which is quicker than by its macros."""
-    return _kernel(index, launch.file, launch.entry, launch.defines, launch.shared)
+    return _kernel(index, launch.file, launch.entry, launch.defines, launch.shared, launch.arch)
 
 
 @cache
-def _kernel(index: int, file: str, entry: str, defines: tuple, shared: int):
+def _kernel(index: int, file: str, entry: str, defines: tuple, shared: int, arch: str):
     """Compile one variant for one device, once; runs with that device current."""
-    folder = kernel_folder()
-    module = cupy.RawModule(
-        code=variant_source(file, defines), options=("--std=c++17", f"-I{folder}")
-    )
+    options = ("--std=c++17", f"-I{kernel_folder()}")
+    if arch:
+        options += (f"-arch={arch}",)
+    module = cupy.RawModule(code=variant_source(file, defines), options=options)
     kernel = module.get_function(entry)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared

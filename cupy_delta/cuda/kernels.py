@@ -16,23 +16,34 @@ C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16"
 # Threads per block of the walk by tokens, and state elements that a thread of a step holds.
 TOKEN_THREADS = 128
 STEP_TILE = 128
-# Chunks per segment for which cutting a sequence pays its extra launches (predicted).
+# Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
 SEGMENT_CHUNKS = 64
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a plan depends on: multiprocessors, and dynamic shared memory a block may have."""
+    """What a plan depends on: multiprocessors, shared memory of a block, compute capability."""
 
     sm_count: int
     shared_bytes: int
+    capability: tuple[int, int] = (8, 0)
+
+
+@dataclass(frozen=True)
+class TensorBox:
+    """A kernel argument: the TMA map of an array of 16-bit elements in four axes, and a box."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch. Arguments are NumPy scalars, names of arrays, or None for null.
+    """One kernel launch. Arguments are NumPy scalars, names of arrays, boxes, or None for null.
 
-    Compared by identity: plans are kept, and so is what was compiled for their launches.
+    Compared by identity: plans are kept, and so is what was compiled for their launches. `arch` is
+    the one architecture that a kernel is for, if its instructions exist on no other.
     """
 
     file: str
@@ -42,6 +53,7 @@ class Launch:
     block: int
     shared: int
     arguments: tuple
+    arch: str = ""
 
 
 def i32(x: int) -> np.int32:
@@ -59,11 +71,11 @@ def pitch(columns: int, itemsize: int) -> int:
     return columns + 16 // itemsize
 
 
-def carve(*arrays: tuple[int, int]) -> int:
-    """Return the bytes of arrays (count, itemsize), each aligned to 16."""
-    end = 0
+def carve(*arrays: tuple[int, int], align: int = 16, start: int = 0) -> int:
+    """Return where arrays (count, itemsize) end that begin at `start`, each aligned."""
+    end = start
     for count, itemsize in arrays:
-        end = -(-end // 16) * 16 + count * itemsize
+        end = -(-end // align) * align + count * itemsize
     return end
 
 
@@ -158,13 +170,13 @@ def walk_shape(
 def segment_count(problem: Problem, chunk: int, facts: DeviceFacts) -> int:
     """Segments to cut every sequence into: 1, or 4 or 8 for long sequences of few heads.
 
-    Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing. Blocks
-    of all segments shall still find a multiprocessor each.
+    Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing, and
+    nothing is gained where one walk takes half of the multiprocessors.
     """
     blocks = problem.N * problem.HV * -(-padded(problem.V) // 32)
     chunks = problem.B * problem.T // (chunk * max(1, problem.N))
     for segments in (8, 4):
-        if blocks and blocks * segments <= facts.sm_count and chunks >= segments * SEGMENT_CHUNKS:
+        if blocks and 2 * blocks <= facts.sm_count and chunks >= segments * SEGMENT_CHUNKS:
             return segments
     return 1
 
@@ -177,14 +189,14 @@ def segment_states_launch(problem: Problem, segments: int) -> Launch:
         SEGMENTS=segments,
         STATE_VK=int(problem.state_layout == "vk"),
     )
-    columns = (problem.K * 16, 4)
+    columns = (padded(problem.K) * 8, 4)
     return Launch(
         "segment_states.cu",
         "segment_states",
         tuple(defines.items()),
-        problem.N * problem.HV * -(-problem.V // 16),
-        256,
-        carve(columns, columns, (problem.K * 33, 4)),
+        problem.N * problem.HV * -(-problem.V // 8),
+        128,
+        carve(columns, columns),
         ("initial_state", "segment_p", "segment_h", "entering", i32(problem.HV)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..problem import Problem
+from .kernels import TensorBox
 from .plan import Plan
 
 
@@ -37,10 +38,17 @@ def execute(plan: Plan, arrays: dict, device, targets: dict | None = None) -> di
     for launch in plan.launches:
         # A grid of zero would still run one block.
         if launch.grid:
-            values = [arrays.get(a) if isinstance(a, str) else a for a in launch.arguments]
-            device.launch(launch, values)
+            device.launch(launch, [_value(a, arrays, device) for a in launch.arguments])
     device.finish()
     return arrays
+
+
+def _value(argument, arrays: dict, device):
+    if isinstance(argument, str):
+        return arrays.get(argument)
+    if isinstance(argument, TensorBox):
+        return device.tensor_map(arrays[argument.name], argument.shape, argument.box)
+    return argument
 
 
 def device_arrays(problem: Problem, device, names: tuple) -> dict:

@@ -12,6 +12,7 @@ from functools import lru_cache, wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
+from . import hopper
 from .kernels import (
     C_TYPES,
     DeviceFacts,
@@ -134,12 +135,14 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         "o": ((*tokens, problem.V), problem.dtype),
         "final_state": (problem.state_shape, problem.state_dtype),
     }
-    workspace = dict.fromkeys(("core", "p"), ((*tokens, chunk), problem.dtype))
-    launches = []
+    workspace, launches = {}, []
     if problem.qk_l2norm:
         for name, x in (("q", problem.q), ("k", problem.k)):
             workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
             launches.append(norm_launch(problem, name, normal(problem, name)))
+    if hopper.available(problem, facts) and not residuals:
+        return plan_hopper_forward(problem, facts, outputs, workspace, launches)
+    workspace |= dict.fromkeys(("core", "p"), ((*tokens, chunk), problem.dtype))
     if problem.g is not None:
         workspace["G"] = (tokens, np.dtype(np.float64))
     states = None
@@ -162,6 +165,24 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
     launches.append(
         walk_launch(problem, chunk, facts, segments=segments, states=states, initial=initial)
     )
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def plan_hopper_forward(
+    problem: Problem, facts: DeviceFacts, outputs: dict, workspace: dict, launches: list
+) -> Plan:
+    """Plan the walk of compute capability 9.0, after the launches that prepare its inputs."""
+    math, segments, transfer_math = hopper.division(problem, facts)
+    initial = "initial_state"
+    if segments > 1:
+        initial = "entering"
+        workspace |= segment_arrays(problem, segments)
+        cut = dict(math=transfer_math, initial=None, final="segment_h", transfer=True)
+        launches += [
+            hopper.walk_launch(problem, segments=segments, **cut),
+            segment_states_launch(problem, segments),
+        ]
+    launches.append(hopper.walk_launch(problem, math=math, segments=segments, initial=initial))
     return Plan(tuple(launches), outputs, workspace)
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from cupy_delta.commands import check
 
+HOPPER = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
+# Compute capability 9.0 has kernels of its own for 16-bit types.
+DEVICES = [*((dtype, 80) for dtype in check.BOUNDS), ("float16", 90), ("bfloat16", 90)]
 # The same calls as in the operators' tests, which run on both.
 LEGS = ["source"]
 
@@ -20,9 +23,11 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("case", check.CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", check.BOUNDS)
-def test_cases_of_the_check_command(emulated, on_reference, monkeypatch, case, dtype):
+@pytest.mark.parametrize(("dtype", "sm"), DEVICES)
+def test_cases_of_the_check_command(emulated, on_reference, monkeypatch, case, dtype, sm):
     """All that the command expects of a GPU runs there, and within its bounds."""
+    if sm == 90:
+        emulated(**HOPPER)
     if check._only_on_cpu(case, dtype):
         with pytest.raises(NotImplementedError):
             check._error(case, dtype, OnGpu(), 0)

@@ -122,8 +122,8 @@ def test_only_long_sequences_of_few_heads_are_cut():
         return max(dict(x.defines).get("SEGMENTS", 1) for x in names)
 
     assert segments(32768, 4) == 8
-    assert segments(32768, 8) == 4
-    assert segments(32768, 16) == 1
+    assert segments(32768, 16) == 8
+    assert segments(32768, 32) == 1
     assert segments(8192, 8) == 4
     assert segments(2048, 8) == 1
     assert segments(32768, 1, varlen=True, B=4) == 4

@@ -93,9 +93,13 @@ def test_more_than_two_to_the_31_elements(cupy):
     one, kw = inputs(cupy, T=T, H=1, G=1, K=D, V=D)
     q, k, v, beta = (cupy.broadcast_to(x, (B, T, H, *x.shape[3:])).copy() for x in one[:4])
     o, final = cd.chunk_delta_rule(q, k, v, beta)
+    assert same(cupy, o[B - 1, :, H - 1].copy(), o[0, :, 0].copy())
+    assert same(cupy, final[B - 1, H - 1].copy(), final[0, 0].copy())
+    # One head alone may be cut into segments: the same numbers, not the same bits.
     expected = cd.chunk_delta_rule(*one, **kw)
-    assert same(cupy, o[B - 1, :, H - 1].copy(), expected.o[0, :, 0].copy())
-    assert same(cupy, final[B - 1, H - 1].copy(), expected.final_state[0, 0].copy())
+    for x, y in ((o[0, :, 0], expected.o[0, :, 0]), (final[0, 0], expected.final_state[0, 0])):
+        x, y = x.astype(cupy.float32), y.astype(cupy.float32)
+        assert cupy.linalg.norm(x - y) < 0.02 * cupy.linalg.norm(y)
 
 
 def test_dlpack_with_torch(cupy):

@@ -1,0 +1,348 @@
+// The walk over the chunks of 64 tokens of a sequence, factors included, on compute capability 9.0. Per chunk, with S
+// the state, b = beta, G the running sum of g in the chunk and D_ij = e^(G_i - G_j) for i >= j (all 1 without a gate),
+// tokens as rows:
+//
+//   A = diag(b) tril(K K^T . D, -1)     T = (I + A)^-1 diag(b)     P = tril(Q K^T . D)
+//   R = V - e^G K S                     N = T R                    O = scale (e^G Q S + P N)
+//   S' = e^(G_C) S + (e^(G_C - G) K)^T N
+//
+// N in two halves, so that only 32 x 32 inverses are needed: N1 = T11 R1, N2 = T22 (R2 - M21 N1), where M21 is
+// A21 without b. M21 counts to twice the digits of DTYPE, so that R2 sees what N1 does to the state.
+//
+// What wy_factors.cu and forward.cu compute in two kernels is one here: nothing but inputs and results touches global
+// memory. SEGMENTS and TRANSFER are as in forward.cu, but one launch makes both H and, in slices of its own, P: from
+// the identity instead of zero, and without V.
+//
+// Warpgroup 0 loads K, Q and V with TMA, some chunks ahead. The next MATH warpgroups hold 64 value channels of S^T each
+// in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain from state to state passes nothing
+// through shared memory. The last SOLVERS warpgroups take turns to make T11, M21, T22 and P, a chunk or more ahead.
+// mbarriers hand tiles over; every warp says for itself that it is done with one.
+//
+// Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, R, N, P and what T
+// has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
+//
+// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
+// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, KEY_STAGES, VALUE_STAGES, FACTOR_STAGES.
+// Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value
+// channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
+// cupy_delta/cuda/hopper.py and, for the roles, hopper/.
+#include "hopper/factors.cuh"
+#include "hopper/load.cuh"
+#include "tiles/store.cuh"
+
+// S in 16 bits, as left operand.
+PRIM void round_state(uint32_t (&a)[K_STEPS][4], const float (&S)[K_TILES][4]) {
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<DTYPE>(S[j][2 * h], S[j][2 * h + 1]);
+}
+// d in 16 bits, as left operand, or as stmatrix takes it.
+PRIM void round_sums(uint32_t (&a)[4][4], const float (&d)[8][4]) {
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<DTYPE>(d[j][2 * h], d[j][2 * h + 1]);
+}
+// Column t of d, times factor[t].
+template <int TILES>
+PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
+    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
+  }
+}
+
+// Half of `a`, from four column tiles.
+PRIM void round_half(uint32_t (&a)[4], const float (&d)[4][4], int half) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = pack2<DTYPE>(d[2 * half + i / 2][i % 2 * 2], d[2 * half + i / 2][i % 2 * 2 + 1]);
+}
+// d += x L^T, or with a second part of L d -= x (L + rest)^T, for 32 tokens, L and rest in swizzled tiles; x is left
+// rounded in a0 and a1.
+PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L, const DTYPE* rest, uint32_t (&a0)[4],
+                        uint32_t (&a1)[4]) {
+  round_half(a0, x, 0);
+  round_half(a1, x, 1);
+  pin(a0);
+  pin(a1);
+  pin(d);
+  wgmma_fence();
+  if (rest == nullptr) {
+    wgmma<DTYPE, false>(d, a0, tile_descriptor(L, 16, 1024), true);
+    wgmma<DTYPE, false>(d, a1, tile_descriptor(L + 16, 16, 1024), true);
+  } else {
+    wgmma<DTYPE, false, true>(d, a0, tile_descriptor(L, 16, 1024), true);
+    wgmma<DTYPE, false, true>(d, a1, tile_descriptor(L + 16, 16, 1024), true);
+    wgmma<DTYPE, false, true>(d, a0, tile_descriptor(rest, 16, 1024), true);
+    wgmma<DTYPE, false, true>(d, a1, tile_descriptor(rest + 16, 16, 1024), true);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(d);
+}
+
+// 16 value channels of the tokens of a chunk, on their way through this warp's `staging` to rows of (token, value
+// head): rows of 32 bytes, whose halves change places every four.
+PRIM DTYPE* staged(DTYPE* staging, int token, int half) { return staging + token * 16 + (half ^ token / 4 % 2) * 8; }
+PRIM void write_channels(DTYPE* out, int64_t stride, const uint32_t (&a)[4][4], DTYPE* staging, int tokens, int width,
+                         int lane) {
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(staging, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int token = i * 16 + lane / 2, half = lane % 2;
+    if (token < tokens && half * 8 < width)
+      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)staged(staging, token, half);
+  }
+}
+
+PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE* o, float scale, int warpgroup, int HV,
+               int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+#if WITH_OUTPUT
+  const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
+  const int64_t stride = (int64_t)HV * HEAD_V;
+  DTYPE* staging = s.o + (warpgroup * 4 + warp) * CHUNK * 16;
+  uint32_t out[4][4] = {};  // of the chunk before
+  DTYPE* before = o + (work.sequence.first * HV + work.hv) * HEAD_V + value - CHUNK * stride;
+#endif
+  Ring<KEY_STAGES> keys;
+  Ring<VALUE_STAGES> values;
+  Ring<FACTOR_STAGES> factors;
+  uint32_t state[K_STEPS][4], a[4][4];
+  round_state(state, S);
+  for (int c = 0; c < work.chunks; c++) {
+    const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
+    const DTYPE* t = s.t + factors.stage * TILE;
+    // R = V - e^G K S; without a gate V is where the sums start.
+    float R[8][4];
+    mbarrier_wait(s.keys_full + keys.stage, keys.parity);
+    const DTYPE* v = s.v + (values.stage * MATH + warpgroup) * TILE;
+    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
+#if !HAS_GATE
+    clear(R);
+    if (work.values) {
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], v, j * 8, warp * 16, lane);
+    }
+    pin(R);
+#endif
+    pin(state);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false, true>(R, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
+    wgmma_commit();
+#if WITH_OUTPUT
+    const DTYPE *q = s.q + keys.stage * K_BOXES * TILE, *p = s.p + factors.stage * TILE;
+    float O[8][4];
+#if EARLY_OUTPUT
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+    wgmma_commit();
+#endif
+    // The output of the chunk before, while the tensor cores are at this one; there is none before the first.
+    write_channels(before, stride, out, staging, c > 0 ? CHUNK : 0, HEAD_V - value, lane);
+    before += CHUNK * stride;
+#endif
+    mbarrier_wait(s.factors_full + factors.stage, factors.parity);
+    wgmma_wait<EARLY_OUTPUT>();
+    pin(R);
+#if HAS_GATE
+    scale_columns(R, s.decay + factors.stage * CHUNK, lane);
+    if (work.values) {
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float u[2][4];
+        read_box_transposed(u[0], u[1], v, j * 8, warp * 16, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) R[j][i] += u[0][i], R[j + 1][i] += u[1][i];
+      }
+    }
+#endif
+    __syncwarp();
+    if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
+    values.advance();
+    // N = T R, by halves; T's diagonal in float. A sum of its own for R2, whose registers are otherwise R's.
+    const float* b = s.beta + factors.stage * CHUNK;
+    float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
+    scale_columns(N1, b, lane);
+    multiply_half(N1, R1, t, nullptr, a[0], a[1]);
+    multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1]);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
+    scale_columns(N2, b + 32, lane);
+    multiply_half(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
+#if HAS_GATE
+    // O = e^G Q S so far, and S' = e^(G_C) S + (e^(G_C - G) N)^T K with the decays at the tokens of N.
+#if WITH_OUTPUT
+#if !EARLY_OUTPUT
+    pin(state);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+#endif
+    pin(O);
+    scale_columns(O, s.decay + factors.stage * CHUNK, lane);
+#endif
+    uint32_t carried[4][4];
+    const float* rest = s.rest + factors.stage * CHUNK;
+    scale_columns(N1, rest, lane);
+    scale_columns(N2, rest + 32, lane);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      round_half(carried[h], N1, h);
+      round_half(carried[2 + h], N2, h);
+    }
+    const float carry = s.decay[factors.stage * CHUNK + CHUNK - 1];
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) S[j][i] *= carry;
+    pin(carried);
+#else
+    uint32_t (&carried)[4][4] = a;
+#endif
+    pin(a);
+    pin(S);
+#if WITH_OUTPUT && (HAS_GATE || EARLY_OUTPUT)
+    pin(O);
+#endif
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, carried[step], step_of_rows(k, step), true);
+#if WITH_OUTPUT
+#if !HAS_GATE && !EARLY_OUTPUT
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+#endif
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
+#endif
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
+    __syncwarp();
+    if (lane == 0) {
+      mbarrier_arrive(s.keys_free + keys.stage);
+      mbarrier_arrive(s.factors_free + factors.stage);
+    }
+    round_state(state, S);
+#if WITH_OUTPUT
+    pin(O);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) O[j][i] *= scale;
+    round_sums(out, O);
+#endif
+    keys.advance(), factors.advance();
+  }
+#if WITH_OUTPUT
+  const int last = work.chunks > 0 ? work.sequence.tokens - (work.chunks - 1) * CHUNK : 0;
+  write_channels(before, stride, out, staging, last, HEAD_V - value, lane);
+#endif
+}
+
+// S = 1 on the diagonal of the rows from `value` on.
+PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) S[j][i] = value + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                   const __grid_constant__ TensorMap v_map, const float* beta, const float* g,
+                   const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state, float* transfer,
+                   float scale, int T, int H, int HV) {
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
+  const int n = part / WALKED, segment = part % WALKED, batch = VARLEN ? 0 : n;
+  const bool values = slice < VALUE_SLICES;
+  const Sequence sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, n, segment, T);
+  Work work;
+  work.sequence = sequence;
+  work.chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
+  work.channel = (values ? slice : slice - VALUE_SLICES) * SLICE;
+  work.h = hv / (HV / H), work.hv = hv, work.batch = batch;
+  work.values = !TRANSFER || values;
+  work.start = (int)(sequence.first - (int64_t)batch * T);
+
+  DynSmem smem;
+  const Shared s = take_shared(smem);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < KEY_STAGES; i++)
+      mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4);
+    for (int i = 0; i < VALUE_STAGES; i++)
+      mbarrier_init(s.values_full + i, 1), mbarrier_init(s.values_free + i, 4 * MATH);
+    for (int i = 0; i < FACTOR_STAGES; i++)
+      mbarrier_init(s.factors_full + i, WITH_INVERTERS ? 4 + 2 : 4), mbarrier_init(s.factors_free + i, 4 * MATH);
+    for (int i = 0; i < A_STAGES; i++) mbarrier_init(s.a_full + i, 4), mbarrier_init(s.a_free + i, 2);
+    for (int i = 0; i < 2; i++) mbarrier_init(s.landed + i, 1);
+    mbarrier_init_fence();
+  }
+  clear_factors(s, threadIdx.x);
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    fewer_registers<LOADER_REGISTERS>();
+    if (warp == 0) load(s, {&q_map, &k_map, &v_map}, work, lane);
+#if WITH_INVERTERS
+    else
+      invert(s, work, warp - 1, lane);
+#endif
+  } else if (warpgroup <= MATH) {
+    more_registers<MATH_REGISTERS>();
+    const int value = work.channel + (warpgroup - 1) * 64 + warp * 16;
+    const int64_t pair = (int64_t)part * HV + hv, entering_at = pair * HEAD_K * HEAD_V;
+    float S[K_TILES][4];
+    clear(S);
+#if TRANSFER
+    if (!values) set_identity(S, value, lane);
+#else
+    if (initial_state != nullptr) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
+    }
+#endif
+    walk(s, work, S, o, scale, warpgroup - 1, HV, thread);
+#if TRANSFER
+    // A state per segment.
+    if (values) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) store_state(final_state + entering_at, S[j], value, j * 8, lane);
+    } else {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+        store_transposed<float, HEAD_K>(transfer + pair * HEAD_K * HEAD_K + j * 8 * HEAD_K + value, HEAD_K, S[j],
+                                        HEAD_K - value, HEAD_K - j * 8, lane);
+    }
+#else
+    // One per sequence: the last segment's.
+    if (segment == SEGMENTS - 1) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+        store_state(final_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V, S[j], value, j * 8, lane);
+    }
+#endif
+  } else {
+    fewer_registers<SOLVER_REGISTERS>();
+    solve(s, work, SOLVERS == 1 ? 0 : __shfl_sync(~0u, warpgroup - 1 - MATH, 0), beta, g, HV, thread);
+  }
+}

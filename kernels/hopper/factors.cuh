@@ -1,0 +1,222 @@
+// The solvers of forward_hopper.cu: T11, M21, T22 and P of each chunk.
+//
+// A tile of T holds T11 and T22 less diag(b) on its diagonal, M21 below it and what rounding has left out of M21 above.
+#pragma once
+#include "hopper/shared.cuh"
+
+PRIM float no_less_than_lowest(float g) { return g < -1000.0f ? -1000.0f : g; }  // NaN stays
+
+// Running sums of the gates of a chunk, by one warp: a lane has two tokens.
+PRIM void sum_gates(const Shared& s, double* G, int stage, float2 g, int lane) {
+  const double first = no_less_than_lowest(g.x), pair = first + no_less_than_lowest(g.y);
+  double sum = pair;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const double below = __shfl_sync(~0u, sum, max(lane - distance, 0));
+    if (lane >= distance) sum += below;
+  }
+  const double end = __shfl_sync(~0u, sum, 31), before = sum - pair + first;
+  G[2 * lane] = before, G[2 * lane + 1] = sum;
+  float *decay = s.decay + stage * CHUNK + 2 * lane, *rest = s.rest + stage * CHUNK + 2 * lane;
+  decay[0] = expf((float)before), decay[1] = expf((float)sum);
+  rest[0] = expf((float)(end - before)), rest[1] = expf((float)(end - sum));
+}
+
+// Two column tiles times those of D (TRANSPOSED: of D^T), from `row` and `column` on.
+template <bool TRANSPOSED>
+PRIM void weigh(float (&d0)[4], float (&d1)[4], const double* G, int row, int column, int lane) {
+#if HAS_GATE
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int r = row + sum_row(lane, i), c = column + sum_column(lane, 0, i);
+    const double below = TRANSPOSED ? G[c] - G[r] : G[r] - G[c], next = TRANSPOSED ? G[c + 8] - G[r] : G[r] - G[c + 8];
+    // On the other side of the diagonal e^x may overflow.
+    d0[i] *= below > 0.0 ? 0.0f : expf((float)below);
+    d1[i] *= next > 0.0 ? 0.0f : expf((float)next);
+  }
+#endif
+}
+// A block on the diagonal: zero on and above it; below it.
+PRIM void cut_above_diagonal(float (&d0)[4], float (&d1)[4], int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int below = sum_row(lane, i) - sum_column(lane, 0, i);
+    if (below <= 0) d0[i] = 0.0f;
+    if (below <= 8) d1[i] = 0.0f;
+  }
+}
+PRIM void cut_below_diagonal(float (&d0)[4], float (&d1)[4], int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int below = sum_row(lane, i) - sum_column(lane, 0, i);
+    if (below > 0) d0[i] = 0.0f;
+    if (below > 8) d1[i] = 0.0f;
+  }
+}
+
+// What rounding has left out.
+PRIM void keep_rest(float (&d)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) d[i] -= widen(narrow<DTYPE>(d[i]));
+}
+
+// T - diag(b) = L diag(b) for a 16 x 16 block of L at (row, column).
+PRIM void write_t(DTYPE* t, float (&x)[2][4], const float* b, int row, int column, int lane) {
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const float2 f = *(const float2*)&b[column + sum_column(lane, j, 0)];
+    x[j][0] *= f.x, x[j][1] *= f.y, x[j][2] *= f.x, x[j][3] *= f.y;
+  }
+  write_box(t, x[0], x[1], row, column, lane);
+}
+
+// T - diag(b) for 32 tokens from `row` on, from A at `a`, by one warp.
+PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
+  invert_diagonal_blocks(a, lane);
+  float x[2][4];
+  merge_diagonal_blocks<DTYPE>(x, a, lane);
+  write_t(t, x, b, row + 16, row, lane);
+#pragma unroll
+  for (int block = 0; block < 32; block += 16) {
+    load_block(x, a + block * (INVERSE_PITCH + 1), lane);
+    write_t(t, x, b, row + block, row + block, lane);
+  }
+}
+
+#if WITH_INVERTERS
+// T11 and T22 of every chunk, by INVERTERS warps in turn.
+PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_warp) {
+  for (int job = inverter; job < 2 * work.chunks; job += INVERTERS) {
+    const int c = job / 2, half = job % 2, lane = opaque(lane_in_warp);
+    const int a_stage = c % A_STAGES, stage = c % FACTOR_STAGES;
+    mbarrier_wait(s.factors_free + stage, c / FACTOR_STAGES % 2 ^ 1);
+    mbarrier_wait(s.a_full + a_stage, c / A_STAGES % 2);
+    make_t(s.t + stage * TILE, s.a + (a_stage * CHUNK + half * 32) * INVERSE_PITCH, s.beta + stage * CHUNK, half * 32,
+           lane);
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) {
+      mbarrier_arrive(s.factors_full + stage);
+      mbarrier_arrive(s.a_free + a_stage);
+    }
+  }
+}
+#endif
+
+PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta, const float* g, int HV,
+                int thread_in_warpgroup) {
+  const int id = SOLVER_BARRIER + solver;
+  double* G = s.G + solver * CHUNK;
+  const int64_t first = work.sequence.first * HV + work.hv;  // row of (token, value head)
+  auto beta_of = [&](int c) {
+    const int t = c * CHUNK + thread_in_warpgroup;
+    return thread_in_warpgroup < CHUNK && t < work.sequence.tokens ? beta[first + (int64_t)t * HV] : 0.0f;
+  };
+#if HAS_GATE
+  auto gates_of = [&](int c) {
+    const int t = c * CHUNK + 2 * (thread_in_warpgroup % 32);
+    float2 x = make_float2(0.0f, 0.0f);
+    if (t < work.sequence.tokens) x.x = g[first + (int64_t)t * HV];
+    if (t + 1 < work.sequence.tokens) x.y = g[first + (int64_t)(t + 1) * HV];
+    return x;
+  };
+  float2 next_gates = gates_of(solver);
+#endif
+  Ring<KEY_STAGES> keys;
+  Ring<FACTOR_STAGES> factors;
+  Ring<A_STAGES> stages;
+  for (int i = 0; i < solver; i++) keys.advance(), factors.advance(), stages.advance();
+  float next_beta = beta_of(solver);
+  for (int c = solver; c < work.chunks; c += SOLVERS) {
+    const int thread = opaque(thread_in_warpgroup), warp = thread / 32, lane = thread % 32;
+    DTYPE* t = s.t + factors.stage * TILE;
+    const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
+    mbarrier_wait(s.keys_full + keys.stage, keys.parity);
+    // From registers, since a left operand from shared memory would leave none of its bandwidth to others.
+    uint32_t rows[K_STEPS][4];
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++)
+      ldmatrix_x4(rows[step], k + step / 4 * TILE + swizzled(warp * 16 + lane % 16, step % 4 * 16 + lane / 16 * 8));
+    float kk[8][4];
+    pin(rows);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(kk, rows[step], step_along_rows(k, step), step > 0);
+    wgmma_commit();
+    mbarrier_wait(s.factors_free + factors.stage, factors.parity ^ 1);
+#if WITH_INVERTERS
+    mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
+#else
+    named_barrier(id, 128);  // everyone is done with the A of the chunk before
+#endif
+    float *a = s.a + stages.stage * CHUNK * INVERSE_PITCH, *b = s.beta + factors.stage * CHUNK;
+#if HAS_GATE
+    named_barrier(id, 128);  // everyone is done with the G of the chunk before
+#endif
+    if (thread < CHUNK) b[thread] = next_beta;
+#if HAS_GATE
+    if (warp == 0) sum_gates(s, G, factors.stage, next_gates, lane);
+#endif
+    named_barrier(id, 128);
+    wgmma_wait<0>();
+    pin(kk);
+    const float b_low = b[warp * 16 + lane / 4], b_high = b[warp * 16 + lane / 4 + 8];
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      if (j / 2 > warp) continue;
+      weigh<false>(kk[j], kk[j + 1], G, warp * 16, j * 8, lane);
+      if (j / 4 < warp / 2) {
+        write_box(t, kk[j], kk[j + 1], warp * 16, j * 8, lane);
+        keep_rest(kk[j]);
+        keep_rest(kk[j + 1]);
+        write_box(t, kk[j], kk[j + 1], warp * 16 - 32, j * 8 + 32, lane);
+        continue;
+      }
+      if (j / 2 == warp) cut_above_diagonal(kk[j], kk[j + 1], lane);
+      float* at = a + (warp * 16 + lane / 4) * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
+      *(float2*)at = make_float2(b_low * kk[j][0], b_low * kk[j][1]);
+      *(float2*)(at + 8) = make_float2(b_low * kk[j + 1][0], b_low * kk[j + 1][1]);
+      at += 8 * INVERSE_PITCH;
+      *(float2*)at = make_float2(b_high * kk[j][2], b_high * kk[j][3]);
+      *(float2*)(at + 8) = make_float2(b_high * kk[j + 1][2], b_high * kk[j + 1][3]);
+    }
+#if WITH_OUTPUT
+    const DTYPE* q = s.q + keys.stage * K_BOXES * TILE;
+    DTYPE* p = s.p + factors.stage * TILE;
+    float kq[8][4];  // P transposed
+    pin(rows);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(kq, rows[step], step_along_rows(q, step), step > 0);
+    wgmma_commit();
+#endif
+#if WITH_INVERTERS
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(s.a_full + stages.stage);
+#endif
+#if WITH_OUTPUT
+    wgmma_wait<0>();
+    pin(kq);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      if (j / 2 < warp) continue;
+      weigh<true>(kq[j], kq[j + 1], G, warp * 16, j * 8, lane);
+      if (j / 2 == warp) cut_below_diagonal(kq[j], kq[j + 1], lane);
+      write_box_transposed(p, kq[j], kq[j + 1], j * 8, warp * 16, lane);
+    }
+#endif
+    if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
+#if !WITH_INVERTERS
+    named_barrier(id, 128);  // A is there
+    if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
+#endif
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(s.factors_full + factors.stage);
+    next_beta = beta_of(c + SOLVERS);
+#if HAS_GATE
+    next_gates = gates_of(c + SOLVERS);
+#endif
+    for (int i = 0; i < SOLVERS; i++) keys.advance(), factors.advance(), stages.advance();
+  }
+}

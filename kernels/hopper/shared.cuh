@@ -1,0 +1,83 @@
+// What the roles of forward_hopper.cu share: sizes, registers, shared memory and what a block works on.
+#pragma once
+#include "tiles/sequence.cuh"
+#include "tiles/swizzled.cuh"
+#include "tiles/unit_inverse.cuh"
+
+#define WITH_OUTPUT (!TRANSFER)
+// Where registers suffice, Q S is under way while R is formed.
+#define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
+// Two solvers invert for themselves; for one, warps of the loading warpgroup do.
+#define WITH_INVERTERS (SOLVERS == 1)
+
+static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
+constexpr int THREADS = 128 * (1 + MATH + SOLVERS), SLICE = 64 * MATH;
+constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
+constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
+constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
+constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
+constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
+// Registers per thread: 65536 in all.
+constexpr int LOADER_REGISTERS = MATH == 2 ? 64 : 56, SOLVER_REGISTERS = MATH == 2 ? 96 : 120;
+constexpr int MATH_REGISTERS = MATH == 2 ? 176 : 216;
+constexpr int SOLVER_BARRIER = 1;  // named barriers, one per solver
+constexpr int A_STAGES = 2, INVERTERS = 3;
+
+struct Shared {
+  DTYPE *k, *q, *v, *o, *t, *p;
+  float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
+  double* G;
+  uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+};
+
+PRIM Shared take_shared(DynSmem& smem) {
+  Shared s = {};
+  s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
+#if WITH_OUTPUT
+  s.q = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "q", 1024);
+  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
+  s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
+#endif
+  s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
+  s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
+  s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
+  s.beta = smem.take<float>(FACTOR_STAGES * CHUNK, "beta");
+#if HAS_GATE
+  s.decay = smem.take<float>(FACTOR_STAGES * CHUNK, "decay");
+  s.rest = smem.take<float>(FACTOR_STAGES * CHUNK, "rest");
+  s.G = smem.take<double>(SOLVERS * CHUNK, "G");
+#endif
+  s.keys_full = smem.take<uint64_t>(KEY_STAGES, "keys full");
+  s.keys_free = smem.take<uint64_t>(KEY_STAGES, "keys free");
+  s.values_full = smem.take<uint64_t>(VALUE_STAGES, "values full");
+  s.values_free = smem.take<uint64_t>(VALUE_STAGES, "values free");
+  s.factors_full = smem.take<uint64_t>(FACTOR_STAGES, "factors full");
+  s.factors_free = smem.take<uint64_t>(FACTOR_STAGES, "factors free");
+  s.a_full = smem.take<uint64_t>(A_STAGES, "a full");
+  s.a_free = smem.take<uint64_t>(A_STAGES, "a free");
+  s.landed = smem.take<uint64_t>(2, "last chunk landed");
+  return s;
+}
+
+// Zeros where T and P have zeros in every chunk.
+PRIM void clear_factors(const Shared& s, int thread) {
+  for (int i = thread; i < FACTOR_STAGES * TILE / 8; i += THREADS) {
+    *(uint4*)&s.t[i * 8] = {};
+#if WITH_OUTPUT
+    *(uint4*)&s.p[i * 8] = {};
+#endif
+  }
+  async_proxy_fence();
+}
+
+// What a block works on.
+struct Work {
+  Sequence sequence;
+  int chunks, channel, h, hv, batch;  // channel: the block's first one
+  bool values;                        // or P
+  int start;                          // coordinate of its first token in the tensor maps
+};
+
+struct Maps {
+  const TensorMap *q, *k, *v;
+};

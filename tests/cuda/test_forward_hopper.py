@@ -1,0 +1,171 @@
+"""The kernels for compute capability 9.0 under the race-checking emulator."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import Run
+from helpers import definition, make_inputs
+from rounded import error, rounded_products, twice, wide
+
+import cupy_delta as cd
+from cupy_delta.cuda import hopper, plan
+from cupy_delta.cuda.kernels import DeviceFacts
+from cupy_delta.cuda.variants import launches_of
+
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+FACTS = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
+# Empty and one-token sequences, ends within, at and right after a chunk.
+VARLEN = [0, 0, 1, 64, 128, 193, 200]
+
+
+@pytest.fixture
+def divided(monkeypatch, emulated):
+    """Return a function that fixes the slices per block and the segments, on a Hopper device."""
+
+    def use(math, segments=1, run=None):
+        monkeypatch.setattr(hopper, "division", lambda *args: hopper.Division(math, segments, math))
+        monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
+        emulated(run, **FACTS)
+
+    use.emulated = emulated
+    return use
+
+
+def launched(facts, **call):
+    """The names of the kernels of a forward call, and the macros of the last one."""
+    launches = launches_of(facts, ("forward",), **(dict(K=128, V=128) | call))
+    return [x.entry for x in launches], dict(launches[-1].defines)
+
+
+HOPPER = DeviceFacts(132, 227 * 1024, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "facts"),
+    [
+        (dict(dtype="float32"), HOPPER),
+        (dict(dtype="bfloat16", K=256), HOPPER),
+        (dict(dtype="bfloat16", V=100), HOPPER),
+        (dict(dtype="bfloat16", chunk_size=32), HOPPER),
+        (dict(dtype="bfloat16"), DeviceFacts(148, 227 * 1024, (10, 0))),
+        (dict(dtype="bfloat16"), DeviceFacts(108, 163 * 1024, (8, 0))),
+    ],
+)
+def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
+    assert "forward_hopper" not in launched(facts, **call)[0]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "math", "segments"),
+    [(1, 32768, 8, 1, 8), (1, 32768, 64, 1, 1), (4, 8192, 64, 2, 1), (1, 2048, 8, 1, 1)],
+)
+def test_division_fills_the_multiprocessors(B, T, H, math, segments):
+    _, macros = launched(HOPPER, dtype="bfloat16", B=B, T=T, H=H)
+    assert (macros["MATH"], macros["SEGMENTS"]) == (math, segments)
+
+
+def test_gates_take_one_slice_per_block():
+    _, macros = launched(HOPPER, dtype="bfloat16", B=8, T=8192, H=64, gate=True)
+    assert macros["MATH"] == 1
+
+
+def check(divided, args, kw):
+    """Compare with float64: within 2x of plain rounded products of chunks of 64."""
+    result = cd.chunk_delta_rule(*args, **kw)
+    if divided.emulated.devices is not None:
+        entries = [x.entry for x in divided.emulated.devices[-1].launches]
+        assert "forward_hopper" in entries
+        assert "forward" not in entries
+    wide_args, wide_kw = wide(args, kw)
+    exact = definition(*wide_args, **wide_kw)
+    plain = rounded_products(args, kw, hopper.CHUNK)
+    for x, y, other in zip(result, exact, plain, strict=True):
+        assert x.shape == y.shape
+        assert error(x, y) < twice(other, y)
+    return result
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("math", [1, 2])
+def test_lengths(divided, math, T):
+    divided(math)
+    args, kw = make_inputs(T, B=2, G=2, K=128, V=128, dtype=BF16, initial=True, beta=(0, 2))
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize("math", [1, 2])
+@pytest.mark.parametrize(("K", "V", "dtype"), [(64, 64, F16), (8, 200, BF16), (96, 72, BF16)])
+def test_head_sizes(divided, math, K, V, dtype):
+    divided(math)
+    args, kw = make_inputs(130, G=2, K=K, V=V, dtype=dtype, initial=True)
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize("decay", [None, 0.3, 30])
+@pytest.mark.parametrize("math", [1, 2])
+def test_sequences_of_any_lengths(divided, math, decay):
+    divided(math)
+    gate = None if decay is None else "scalar"
+    options = dict(K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    args, kw = make_inputs(200, G=2, gate=gate, decay=decay, **options)
+    check(divided, args, kw)
+
+
+def test_neighbours_do_not_matter(divided):
+    """NaN in one sequence leaves the bits of the others as they are."""
+    divided(2)
+    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    clean = cd.chunk_delta_rule(*args, **kw)
+    spoilt = [None if x is None else x.copy() for x in args]
+    for x in spoilt[:4]:
+        x[:, 128:193] = np.nan
+    result = cd.chunk_delta_rule(*spoilt, **kw)
+    others = np.r_[0:128, 193:200]
+    assert np.array_equal(result.o[:, others].view("u2"), clean.o[:, others].view("u2"))
+    sequences = [0, 1, 2, 3, 5]
+    assert np.array_equal(result.final_state[sequences], clean.final_state[sequences])
+    assert np.isnan(result.final_state[4].astype(float)).any()
+
+
+@pytest.mark.parametrize("math", [1, 2])
+@pytest.mark.parametrize(("cu_seqlens", "B"), [(None, 2), ([0, 0, 3, 500, 501, 700], 1)])
+def test_segments(divided, math, cu_seqlens, B):
+    divided(math, 4)
+    options = dict(K=128, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
+    args, kw = make_inputs(700, B=B, G=2, **options)
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize("math", [1, 2])
+def test_any_order_of_events_gives_the_same_bits(divided, math):
+    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    runs = [Run(), Run(schedule="descending", completion="early")]
+    runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
+    results = []
+    for run in runs:
+        divided(math, run=run)
+        results.append(cd.chunk_delta_rule(*args, **kw))
+    for result in results[1:]:
+        assert np.array_equal(result.o.view("u2"), results[0].o.view("u2"))
+        assert np.array_equal(result.final_state, results[0].final_state)
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.9])
+@pytest.mark.parametrize("beta", [(0, 1), (1, 1), (1.99, 1.99)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_hard_keys(divided, dtype, correlation, beta):
+    divided(2)
+    args, kw = make_inputs(
+        200, K=64, V=64, dtype=dtype, correlation=correlation, beta=beta, initial=True
+    )
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_state_layouts_and_normalised_rows(divided, layout):
+    divided(1)
+    args, kw = make_inputs(70, K=72, V=128, dtype=BF16, initial=True, layout=layout)
+    check(divided, args, kw)
+    long = [(3 * x.astype(np.float32)).astype(BF16) for x in args[:2]]
+    normalised = cd.chunk_delta_rule(*long, *args[2:], **kw, qk_l2norm=True)
+    assert error(normalised.o, cd.chunk_delta_rule(*args, **kw).o) < 0.02
