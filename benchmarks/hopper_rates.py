@@ -73,6 +73,7 @@ OPERATIONS = {
     "fused multiply-add": "x[i] = x[i] * x[7 - i] + 1.0f",
     "16 bytes per lane from shared memory": f"{READ} x[i] += v.x + v.y + v.z + v.w",
     "4 bytes per lane to shared memory": "f[(lane + r * 32 + i * 64) & 4095] = x[i]",
+    "barrier of the warpgroup": "named_barrier(1, 128)",
     "mma.sync, each on the sum before": "mma_m16n8k8_tf32(sums, rows, 5, 6)",
 }
 

@@ -17,7 +17,7 @@ INVERSE = CHUNK * 36
 BARRIER = 8
 A_STAGES = 2
 # Microseconds on an H200: per chunk of a walk with one or two slices per block and of a transfer,
-# and per segment that is joined.
+# and per segment that is joined (before segment_states.cu had its present form).
 WALK = {1: 1.82, 2: 2.67}
 TRANSFER = {1: 1.39, 2: 1.56}
 JOIN = 21.5
@@ -35,7 +35,7 @@ class Division(NamedTuple):
 
 
 def available(problem: Problem, facts: DeviceFacts) -> bool:
-    """Whether the kernels for compute capability 9.0 compute this problem's chunked operators."""
+    """Whether the kernel for compute capability 9.0 computes this problem's `chunk_delta_rule`."""
     return (
         facts.capability == (9, 0)
         and problem.dtype.itemsize == 2

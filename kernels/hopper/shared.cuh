@@ -22,6 +22,7 @@ constexpr int LOADER_REGISTERS = MATH == 2 ? 64 : 56, SOLVER_REGISTERS = MATH ==
 constexpr int MATH_REGISTERS = MATH == 2 ? 176 : 216;
 constexpr int SOLVER_BARRIER = 1;  // named barriers, one per solver
 constexpr int A_STAGES = 2, INVERTERS = 3;
+static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 
 struct Shared {
   DTYPE *k, *q, *v, *o, *t, *p;

@@ -1,10 +1,10 @@
 """What the command `check` would find on a GPU, and that it expects of one what runs there."""
 
 import pytest
+from emulator import HOPPER
 
 from cupy_delta.commands import check
 
-HOPPER = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
 # Compute capability 9.0 has kernels of its own for 16-bit types.
 DEVICES = [*((dtype, 80) for dtype in check.BOUNDS), ("float16", 90), ("bfloat16", 90)]
 # The same calls as in the operators' tests, which run on both.

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import Run
+from emulator import HOPPER, Run
 from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
@@ -13,7 +13,6 @@ from cupy_delta.cuda.kernels import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
-FACTS = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
 # Empty and one-token sequences, ends within, at and right after a chunk.
 VARLEN = [0, 0, 1, 64, 128, 193, 200]
 
@@ -25,7 +24,7 @@ def divided(monkeypatch, emulated):
     def use(math, segments=1, run=None):
         monkeypatch.setattr(hopper, "division", lambda *args: hopper.Division(math, segments, math))
         monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
-        emulated(run, **FACTS)
+        emulated(run, **HOPPER)
 
     use.emulated = emulated
     return use
@@ -37,16 +36,16 @@ def launched(facts, **call):
     return [x.entry for x in launches], dict(launches[-1].defines)
 
 
-HOPPER = DeviceFacts(132, 227 * 1024, (9, 0))
+H200 = DeviceFacts(132, 227 * 1024, (9, 0))
 
 
 @pytest.mark.parametrize(
     ("call", "facts"),
     [
-        (dict(dtype="float32"), HOPPER),
-        (dict(dtype="bfloat16", K=256), HOPPER),
-        (dict(dtype="bfloat16", V=100), HOPPER),
-        (dict(dtype="bfloat16", chunk_size=32), HOPPER),
+        (dict(dtype="float32"), H200),
+        (dict(dtype="bfloat16", K=256), H200),
+        (dict(dtype="bfloat16", V=100), H200),
+        (dict(dtype="bfloat16", chunk_size=32), H200),
         (dict(dtype="bfloat16"), DeviceFacts(148, 227 * 1024, (10, 0))),
         (dict(dtype="bfloat16"), DeviceFacts(108, 163 * 1024, (8, 0))),
     ],
@@ -60,12 +59,12 @@ def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
     [(1, 32768, 8, 1, 8), (1, 32768, 64, 1, 1), (4, 8192, 64, 2, 1), (1, 2048, 8, 1, 1)],
 )
 def test_division_fills_the_multiprocessors(B, T, H, math, segments):
-    _, macros = launched(HOPPER, dtype="bfloat16", B=B, T=T, H=H)
+    _, macros = launched(H200, dtype="bfloat16", B=B, T=T, H=H)
     assert (macros["MATH"], macros["SEGMENTS"]) == (math, segments)
 
 
 def test_gates_take_one_slice_per_block():
-    _, macros = launched(HOPPER, dtype="bfloat16", B=8, T=8192, H=64, gate=True)
+    _, macros = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)
     assert macros["MATH"] == 1
 
 

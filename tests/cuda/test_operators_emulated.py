@@ -6,7 +6,7 @@ The whole way of a CuPy call is taken: Problem, plan, arguments, workspace, laun
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import Run
+from emulator import HOPPER, Run
 from helpers import definition, deviation, make_inputs
 from rounded import error, rounded_products, twice, wide
 
@@ -294,7 +294,9 @@ def test_nan_stays_in_its_head_and_sequence(emulated):
 
 
 @pytest.mark.parametrize("t", [1, 20, 32, 50])
-def test_causal_to_the_bit(emulated, t):
+@pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
+def test_causal_to_the_bit(emulated, t, facts):
+    emulated(**facts)
     args, kw = make_inputs(70, K=32, V=32, dtype=BF16, gate="scalar")
     before = cd.chunk_delta_rule(*args, **kw).o[:, :t].copy()
     other, _ = make_inputs(70, K=32, V=32, dtype=BF16, gate="scalar", seed=1)
@@ -316,13 +318,15 @@ def test_out_strided_and_read_only_inputs(emulated):
 
 
 @pytest.mark.parametrize("values", [[0, 500, -7, 74], [0, 60, 10, 74], [5, 5, 5, 5]])
-def test_wrong_cu_seqlens_in_device_memory_stay_inside_the_arrays(emulated, values, request):
+@pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
+def test_wrong_cu_seqlens_stay_inside_the_arrays(emulated, values, facts, request):
+    """Those in device memory, whose values no check reads."""
     if request.config.getoption("--on-gpu"):
         pytest.skip("only the emulator tells what is outside")
     args, kw = make_inputs(74, K=32, V=32, dtype=BF16, cu_seqlens=[0, 10, 20, 74])
     problem = operator_problem(*args, **kw, scale=None, qk_l2norm=False, out=None)
     # Two wrong sequences may write the same rows; what counts is that no address is outside.
-    emulated(Run(check=False))
+    emulated(Run(check=False), **facts)
     with operators.device_of(args[0]) as device:
         arrays = device_arrays(problem, device, operators.OPERATOR_ARRAYS)
         arrays["cu_seqlens"][:] = values

@@ -37,6 +37,8 @@ CHECK = [
 # Code made from PTX calls the checks itself, and optimising it would take longer than running it.
 FROM_PTX = ["-O0", "-fno-stack-protector", "-w"]
 SCHEDULES = {"ascending": 0, "descending": 1, "random": 2}
+# What an H200 is to an `EmulatorDevice`.
+HOPPER = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
 COMPLETIONS = {"late": 0, "early": 1, "either": 2}
 
 
