@@ -55,6 +55,11 @@ class Launch:
     arguments: tuple
     arch: str = ""
 
+    def arrays(self) -> set[str]:
+        """Return the names of the arrays that the kernel is given."""
+        names = (a.name if isinstance(a, TensorBox) else a for a in self.arguments)
+        return {name for name in names if isinstance(name, str)}
+
 
 def i32(x: int) -> np.int32:
     return np.int32(x)
@@ -181,8 +186,13 @@ def segment_count(problem: Problem, chunk: int, facts: DeviceFacts) -> int:
     return 1
 
 
-def segment_states_launch(problem: Problem, segments: int) -> Launch:
-    """The states that enter all segments, from the transfers of all but the last."""
+def segment_states_launch(
+    problem: Problem, segments: int, initial: str | None = "initial_state"
+) -> Launch:
+    """The states that enter all segments, from the transfers of all but the last.
+
+    Or their gradients, with segments in the order of the reverse walk.
+    """
     defines = dict(
         HEAD_K=problem.K,
         HEAD_V=problem.V,
@@ -197,7 +207,7 @@ def segment_states_launch(problem: Problem, segments: int) -> Launch:
         problem.N * problem.HV * -(-problem.V // 8),
         128,
         carve(columns, columns),
-        ("initial_state", "segment_p", "segment_h", "entering", i32(problem.HV)),
+        (initial, "segment_p", "segment_h", "entering", i32(problem.HV)),
     )
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache, wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
-from . import hopper
+from . import hopper, hopper_walks
 from .kernels import (
     C_TYPES,
     DeviceFacts,
@@ -123,13 +123,19 @@ def chunk_of(problem: Problem) -> int:
     return problem.chunk_size
 
 
+def training_chunk(problem: Problem, facts: DeviceFacts) -> int:
+    """Return the chunk size of the gradients' kernels and of the forward that leaves residuals."""
+    chunk = chunk_of(problem)
+    return hopper.CHUNK if hopper_walks.available(problem, facts) else chunk
+
+
 # ---- the operators -------------------------------------------------------------------------------
 
 
 @planned
 def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) -> Plan:
     """Plan `chunk_delta_rule`, and with `residuals` what its gradients read."""
-    chunk = chunk_of(problem)
+    chunk = training_chunk(problem, facts) if residuals else chunk_of(problem)
     tokens = (problem.B, problem.T, problem.HV)
     outputs = {
         "o": ((*tokens, problem.V), problem.dtype),
@@ -151,6 +157,12 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
         workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
     launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
+    if residuals and hopper_walks.available(problem, facts):
+        division = hopper_walks.forward_division(problem, facts)
+        if division.segments > 1:
+            workspace |= segment_arrays(problem, division.segments)
+        launches += hopper_walks.forward_launches(problem, division)
+        return Plan(tuple(launches), outputs, workspace)
     segments = segment_count(problem, chunk, facts)
     initial = "initial_state"
     if segments > 1:
@@ -200,7 +212,7 @@ def segment_arrays(problem: Problem, segments: int) -> dict:
 @planned
 def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Plan:
     """Plan `chunk_delta_rule_bwd`, from what `plan_forward` with residuals has left."""
-    chunk = chunk_of(problem)
+    chunk = training_chunk(problem, facts)
     tokens = (problem.B, problem.T, problem.HV)
     dtype = problem.dtype
     outputs = {
@@ -214,10 +226,14 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
         "dstates": (chunked_states(problem, chunk), dtype),
         "g_rows": ((*tokens, problem.V), dtype),
     }
-    launches = [
-        backward_state_launch(problem, chunk, facts, has_dfinal),
-        backward_chunk_launch(problem, chunk, facts),
-    ]
+    if hopper_walks.available(problem, facts):
+        division = hopper_walks.backward_division(problem, facts)
+        if division.segments > 1:
+            workspace |= segment_arrays(problem, division.segments)
+        launches = hopper_walks.backward_launches(problem, division, has_dfinal)
+    else:
+        launches = [backward_state_launch(problem, chunk, facts, has_dfinal)]
+    launches.append(backward_chunk_launch(problem, chunk, facts))
     if problem.qk_l2norm:
         launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)

@@ -44,6 +44,15 @@ PRIM void write_box(T* box, const float (&d0)[4], const float (&d1)[4], int row,
   stmatrix_x4(box + swizzled(row + lane % 16, column + lane / 16 * 8), r);
 }
 
+// Zeros, by a warp, in the rows from `tokens` on of boxes of 64 rows: they are another sequence's.
+template <class T>
+PRIM void clear_rows(T* tile, int boxes, int tokens, int lane) {
+  for (int i = lane; i < boxes * (64 - tokens) * 8; i += 32) {
+    const int piece = i % 8, row = tokens + i / 8 % (64 - tokens), box = i / (8 * (64 - tokens));
+    *(uint4*)&tile[(box * 64 + row) * BOX + piece * 8] = {};
+  }
+}
+
 // Which buffer of a ring comes next, and the parity of its phase.
 template <int STAGES>
 struct Ring {

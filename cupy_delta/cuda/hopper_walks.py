@@ -1,0 +1,174 @@
+"""The walks of training on compute capability 9.0: their launches, and how the work is divided."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from ..problem import Problem
+from . import hopper
+from .hopper import BARRIER, BOX, CHUNK, TILE, Division, box
+from .kernels import (
+    DeviceFacts,
+    Launch,
+    TensorBox,
+    carve,
+    i32,
+    normal,
+    segment_states_launch,
+    slots,
+    variant,
+)
+
+# Microseconds on an H200: per chunk of a walk with one or two slices per block, per chunk and
+# slice of a full GPU, whose memory is the limit, and per segment that is joined.
+FORWARD = {1: 1.1, 2: 1.5}
+BACKWARD = {1: 1.1, 2: 1.5}
+JOIN = 12.0
+SEGMENTS = (1, 2, 3, 4, 6, 8)
+STAGES = 3
+
+
+def available(problem: Problem, facts: DeviceFacts) -> bool:
+    """Whether both walks of this problem's gradients run on compute capability 9.0."""
+    return hopper.available(problem, facts) and problem.g is None
+
+
+def division(problem: Problem, facts: DeviceFacts, walk: dict, transfer: dict) -> Division:
+    """Return the division of a walk that takes the least time by the constants above."""
+    p = problem
+    chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
+    pairs = p.N * p.HV
+    widths = (1,) if p.V <= BOX else (2, 1)
+
+    def blocks(size: int, math: int) -> int:
+        return -(-size // (BOX * math))
+
+    def cost(d: Division) -> float:
+        def rounds(count: int) -> int:
+            return -(-count // facts.sm_count)
+
+        length = -(-chunks // d.segments)
+        time = rounds(pairs * d.segments * blocks(p.V, d.math)) * length * walk[d.math]
+        if d.segments > 1:
+            slices = blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math)
+            count = pairs * (d.segments - 1) * slices
+            time += rounds(count) * length * transfer[d.transfer_math] + JOIN * d.segments
+        return time
+
+    return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)
+
+
+def forward_division(problem: Problem, facts: DeviceFacts) -> Division:
+    return division(problem, facts, FORWARD, hopper.TRANSFER)
+
+
+def backward_division(problem: Problem, facts: DeviceFacts) -> Division:
+    return division(problem, facts, BACKWARD, BACKWARD)
+
+
+def walk_shared(K: int, math: int) -> int:
+    """Return the bytes of shared memory of either walk, as hopper/walk.cuh carves them."""
+    count, size = TILE
+    boxes = -(-K // BOX)
+    keys, square, rows = STAGES * boxes * count, STAGES * count, STAGES * math * count
+    tiles = [(n, size) for n in (keys, keys, square, square, rows, math * boxes * count)]
+    barriers = [(n, BARRIER) for n in (STAGES, STAGES, 1)]
+    return carve((STAGES * CHUNK, 4), *barriers, start=carve(*tiles, align=1024))
+
+
+def walk_launch(
+    problem: Problem,
+    entry: str,
+    rows: str,
+    states: str,
+    arguments: tuple,
+    *,
+    math: int,
+    segments: int,
+    transfer: bool = False,
+) -> Launch:
+    """A walk with core and P given: over `rows` of value channels, writing `states` by TMA."""
+    p = problem
+    walked = segments - 1 if transfer else segments
+    slices = -(-p.V // (BOX * math)) + (-(-p.K // (BOX * math)) if transfer else 0)
+    keys, values, square = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V), (p.B, p.T, p.HV, CHUNK)
+    maps = (
+        box(normal(p, "q"), keys),
+        box(normal(p, "k"), keys),
+        box("core", square),
+        box("p", square),
+        box(rows, values),
+        # A warp stores 16 value channels of 64 key channels.
+        TensorBox(states, (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
+    )
+    defines = variant(
+        p,
+        CHUNK,
+        STATE_VK=int(p.state_layout == "vk"),
+        SEGMENTS=segments,
+        TRANSFER=int(transfer),
+        MATH=math,
+        CHUNK_STAGES=STAGES,
+    )
+    sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV))
+    return Launch(
+        f"{entry}.cu",
+        entry,
+        defines,
+        p.N * walked * p.HV * slices,
+        384 if math == 2 else 160,
+        walk_shared(p.K, math),
+        (*maps, "beta", *arguments, *sizes),
+        arch="sm_90a",
+    )
+
+
+def forward_launches(problem: Problem, d: Division) -> list[Launch]:
+    """The walk that leaves o, final_state and what the gradients read, after core and P."""
+    before = []
+    if d.segments > 1:
+        cut = dict(initial=None, final="segment_h", transfer=True, segments=d.segments)
+        before = [
+            hopper.walk_launch(problem, math=d.transfer_math, **cut),
+            segment_states_launch(problem, d.segments),
+        ]
+    initial = "entering" if d.segments > 1 else "initial_state"
+    arguments = (initial, "cu_seqlens", "o", "final_state", "corrections")
+    walk = walk_launch(
+        problem,
+        "forward_residuals_hopper",
+        "v",
+        "states",
+        arguments,
+        math=d.math,
+        segments=d.segments,
+    )
+    return [*before, walk]
+
+
+def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[Launch]:
+    """The reverse walk: the gradient of the state leaving each chunk, and G."""
+
+    def walk(start: str | None, end: str, **cut) -> Launch:
+        leaves = "segment_p" if cut.get("transfer") else None
+        arguments = (start, "cu_seqlens", "g_rows", end, leaves)
+        return walk_launch(
+            problem,
+            "backward_state_hopper",
+            "do",
+            "dstates",
+            arguments,
+            segments=d.segments,
+            **cut,
+        )
+
+    dfinal = "dfinal_state" if has_dfinal else None
+    if d.segments == 1:
+        return [walk(dfinal, "dinitial_state", math=d.math)]
+    return [
+        walk(None, "segment_h", math=d.transfer_math, transfer=True),
+        segment_states_launch(problem, d.segments, initial=dfinal),
+        walk("entering", "dinitial_state", math=d.math),
+    ]

@@ -1,0 +1,67 @@
+// Accumulators of a math warpgroup in 16 bits: as left operands, and on their way to global memory.
+#pragma once
+#include "tiles/fragments.cuh"
+#include "tiles/swizzled.cuh"
+
+// d in 16 bits, as left operand, or as stmatrix takes it.
+template <class T, int TILES>
+PRIM void round_sums(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4]) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<T>(d[j][2 * h], d[j][2 * h + 1]);
+}
+// The same with column t of d times factor[t].
+template <class T, int TILES>
+PRIM void round_columns(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4], const float* factor, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
+#pragma unroll
+    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<T>(f.x * d[j][2 * h], f.y * d[j][2 * h + 1]);
+  }
+}
+
+// out[token][channel] for the 16 channels of this warp among a box's 64, through its columns of the box.
+template <class T>
+PRIM void write_rows(T* out, int64_t stride, const uint32_t (&a)[4][4], T* box, int tokens, int width, int warp,
+                     int lane) {
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    stmatrix_x4_trans(box + swizzled(j * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8), a[j]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int token = i * 16 + lane % 16, half = lane / 16;
+    if (token < tokens && half * 8 < width)
+      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)&box[swizzled(token, warp * 16 + half * 8)];
+  }
+}
+
+// The rows `a` of 16 value channels of a state, by TMA through this warp's boxes of 16 rows.
+template <class T, int STEPS>
+PRIM void write_state(const TensorMap* map, const uint32_t (&a)[STEPS][4], T* boxes, int value, int hv, int slot,
+                      int lane) {
+  if (lane == 0) tma_store_wait_read<0>();
+  __syncwarp();
+#pragma unroll
+  for (int step = 0; step < STEPS; step++)
+    stmatrix_x4(boxes + step / 4 * 16 * BOX + swizzled(lane % 16, step % 4 * 16 + lane / 16 * 8), a[step]);
+  async_proxy_fence();
+  __syncwarp();
+  if (lane == 0) {
+#pragma unroll
+    for (int box = 0; box < STEPS / 4; box++) tma_store(map, boxes + box * 16 * BOX, box * BOX, value, hv, slot);
+    tma_store_commit();
+  }
+}
+
+// d = 1 on the diagonal of the rows from `row` on.
+template <int TILES>
+PRIM void set_identity(float (&d)[TILES][4], int row, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[j][i] = row + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
+}

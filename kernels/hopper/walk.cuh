@@ -1,0 +1,134 @@
+// What forward_residuals_hopper.cu and backward_state_hopper.cu share: sizes, shared memory, what a block works on, and
+// the warp that loads. Both read core and P of a chunk from wy_factors.cu, and `rows` of value channels: V, or dO.
+//
+// The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta,
+// up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that it is done
+// with one.
+#pragma once
+#include "tiles/sequence.cuh"
+#include "tiles/swizzled.cuh"
+
+static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
+constexpr int THREADS = MATH == 2 ? 384 : 160, SLICE = 64 * MATH;
+constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
+constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
+constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
+constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
+constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
+
+// Registers per thread: 65536 in all, which for one math warpgroup is enough as it comes.
+constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
+
+struct Shared {
+  DTYPE *k, *q, *core, *p, *rows, *states;
+  float* beta;
+  uint64_t *full, *free, *landed;
+};
+
+PRIM Shared take_shared(DynSmem& smem) {
+  Shared s;
+  s.k = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "k", 1024);
+  s.q = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "q", 1024);
+  s.core = smem.take<DTYPE>(CHUNK_STAGES * TILE, "core", 1024);
+  s.p = smem.take<DTYPE>(CHUNK_STAGES * TILE, "p", 1024);
+  s.rows = smem.take<DTYPE>(CHUNK_STAGES * MATH * TILE, "rows", 1024);
+  s.states = smem.take<DTYPE>(MATH * K_BOXES * TILE, "states", 1024);
+  s.beta = smem.take<float>(CHUNK_STAGES * CHUNK, "beta");
+  s.full = smem.take<uint64_t>(CHUNK_STAGES, "full");
+  s.free = smem.take<uint64_t>(CHUNK_STAGES, "free");
+  s.landed = smem.take<uint64_t>(1, "last chunk landed");
+  return s;
+}
+
+PRIM void init_barriers(const Shared& s) {
+  for (int i = 0; i < CHUNK_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 4 * MATH);
+  mbarrier_init(s.landed, 1);
+  mbarrier_init_fence();
+}
+
+// What a block works on: a slice of value channels, or of P's columns, of one segment.
+struct Work {
+  Sequence sequence;
+  int chunks, n, part, h, hv, batch;
+  int step;     // in the order of the walk, which segment of the sequence
+  int channel;  // the block's first one
+  bool values;  // or P
+  int start;    // coordinate of its first token in the tensor maps
+
+  // The i-th chunk of the walk.
+  PRIM int chunk(int i) const { return BACKWARD ? chunks - 1 - i : i; }
+  PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
+};
+
+PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
+  const int slice = blockIdx.x % SLICES;
+  Work w;
+  w.hv = blockIdx.x / SLICES % HV, w.part = blockIdx.x / (SLICES * HV), w.h = w.hv / (HV / H);
+  w.n = w.part / WALKED, w.step = w.part % WALKED, w.batch = VARLEN ? 0 : w.n;
+  w.sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, w.n, BACKWARD ? SEGMENTS - 1 - w.step : w.step, T);
+  w.chunks = (w.sequence.tokens + CHUNK - 1) / CHUNK;
+  w.values = slice < VALUE_SLICES;
+  w.channel = (w.values ? slice : slice - VALUE_SLICES) * SLICE;
+  w.start = (int)(w.sequence.first - (int64_t)w.batch * T);
+  return w;
+}
+
+struct Maps {
+  const TensorMap *q, *k, *core, *p, *rows;
+};
+
+// By one warp.
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, const float* beta, int HV, int lane) {
+  constexpr int BYTES = 2 * TILE * (2 * K_BOXES + 2 + MATH);
+  // Two tokens per lane, read a chunk ahead.
+  float b[2];
+  auto load_beta = [&](int i) {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int t = work.chunk(i) * CHUNK + j * 32 + lane;
+      const bool inside = i < work.chunks && t < work.sequence.tokens;
+      b[j] = inside ? beta[(work.sequence.first + t) * HV + work.hv] : 0.0f;
+    }
+  };
+  Ring<CHUNK_STAGES> ring;
+  load_beta(0);
+  for (int i = 0; i < work.chunks; i++) {
+    const int c = work.chunk(i), token = work.start + c * CHUNK, tokens = work.tokens(c), stage = ring.stage;
+    DTYPE *k = s.k + stage * K_BOXES * TILE, *q = s.q + stage * K_BOXES * TILE, *rows = s.rows + stage * MATH * TILE;
+    DTYPE *core = s.core + stage * TILE, *p = s.p + stage * TILE;
+    // In a batch, tokens past the end lie outside the arrays and come as zeros.
+    const bool clears = VARLEN && tokens < CHUNK;
+    uint64_t* landed = clears ? s.landed : s.full + stage;
+    mbarrier_wait(s.free + stage, ring.parity ^ 1);
+#pragma unroll
+    for (int j = 0; j < 2; j++) s.beta[stage * CHUNK + j * 32 + lane] = b[j];
+    __syncwarp();
+    if (lane == 0) {
+      mbarrier_arrive_expect(landed, BYTES);
+#pragma unroll
+      for (int box = 0; box < K_BOXES; box++)
+        tma_load(k + box * TILE, maps.k, landed, box * BOX, work.h, token, work.batch);
+#pragma unroll
+      for (int box = 0; box < MATH; box++)
+        tma_load(rows + box * TILE, maps.rows, landed, work.channel + box * BOX, work.hv, token, work.batch);
+      tma_load(p, maps.p, landed, 0, work.hv, token, work.batch);
+      tma_load(core, maps.core, landed, 0, work.hv, token, work.batch);
+#pragma unroll
+      for (int box = 0; box < K_BOXES; box++)
+        tma_load(q + box * TILE, maps.q, landed, box * BOX, work.h, token, work.batch);
+    }
+    if (clears) {
+      mbarrier_wait(landed, 0);
+      clear_rows(k, K_BOXES, tokens, lane);
+      clear_rows(q, K_BOXES, tokens, lane);
+      clear_rows(core, 1, tokens, lane);
+      clear_rows(p, 1, tokens, lane);
+      clear_rows(rows, MATH, tokens, lane);
+      async_proxy_fence();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(s.full + stage);
+    }
+    load_beta(i + 1);
+    ring.advance();
+  }
+}
