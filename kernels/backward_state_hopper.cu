@@ -27,7 +27,7 @@
 #include "tiles/store.cuh"
 
 struct Results {
-  const TensorMap* dstates;
+  const TensorMap *dstates, *g;
   DTYPE* g_rows;
 };
 
@@ -44,7 +44,7 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, boo
   }
 }
 
-PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const Results& out, float scale,
+PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const Results& results, float scale,
                int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (work.chunks == 0) return;
@@ -117,17 +117,47 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    const int c = work.chunk(i);
-    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
-    write_state(out.dstates, state, state_boxes, value, work.hv, (int)work.sequence.slot + c, lane);
-    write_rows(out.g_rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, G,
-               s.rows + (ring.stage * MATH + warpgroup) * TILE, work.tokens(c), HEAD_V - value, warp, lane);
+    const int c = work.chunk(i), tokens = work.tokens(c);
+    DTYPE* box = s.rows + (ring.stage * MATH + warpgroup) * TILE;
+    if (lane == 0) tma_store_wait_read<0>();
+    __syncwarp();
+#ifndef NO_STATE
+    stage_state(state_boxes, state, lane);
+#endif
+#ifndef NO_ROWS
+    stage_rows(box, G, warp, lane);
+#endif
     async_proxy_fence();
+#if ROWS_TMA
+    named_barrier(1 + warpgroup, 128);
+#else
+    __syncwarp();
+#endif
+    if (lane == 0) {
+#ifndef NO_STATE
+      send_state(results.dstates, state_boxes, work, value, c);
+#endif
+#ifndef NO_ROWS
+      if (whole(tokens) && warp == 0) tma_store(results.g, box, value, work.hv, work.start + c * CHUNK, work.batch);
+#endif
+      tma_store_commit();
+    }
+#ifndef NO_ROWS
+    if (!whole(tokens)) {
+      const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
+      write_rows(results.g_rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
+    }
+#endif
 #endif
     wgmma_wait<1>();
     pin(D);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(s.free + ring.stage);
+    if (lane == 0) {
+#if ROWS_TMA && !TRANSFER
+      if (warp == 0) tma_store_wait_read<0>();
+#endif
+      mbarrier_arrive(s.free + ring.stage);
+    }
     round_sums<DTYPE>(state, D);
     wgmma_wait<0>();
     pin(dN);
@@ -140,8 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                           const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
-                          const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
-                          float* dinitial_state, float* transfer, float scale, int T, int H, int HV) {
+                          const __grid_constant__ TensorMap g_map, const float* beta, const float* dfinal_state,
+                          const int64_t* cu_seqlens, DTYPE* g_rows, float* dinitial_state, float* transfer, float scale,
+                          int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV);
   DynSmem smem;
@@ -170,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + pair * HEAD_K * HEAD_V, value, j * 8, lane);
   }
 #endif
-  walk(s, work, D, {&dstates_map, g_rows}, scale, warpgroup, HV, thread);
+  walk(s, work, D, {&dstates_map, &g_map, g_rows}, scale, warpgroup, HV, thread);
 #if TRANSFER
   // H and P of a segment.
   if (work.values) {

@@ -22,7 +22,7 @@
 #include "tiles/store.cuh"
 
 struct Results {
-  const TensorMap* states;
+  const TensorMap *states, *o_rows, *n_rows;
   DTYPE *o, *corrections;
 };
 
@@ -32,7 +32,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   if (work.chunks == 0) return;
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
   const int64_t stride = (int64_t)HV * HEAD_V;
-  const int64_t first = (work.sequence.first * HV + work.hv) * HEAD_V + value;
   DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
   Ring<CHUNK_STAGES> ring, before;
   float R[8][4], O[8][4];  // R, then N^
@@ -45,15 +44,28 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #pragma unroll
     for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], rows(at.stage), j * 8, warp * 16, lane);
   };
-  // The output of chunk c, when it is there; with it the stage is done with.
-  auto write_output = [&](int c, int stage, int tokens) {
+  DTYPE* o_box = s.o + warpgroup * TILE;
+  const int64_t first = (work.sequence.first * HV + work.hv) * HEAD_V + value;
+  auto write_output = [&](int c, int tokens) {
     uint32_t out[4][4];
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
-    write_rows(results.o + first + c * CHUNK * stride, stride, out, rows(stage), tokens, HEAD_V - value, warp, lane);
+    stage_rows(o_box, out, warp, lane);
+#if ROWS_TMA
+    async_proxy_fence();
+    named_barrier(1 + warpgroup, 128);
+    if (thread == 0 && tokens > 0 && whole(tokens)) {
+      tma_store(results.o_rows, o_box, value, work.hv, work.start + c * CHUNK, work.batch);
+      tma_store_commit();
+    }
+#else
+    __syncwarp();
+#endif
+    if (!whole(tokens))
+      write_rows(results.o + first + c * CHUNK * stride, stride, o_box, tokens, HEAD_V - value, warp, lane);
   };
   load_values(ring);
   for (int c = 0; c < work.chunks; c++) {
@@ -70,10 +82,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_commit();
     wgmma_wait<1>();
     pin(O);
-    write_output(c - 1, before.stage, c > 0 ? CHUNK : 0);
-    async_proxy_fence();
-    __syncwarp();
-    if (lane == 0 && c > 0) mbarrier_arrive(s.free + before.stage);
+    write_output(c - 1, c > 0 ? CHUNK : 0);
     // Half of O = Q S while b R is made.
     wgmma_fence();
 #pragma unroll
@@ -110,9 +119,36 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
     wgmma_commit();
     wgmma_wait<2>();
-    write_state(results.states, state, state_boxes, value, work.hv, (int)work.sequence.slot + c, lane);
-    write_rows(results.corrections + first + c * CHUNK * stride, stride, N, rows(ring.stage), work.tokens(c),
-               HEAD_V - value, warp, lane);
+    const int tokens = work.tokens(c);
+    DTYPE* box = rows(ring.stage);
+    if (lane == 0) tma_store_wait_read<0>();
+    __syncwarp();
+#ifndef NO_STATE
+    stage_state(state_boxes, state, lane);
+#endif
+#ifndef NO_ROWS
+    stage_rows(box, N, warp, lane);
+#endif
+    async_proxy_fence();
+#if ROWS_TMA
+    named_barrier(1 + warpgroup, 128);
+#else
+    __syncwarp();
+#endif
+    if (lane == 0) {
+#ifndef NO_STATE
+      send_state(results.states, state_boxes, work, value, c);
+#endif
+#ifndef NO_ROWS
+      if (whole(tokens) && warp == 0)
+        tma_store(results.n_rows, box, value, work.hv, work.start + c * CHUNK, work.batch);
+#endif
+      tma_store_commit();
+    }
+#ifndef NO_ROWS
+    if (!whole(tokens))
+      write_rows(results.corrections + first + c * CHUNK * stride, stride, box, tokens, HEAD_V - value, warp, lane);
+#endif
     // The last chunk has no next one, and reads in vain.
     before = ring;
     if (c + 1 < work.chunks) ring.advance();
@@ -122,8 +158,15 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     round_sums<DTYPE>(state, S);
     wgmma_wait<0>();
     pin(O);
+    __syncwarp();
+    if (lane == 0) {
+#if ROWS_TMA
+      if (warp == 0) tma_store_wait_read<0>();
+#endif
+      mbarrier_arrive(s.free + before.stage);
+    }
   }
-  write_output(work.chunks - 1, before.stage, work.tokens(work.chunks - 1));
+  write_output(work.chunks - 1, work.tokens(work.chunks - 1));
   if (lane == 0) tma_store_wait_read<0>();
 }
 
@@ -131,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward_residuals_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                              const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap states_map,
+                             const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap n_map,
                              const float* beta, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
                              float* final_state, DTYPE* corrections, float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
@@ -157,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
   }
-  walk(s, work, S, {&states_map, o, corrections}, scale, warpgroup, HV, thread);
+  walk(s, work, S, {&states_map, &o_map, &n_map, o, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
   if (work.step == SEGMENTS - 1) {
 #pragma unroll

@@ -27,7 +27,9 @@ FORWARD = {1: 1.1, 2: 1.5}
 BACKWARD = {1: 1.1, 2: 1.5}
 JOIN = 12.0
 SEGMENTS = (1, 2, 3, 4, 6, 8)
-STAGES = 3
+# Chunks that are loaded ahead, by slices per block.
+FORWARD_STAGES = {1: 3, 2: 2}
+BACKWARD_STAGES = {1: 3, 2: 3}
 
 
 def available(problem: Problem, facts: DeviceFacts) -> bool:
@@ -68,28 +70,33 @@ def backward_division(problem: Problem, facts: DeviceFacts) -> Division:
     return division(problem, facts, BACKWARD, BACKWARD)
 
 
-def walk_shared(K: int, math: int) -> int:
+def walk_shared(K: int, math: int, stages: int, output: bool) -> int:
     """Return the bytes of shared memory of either walk, as hopper/walk.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
-    keys, square, rows = STAGES * boxes * count, STAGES * count, STAGES * math * count
-    tiles = [(n, size) for n in (keys, keys, square, square, rows, math * boxes * count)]
-    barriers = [(n, BARRIER) for n in (STAGES, STAGES, 1)]
-    return carve((STAGES * CHUNK, 4), *barriers, start=carve(*tiles, align=1024))
+    keys, square, rows = stages * boxes, stages, stages * math
+    tiles = [keys, keys, square, square, rows, math * boxes] + [math] * output
+    barriers = [(n, BARRIER) for n in (stages, stages, 1)]
+    start = carve(*((n * count, size) for n in tiles), align=1024)
+    return carve((stages * CHUNK, 4), *barriers, start=start)
 
 
 def walk_launch(
     problem: Problem,
     entry: str,
     rows: str,
-    states: str,
+    results: tuple,
     arguments: tuple,
     *,
     math: int,
+    stages: int,
     segments: int,
     transfer: bool = False,
 ) -> Launch:
-    """A walk with core and P given: over `rows` of value channels, writing `states` by TMA."""
+    """A walk with core and P given: over `rows` of value channels.
+
+    Its `results`, states first and rows of value channels, leave by TMA.
+    """
     p = problem
     walked = segments - 1 if transfer else segments
     slices = -(-p.V // (BOX * math)) + (-(-p.K // (BOX * math)) if transfer else 0)
@@ -101,7 +108,8 @@ def walk_launch(
         box("p", square),
         box(rows, values),
         # A warp stores 16 value channels of 64 key channels.
-        TensorBox(states, (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
+        TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
+        *(box(name, values) for name in results[1:]),
     )
     defines = variant(
         p,
@@ -110,7 +118,7 @@ def walk_launch(
         SEGMENTS=segments,
         TRANSFER=int(transfer),
         MATH=math,
-        CHUNK_STAGES=STAGES,
+        CHUNK_STAGES=stages,
     )
     sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV))
     return Launch(
@@ -119,7 +127,7 @@ def walk_launch(
         defines,
         p.N * walked * p.HV * slices,
         384 if math == 2 else 160,
-        walk_shared(p.K, math),
+        walk_shared(p.K, math, stages, len(results) > 2),
         (*maps, "beta", *arguments, *sizes),
         arch="sm_90a",
     )
@@ -140,9 +148,10 @@ def forward_launches(problem: Problem, d: Division) -> list[Launch]:
         problem,
         "forward_residuals_hopper",
         "v",
-        "states",
+        ("states", "o", "corrections"),
         arguments,
         math=d.math,
+        stages=FORWARD_STAGES[d.math],
         segments=d.segments,
     )
     return [*before, walk]
@@ -151,24 +160,26 @@ def forward_launches(problem: Problem, d: Division) -> list[Launch]:
 def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[Launch]:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
 
-    def walk(start: str | None, end: str, **cut) -> Launch:
-        leaves = "segment_p" if cut.get("transfer") else None
+    def walk(start: str | None, end: str, math: int, transfer: bool = False) -> Launch:
+        leaves = "segment_p" if transfer else None
         arguments = (start, "cu_seqlens", "g_rows", end, leaves)
         return walk_launch(
             problem,
             "backward_state_hopper",
             "do",
-            "dstates",
+            ("dstates", "g_rows"),
             arguments,
+            math=math,
+            stages=BACKWARD_STAGES[math],
             segments=d.segments,
-            **cut,
+            transfer=transfer,
         )
 
     dfinal = "dfinal_state" if has_dfinal else None
     if d.segments == 1:
-        return [walk(dfinal, "dinitial_state", math=d.math)]
+        return [walk(dfinal, "dinitial_state", d.math)]
     return [
-        walk(None, "segment_h", math=d.transfer_math, transfer=True),
+        walk(None, "segment_h", d.transfer_math, transfer=True),
         segment_states_launch(problem, d.segments, initial=dfinal),
-        walk("entering", "dinitial_state", math=d.math),
+        walk("entering", "dinitial_state", d.math),
     ]

@@ -22,39 +22,32 @@ PRIM void round_columns(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4],
   }
 }
 
-// out[token][channel] for the 16 channels of this warp among a box's 64, through its columns of the box.
+// box[token][channel] = a for the 16 channels of this warp among a box's 64.
 template <class T>
-PRIM void write_rows(T* out, int64_t stride, const uint32_t (&a)[4][4], T* box, int tokens, int width, int warp,
-                     int lane) {
-  __syncwarp();
+PRIM void stage_rows(T* box, const uint32_t (&a)[4][4], int warp, int lane) {
 #pragma unroll
   for (int j = 0; j < 4; j++)
     stmatrix_x4_trans(box + swizzled(j * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8), a[j]);
-  __syncwarp();
+}
+// out[token][channel] = box[token][channel] for the same channels, `width` of which there are.
+template <class T>
+PRIM void write_rows(T* out, int64_t stride, const T* box, int tokens, int width, int warp, int lane) {
+  uint4 x[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] = *(const uint4*)&box[swizzled(i * 16 + lane % 16, warp * 16 + lane / 16 * 8)];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int token = i * 16 + lane % 16, half = lane / 16;
-    if (token < tokens && half * 8 < width)
-      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)&box[swizzled(token, warp * 16 + half * 8)];
+    if (token < tokens && half * 8 < width) *(uint4*)&out[token * stride + half * 8] = x[i];
   }
 }
 
-// The rows `a` of 16 value channels of a state, by TMA through this warp's boxes of 16 rows.
+// Rows `a` of 16 value channels of a state, to this warp's boxes of 16 rows, and from there by TMA.
 template <class T, int STEPS>
-PRIM void write_state(const TensorMap* map, const uint32_t (&a)[STEPS][4], T* boxes, int value, int hv, int slot,
-                      int lane) {
-  if (lane == 0) tma_store_wait_read<0>();
-  __syncwarp();
+PRIM void stage_state(T* boxes, const uint32_t (&a)[STEPS][4], int lane) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
     stmatrix_x4(boxes + step / 4 * 16 * BOX + swizzled(lane % 16, step % 4 * 16 + lane / 16 * 8), a[step]);
-  async_proxy_fence();
-  __syncwarp();
-  if (lane == 0) {
-#pragma unroll
-    for (int box = 0; box < STEPS / 4; box++) tma_store(map, boxes + box * 16 * BOX, box * BOX, value, hv, slot);
-    tma_store_commit();
-  }
 }
 
 // d = 1 on the diagonal of the rows from `row` on.

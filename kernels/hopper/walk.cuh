@@ -20,19 +20,22 @@ constexpr int TILE = CHUNK * BOX;                                               
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 
 struct Shared {
-  DTYPE *k, *q, *core, *p, *rows, *states;
+  DTYPE *k, *q, *core, *p, *rows, *states, *o;
   float* beta;
   uint64_t *full, *free, *landed;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
-  Shared s;
+  Shared s = {};
   s.k = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "k", 1024);
   s.q = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "q", 1024);
   s.core = smem.take<DTYPE>(CHUNK_STAGES * TILE, "core", 1024);
   s.p = smem.take<DTYPE>(CHUNK_STAGES * TILE, "p", 1024);
   s.rows = smem.take<DTYPE>(CHUNK_STAGES * MATH * TILE, "rows", 1024);
   s.states = smem.take<DTYPE>(MATH * K_BOXES * TILE, "states", 1024);
+#if !BACKWARD
+  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
+#endif
   s.beta = smem.take<float>(CHUNK_STAGES * CHUNK, "beta");
   s.full = smem.take<uint64_t>(CHUNK_STAGES, "full");
   s.free = smem.take<uint64_t>(CHUNK_STAGES, "free");
@@ -72,6 +75,18 @@ PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
   w.start = (int)(w.sequence.first - (int64_t)w.batch * T);
   return w;
 }
+
+// The state of this warp's 16 value channels, from its staging boxes.
+PRIM void send_state(const TensorMap* map, const DTYPE* boxes, const Work& work, int value, int c) {
+#pragma unroll
+  for (int box = 0; box < K_BOXES; box++)
+    tma_store(map, boxes + box * 16 * BOX, box * BOX, value, work.hv, (int)work.sequence.slot + c);
+}
+#ifndef ROWS_TMA
+#define ROWS_TMA 1
+#endif
+// Whether the rows of a chunk leave by TMA: what lies past the end would be another sequence's.
+PRIM bool whole(int tokens) { return ROWS_TMA && (!VARLEN || tokens == CHUNK); }
 
 struct Maps {
   const TensorMap *q, *k, *core, *p, *rows;

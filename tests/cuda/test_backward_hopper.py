@@ -78,3 +78,113 @@ def test_lengths(divided, on_reference, math, T):
     divided(math)
     args, kw = make_inputs(T, B=2, G=2, K=128, V=128, dtype=BF16, initial=True, beta=(0, 2))
     check(divided, on_reference, args, kw)
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "dtype", "math"),
+    [(64, 64, F16, 1), (8, 200, BF16, 2), (96, 72, BF16, 2), (128, 8, F16, 1), (72, 200, BF16, 1)],
+)
+def test_head_sizes(divided, on_reference, K, V, dtype, math):
+    divided(math)
+    args, kw = make_inputs(130, G=2, K=K, V=V, dtype=dtype, initial=True, layout="vk")
+    check(divided, on_reference, args, kw)
+
+
+@pytest.mark.parametrize(("math", "final"), [(1, True), (2, False)])
+def test_sequences_of_any_lengths(divided, on_reference, math, final):
+    divided(math)
+    options = dict(K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True, beta=(0, 2))
+    args, kw = make_inputs(200, G=2, **options)
+    check(divided, on_reference, args, kw, final)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("beta", [(1, 1), (1.99, 1.99)])
+def test_hard_keys(divided, on_reference, dtype, beta):
+    """Gradients, too, within 2x of what the portable kernels make of the same chunks."""
+    options = dict(dtype=dtype, correlation=0.9, beta=beta, initial=True)
+    args, kw = make_inputs(200, K=64, V=64, **options)
+    do, dfinal = upstream(args, kw)
+    divided.emulated()
+    portable = gradients_of(args, kw, do, dfinal, chunk_size=64)[2]
+    divided(2)
+    result = gradients_of(args, kw, do, dfinal)[2]
+    wide_args, wide_kw = wide(args, kw)
+    doubles = (do.astype(np.float64), dfinal.astype(np.float64))
+    expected = on_reference(gradients_of, wide_args, wide_kw, *doubles)[2]
+    for x, y, other in zip(result, expected, portable, strict=True):
+        assert error(x, y) < twice(other, y)
+
+
+@pytest.mark.parametrize("math", [1, 2])
+@pytest.mark.parametrize(("cu_seqlens", "layout"), [(None, "kv"), ([0, 0, 3, 400, 401, 600], "vk")])
+def test_segments(divided, on_reference, math, cu_seqlens, layout):
+    divided(math, 3)
+    options = dict(K=72, V=128, dtype=BF16, cu_seqlens=cu_seqlens, initial=True, layout=layout)
+    args, kw = make_inputs(600, **options)
+    check(divided, on_reference, args, kw)
+
+
+def test_neighbours_do_not_matter(divided):
+    """NaN in one sequence leaves the bits of the others as they are."""
+    divided(2, 2)
+    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    do, dfinal = upstream(args, kw)
+    o, final_state, clean = gradients_of(args, kw, do, dfinal)
+    spoilt = [None if x is None else x.copy() for x in args]
+    do = do.copy()
+    for x in (*spoilt[:4], do):
+        x[:, 128:193] = np.nan
+    o_spoilt, final_spoilt, result = gradients_of(spoilt, kw, do, dfinal)
+    others, sequences = np.r_[0:128, 193:200], [0, 1, 2, 3, 5]
+    for x, y in zip((o_spoilt, *result[:4]), (o, *clean[:4]), strict=True):
+        assert np.array_equal(x[:, others], y[:, others])
+    for x, y in ((final_spoilt, final_state), (result[4], clean[4])):
+        assert np.array_equal(x[sequences], y[sequences])
+    assert np.isnan(result[4][4].astype(float)).any()
+
+
+def test_any_order_of_events_gives_the_same_bits(divided):
+    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    do, dfinal = upstream(args, kw)
+    runs = [Run(), Run(schedule="descending", completion="early")]
+    runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
+    results = []
+    for run in runs:
+        divided(2, 2, run=run)
+        o, final_state, gradients = gradients_of(args, kw, do, dfinal)
+        results.append([np.asarray(x, np.float32) for x in (o, final_state, *gradients)])
+    for result in results[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("t", [20, 64, 100])
+def test_gradients_of_later_outputs_alone_reach_back(divided, t):
+    """Tokens after the last output that counts have gradients of zero, to the bit."""
+    divided(1)
+    args, kw = make_inputs(140, K=64, V=64, dtype=BF16)
+    do, _ = upstream(args, kw)
+    do[:, t:] = 0
+    for x in gradients_of(args, kw, do, None)[2][:4]:
+        assert not x[:, t:].any()
+        assert x[:, :t].any()
+
+
+def launched(facts, **call):
+    launches = launches_of(facts, ("backward",), **(dict(dtype="bfloat16", K=128, V=128) | call))
+    return {x.entry: dict(x.defines) for x in launches}
+
+
+@pytest.mark.parametrize(
+    "call", [dict(dtype="float32"), dict(K=256), dict(V=100), dict(chunk_size=32)]
+)
+def test_what_does_not_fit_goes_to_the_portable_kernels(call):
+    assert {"forward", "backward_state"} < set(launched(H200, **call))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 64])
+def test_all_kernels_of_training_have_the_same_chunks(chunk_size):
+    kernels = launched(H200, chunk_size=chunk_size)
+    assert {"forward_residuals_hopper", "backward_state_hopper"} < set(kernels)
+    chunked = [macros["CHUNK"] for macros in kernels.values() if "CHUNK" in macros]
+    assert chunked == [64] * len(chunked)
