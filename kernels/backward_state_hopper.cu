@@ -26,11 +26,6 @@
 #include "hopper/walk.cuh"
 #include "tiles/store.cuh"
 
-struct Results {
-  const TensorMap *dstates, *g;
-  DTYPE* g_rows;
-};
-
 // dO^T of 16 value channels as left operand, times scale, or zero: tokens 16 step to 16 step + 15 in dO[step].
 PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, bool zero, int warp, int lane) {
 #pragma unroll
@@ -44,8 +39,8 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, boo
   }
 }
 
-PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const Results& results, float scale,
-               int warpgroup, int HV, int thread) {
+PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const TensorMap* dstates, const Rows& g_rows,
+               float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (work.chunks == 0) return;
 #if !TRANSFER
@@ -98,6 +93,13 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
 #pragma unroll
     for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
+#if !TRANSFER
+    const int c = work.chunk(i);
+    stage_state(state_boxes, state, lane);
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) send_state(dstates, state_boxes, work, value, c);
+#endif
     wgmma_wait<1>();
     pin(dN);
     // D -= K^T (b G), and the start of the next chunk while D is rounded; the last one starts in vain.
@@ -117,47 +119,12 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    const int c = work.chunk(i), tokens = work.tokens(c);
-    DTYPE* box = s.rows + (ring.stage * MATH + warpgroup) * TILE;
-    if (lane == 0) tma_store_wait_read<0>();
-    __syncwarp();
-#ifndef NO_STATE
-    stage_state(state_boxes, state, lane);
-#endif
-#ifndef NO_ROWS
-    stage_rows(box, G, warp, lane);
-#endif
-    async_proxy_fence();
-#if ROWS_TMA
-    named_barrier(1 + warpgroup, 128);
-#else
-    __syncwarp();
-#endif
-    if (lane == 0) {
-#ifndef NO_STATE
-      send_state(results.dstates, state_boxes, work, value, c);
-#endif
-#ifndef NO_ROWS
-      if (whole(tokens) && warp == 0) tma_store(results.g, box, value, work.hv, work.start + c * CHUNK, work.batch);
-#endif
-      tma_store_commit();
-    }
-#ifndef NO_ROWS
-    if (!whole(tokens)) {
-      const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
-      write_rows(results.g_rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
-    }
-#endif
+    send_rows(g_rows, G, s.rows + (ring.stage * MATH + warpgroup) * TILE, work, c, work.tokens(c), value, warpgroup, HV,
+              thread);
 #endif
     wgmma_wait<1>();
     pin(D);
-    __syncwarp();
-    if (lane == 0) {
-#if ROWS_TMA && !TRANSFER
-      if (warp == 0) tma_store_wait_read<0>();
-#endif
-      mbarrier_arrive(s.free + ring.stage);
-    }
+    free_stage(s, ring.stage, thread);
     round_sums<DTYPE>(state, D);
     wgmma_wait<0>();
     pin(dN);
@@ -201,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + pair * HEAD_K * HEAD_V, value, j * 8, lane);
   }
 #endif
-  walk(s, work, D, {&dstates_map, &g_map, g_rows}, scale, warpgroup, HV, thread);
+  walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
 #if TRANSFER
   // H and P of a segment.
   if (work.values) {

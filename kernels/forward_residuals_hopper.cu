@@ -21,19 +21,13 @@
 #include "hopper/walk.cuh"
 #include "tiles/store.cuh"
 
-struct Results {
-  const TensorMap *states, *o_rows, *n_rows;
-  DTYPE *o, *corrections;
-};
-
-PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Results& results, float scale,
-               int warpgroup, int HV, int thread) {
+PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const TensorMap* states, const Rows& o,
+               const Rows& corrections, float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if (work.chunks == 0) return;
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
-  const int64_t stride = (int64_t)HV * HEAD_V;
   DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
-  Ring<CHUNK_STAGES> ring, before;
+  Ring<CHUNK_STAGES> ring;
   float R[8][4], O[8][4];  // R, then N^
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
@@ -45,27 +39,14 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], rows(at.stage), j * 8, warp * 16, lane);
   };
   DTYPE* o_box = s.o + warpgroup * TILE;
-  const int64_t first = (work.sequence.first * HV + work.hv) * HEAD_V + value;
-  auto write_output = [&](int c, int tokens) {
+  auto send_output = [&](int c, int tokens) {
     uint32_t out[4][4];
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
-    stage_rows(o_box, out, warp, lane);
-#if ROWS_TMA
-    async_proxy_fence();
-    named_barrier(1 + warpgroup, 128);
-    if (thread == 0 && tokens > 0 && whole(tokens)) {
-      tma_store(results.o_rows, o_box, value, work.hv, work.start + c * CHUNK, work.batch);
-      tma_store_commit();
-    }
-#else
-    __syncwarp();
-#endif
-    if (!whole(tokens))
-      write_rows(results.o + first + c * CHUNK * stride, stride, o_box, tokens, HEAD_V - value, warp, lane);
+    send_rows(o, out, o_box, work, c, tokens, value, warpgroup, HV, thread);
   };
   load_values(ring);
   for (int c = 0; c < work.chunks; c++) {
@@ -82,7 +63,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_commit();
     wgmma_wait<1>();
     pin(O);
-    write_output(c - 1, c > 0 ? CHUNK : 0);
+    send_output(c - 1, c > 0 ? CHUNK : 0);
     // Half of O = Q S while b R is made.
     wgmma_fence();
 #pragma unroll
@@ -119,38 +100,11 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
     wgmma_commit();
     wgmma_wait<2>();
-    const int tokens = work.tokens(c);
-    DTYPE* box = rows(ring.stage);
-    if (lane == 0) tma_store_wait_read<0>();
-    __syncwarp();
-#ifndef NO_STATE
     stage_state(state_boxes, state, lane);
-#endif
-#ifndef NO_ROWS
-    stage_rows(box, N, warp, lane);
-#endif
-    async_proxy_fence();
-#if ROWS_TMA
-    named_barrier(1 + warpgroup, 128);
-#else
-    __syncwarp();
-#endif
-    if (lane == 0) {
-#ifndef NO_STATE
-      send_state(results.states, state_boxes, work, value, c);
-#endif
-#ifndef NO_ROWS
-      if (whole(tokens) && warp == 0)
-        tma_store(results.n_rows, box, value, work.hv, work.start + c * CHUNK, work.batch);
-#endif
-      tma_store_commit();
-    }
-#ifndef NO_ROWS
-    if (!whole(tokens))
-      write_rows(results.corrections + first + c * CHUNK * stride, stride, box, tokens, HEAD_V - value, warp, lane);
-#endif
+    send_rows(corrections, N, rows(ring.stage), work, c, work.tokens(c), value, warpgroup, HV, thread);
+    if (lane == 0) send_state(states, state_boxes, work, value, c);
     // The last chunk has no next one, and reads in vain.
-    before = ring;
+    const int before = ring.stage;
     if (c + 1 < work.chunks) ring.advance();
     load_values(ring);
     wgmma_wait<1>();
@@ -158,15 +112,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     round_sums<DTYPE>(state, S);
     wgmma_wait<0>();
     pin(O);
-    __syncwarp();
-    if (lane == 0) {
-#if ROWS_TMA
-      if (warp == 0) tma_store_wait_read<0>();
-#endif
-      mbarrier_arrive(s.free + before.stage);
-    }
+    free_stage(s, before, thread);
   }
-  write_output(work.chunks - 1, work.tokens(work.chunks - 1));
+  send_output(work.chunks - 1, work.tokens(work.chunks - 1));
   if (lane == 0) tma_store_wait_read<0>();
 }
 
@@ -201,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
   }
-  walk(s, work, S, {&states_map, &o_map, &n_map, o, corrections}, scale, warpgroup, HV, thread);
+  walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
   if (work.step == SEGMENTS - 1) {
 #pragma unroll

@@ -21,11 +21,14 @@ from .kernels import (
     variant,
 )
 
-# Microseconds on an H200: per chunk of a walk with one or two slices per block, per chunk and
-# slice of a full GPU, whose memory is the limit, and per segment that is joined.
-FORWARD = {1: 1.1, 2: 1.5}
-BACKWARD = {1: 1.1, 2: 1.5}
-JOIN = 12.0
+# Microseconds on an H200, by slices per block: per chunk of a walk, and of a transfer.
+FORWARD = {1: 1.7, 2: 2.55}
+FORWARD_TRANSFER = {1: 1.38, 2: 1.9}
+BACKWARD = {1: 1.5, 2: 1.85}
+BACKWARD_TRANSFER = {1: 0.98, 2: 1.4}
+# Microseconds of a join of segments, and more per segment and head; bytes per microsecond.
+JOIN, JOIN_SEGMENT = 5.0, 0.5
+BANDWIDTH = 3.65e6
 SEGMENTS = (1, 2, 3, 4, 6, 8)
 # Chunks that are loaded ahead, by slices per block.
 FORWARD_STAGES = {1: 3, 2: 2}
@@ -37,37 +40,43 @@ def available(problem: Problem, facts: DeviceFacts) -> bool:
     return hopper.available(problem, facts) and problem.g is None
 
 
-def division(problem: Problem, facts: DeviceFacts, walk: dict, transfer: dict) -> Division:
+def division(
+    problem: Problem, facts: DeviceFacts, walk: dict, transfer: dict, written_rows: int
+) -> Division:
     """Return the division of a walk that takes the least time by the constants above."""
     p = problem
     chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
     pairs = p.N * p.HV
     widths = (1,) if p.V <= BOX else (2, 1)
+    # What a walk moves per chunk and value head: keys, rows of values and factors, a state.
+    rows = 2 * p.K / p.groups + (1 + written_rows) * p.V + 2 * CHUNK
+    traffic = pairs * chunks * (CHUNK * rows + p.K * p.V) * p.dtype.itemsize / BANDWIDTH
 
     def blocks(size: int, math: int) -> int:
         return -(-size // (BOX * math))
 
-    def cost(d: Division) -> float:
-        def rounds(count: int) -> int:
-            return -(-count // facts.sm_count)
+    def rounds(count: int) -> int:
+        return -(-count // facts.sm_count)
 
+    def cost(d: Division) -> float:
         length = -(-chunks // d.segments)
-        time = rounds(pairs * d.segments * blocks(p.V, d.math)) * length * walk[d.math]
+        count = pairs * d.segments * blocks(p.V, d.math)
+        time = max(traffic, rounds(count) * length * walk[d.math])
         if d.segments > 1:
-            slices = blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math)
-            count = pairs * (d.segments - 1) * slices
-            time += rounds(count) * length * transfer[d.transfer_math] + JOIN * d.segments
+            cut = pairs * (d.segments - 1)
+            count = cut * (blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math))
+            time += rounds(count) * length * transfer[d.transfer_math] + JOIN + JOIN_SEGMENT * cut
         return time
 
     return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)
 
 
 def forward_division(problem: Problem, facts: DeviceFacts) -> Division:
-    return division(problem, facts, FORWARD, hopper.TRANSFER)
+    return division(problem, facts, FORWARD, FORWARD_TRANSFER, written_rows=2)
 
 
 def backward_division(problem: Problem, facts: DeviceFacts) -> Division:
-    return division(problem, facts, BACKWARD, BACKWARD)
+    return division(problem, facts, BACKWARD, BACKWARD_TRANSFER, written_rows=1)
 
 
 def walk_shared(K: int, math: int, stages: int, output: bool) -> int:

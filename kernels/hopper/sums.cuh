@@ -42,14 +42,6 @@ PRIM void write_rows(T* out, int64_t stride, const T* box, int tokens, int width
   }
 }
 
-// Rows `a` of 16 value channels of a state, to this warp's boxes of 16 rows, and from there by TMA.
-template <class T, int STEPS>
-PRIM void stage_state(T* boxes, const uint32_t (&a)[STEPS][4], int lane) {
-#pragma unroll
-  for (int step = 0; step < STEPS; step++)
-    stmatrix_x4(boxes + step / 4 * 16 * BOX + swizzled(lane % 16, step % 4 * 16 + lane / 16 * 8), a[step]);
-}
-
 // d = 1 on the diagonal of the rows from `row` on.
 template <int TILES>
 PRIM void set_identity(float (&d)[TILES][4], int row, int lane) {

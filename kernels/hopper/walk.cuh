@@ -1,10 +1,12 @@
-// What forward_residuals_hopper.cu and backward_state_hopper.cu share: sizes, shared memory, what a block works on, and
-// the warp that loads. Both read core and P of a chunk from wy_factors.cu, and `rows` of value channels: V, or dO.
+// What forward_residuals_hopper.cu and backward_state_hopper.cu share: sizes, shared memory, what a block works on, the
+// warp that loads, and how results leave. Both read core and P of a chunk from wy_factors.cu, and `rows` of value
+// channels: V, or dO.
 //
 // The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta,
 // up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that it is done
 // with one.
 #pragma once
+#include "hopper/sums.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
 
@@ -76,17 +78,52 @@ PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
   return w;
 }
 
-// The state of this warp's 16 value channels, from its staging boxes.
+// Where rows of (token, value head) go.
+struct Rows {
+  const TensorMap* map;
+  DTYPE* rows;
+};
+
+// The state `a` of this warp's 16 value channels in its staging boxes, and from there by TMA. In between: what was
+// staged before has been read, and async_proxy_fence.
+PRIM void stage_state(DTYPE* boxes, const uint32_t (&a)[K_STEPS][4], int lane) {
+  if (lane == 0) tma_store_wait_read<0>();
+  __syncwarp();
+#pragma unroll
+  for (int step = 0; step < K_STEPS; step++)
+    stmatrix_x4(boxes + step / 4 * 16 * BOX + swizzled(lane % 16, step % 4 * 16 + lane / 16 * 8), a[step]);
+}
 PRIM void send_state(const TensorMap* map, const DTYPE* boxes, const Work& work, int value, int c) {
 #pragma unroll
   for (int box = 0; box < K_BOXES; box++)
     tma_store(map, boxes + box * 16 * BOX, box * BOX, value, work.hv, (int)work.sequence.slot + c);
+  tma_store_commit();
 }
-#ifndef ROWS_TMA
-#define ROWS_TMA 1
-#endif
-// Whether the rows of a chunk leave by TMA: what lies past the end would be another sequence's.
-PRIM bool whole(int tokens) { return ROWS_TMA && (!VARLEN || tokens == CHUNK); }
+
+// The rows of chunk c, 16 value channels from `value` on per warp, through a box that the warpgroup shares: by TMA, or
+// one by one where what follows in memory is another sequence's.
+PRIM void send_rows(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int tokens,
+                    int value, int warpgroup, int HV, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  stage_rows(box, a, warp, lane);
+  async_proxy_fence();
+  named_barrier(1 + warpgroup, 128);
+  if (tokens == CHUNK || (!VARLEN && tokens > 0)) {
+    if (thread == 0) {
+      tma_store(out.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
+      tma_store_commit();
+    }
+  } else {
+    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
+    write_rows(out.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
+  }
+}
+// This warp is done with a stage, from which thread 0 may have sent rows.
+PRIM void free_stage(const Shared& s, int stage, int thread) {
+  __syncwarp();
+  if (thread == 0) tma_store_wait_read<0>();
+  if (thread % 32 == 0) mbarrier_arrive(s.free + stage);
+}
 
 struct Maps {
   const TensorMap *q, *k, *core, *p, *rows;
