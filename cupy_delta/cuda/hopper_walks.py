@@ -26,8 +26,8 @@ FORWARD = {1: 1.7, 2: 2.55}
 FORWARD_TRANSFER = {1: 1.38, 2: 1.9}
 BACKWARD = {1: 1.5, 2: 1.85}
 BACKWARD_TRANSFER = {1: 0.98, 2: 1.4}
-# Microseconds of a join of segments, and more per segment and head; bytes per microsecond.
-JOIN, JOIN_SEGMENT = 5.0, 0.5
+# Microseconds of cutting and joining, and more per segment and head; bytes per microsecond.
+JOIN, JOIN_SEGMENT = 15.0, 0.5
 BANDWIDTH = 3.65e6
 SEGMENTS = (1, 2, 3, 4, 6, 8)
 # Chunks that are loaded ahead, by slices per block.
