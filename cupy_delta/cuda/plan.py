@@ -12,7 +12,7 @@ from functools import lru_cache, wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
-from . import hopper
+from . import hopper, hopper_gradients
 from .kernels import (
     C_TYPES,
     DeviceFacts,
@@ -214,10 +214,11 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
         "dstates": (chunked_states(problem, chunk), dtype),
         "g_rows": ((*tokens, problem.V), dtype),
     }
-    launches = [
-        backward_state_launch(problem, chunk, facts, has_dfinal),
-        backward_chunk_launch(problem, chunk, facts),
-    ]
+    launches = [backward_state_launch(problem, chunk, facts, has_dfinal)]
+    if hopper_gradients.chunk_available(problem, chunk, facts):
+        launches.append(hopper_gradients.backward_chunk_launch(problem, facts))
+    else:
+        launches.append(backward_chunk_launch(problem, chunk, facts))
     if problem.qk_l2norm:
         launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)

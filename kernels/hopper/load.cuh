@@ -2,14 +2,6 @@
 #pragma once
 #include "hopper/shared.cuh"
 
-// Rows from `tokens` on of a tile's boxes: they are another sequence's.
-PRIM void clear_rows(DTYPE* tile, int boxes, int tokens, int lane) {
-  for (int i = lane; i < boxes * (CHUNK - tokens) * 8; i += 32) {
-    const int piece = i % 8, row = tokens + i / 8 % (CHUNK - tokens), box = i / (8 * (CHUNK - tokens));
-    *(uint4*)&tile[box * TILE + row * BOX + piece * 8] = {};
-  }
-}
-
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
@@ -17,7 +9,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
   for (int c = 0; c < work.chunks; c++) {
     const int token = work.start + c * CHUNK;
     const int tokens = min(work.sequence.tokens - c * CHUNK, CHUNK);
-    // In a batch, tokens past the end lie outside the array and come as zeros.
+    // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     const bool clears = VARLEN && tokens < CHUNK;
     DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
 #if WITH_OUTPUT

@@ -44,6 +44,15 @@ PRIM void write_box(T* box, const float (&d0)[4], const float (&d1)[4], int row,
   stmatrix_x4(box + swizzled(row + lane % 16, column + lane / 16 * 8), r);
 }
 
+// Zeros in the rows from `row` on of boxes of 64 rows, by one warp.
+template <class T>
+PRIM void clear_rows(T* tile, int boxes, int row, int lane) {
+  for (int i = lane; i < boxes * (64 - row) * 8; i += 32) {
+    const int piece = i % 8, cleared = row + i / 8 % (64 - row), box = i / (8 * (64 - row));
+    *(uint4*)&tile[box * 64 * BOX + cleared * BOX + piece * 8] = {};
+  }
+}
+
 // Which buffer of a ring comes next, and the parity of its phase.
 template <int STAGES>
 struct Ring {
