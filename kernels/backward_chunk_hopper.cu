@@ -26,7 +26,9 @@
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
 constexpr int VALUE_WARPS = 3, THREADS = 384;
-constexpr int VALUE_REGISTERS = 96, MATH_REGISTERS = 208;  // per thread: 65536 in all
+// Per thread. A block starts with 168 for each, what 65536 are for 384 threads in steps of 8, and cannot have more later.
+constexpr int VALUE_REGISTERS = 88, MATH_REGISTERS = 208;
+static_assert(VALUE_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup would wait for registers for ever");
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_TILES = KP / 8;
 constexpr int SLICES = (HEAD_V + BOX - 1) / BOX;
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
