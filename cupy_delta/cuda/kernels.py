@@ -55,6 +55,12 @@ class Launch:
     arguments: tuple
     arch: str = ""
 
+    @property
+    def array_names(self) -> set[str]:
+        """The arrays that the kernel takes, by pointer or by TMA map."""
+        names = (a.name if isinstance(a, TensorBox) else a for a in self.arguments)
+        return {name for name in names if isinstance(name, str)}
+
 
 def i32(x: int) -> np.int32:
     return np.int32(x)

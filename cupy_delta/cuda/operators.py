@@ -27,7 +27,7 @@ def chunk_delta_rule_fwd(problem: Problem):
     with device_of(problem.v) as device:
         backward = plans.plan_backward(problem, device.facts, True)
     o, final_state, results = _forward(problem, residuals=True)
-    read = {a for launch in backward.launches for a in launch.arguments if isinstance(a, str)}
+    read = set().union(*(launch.array_names for launch in backward.launches))
     return o, final_state, {name: x for name, x in results.items() if name in read}
 
 
