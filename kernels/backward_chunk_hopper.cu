@@ -6,9 +6,9 @@
 //   dP = tril(dO N^T)      E = -tril(dR N^T, -1)
 //   dQ = scale (dO S^T + dP K)      dK = scale dP^T Q + b (N^ D'^T - G S^T) + (E + E^T) K
 //
-// Memory bounds this, so loads never pause: as many blocks as multiprocessors each go through every gridDim-th pair of
-// chunk and key head, and the loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, G, S, D'),
-// past the end of a head, a chunk or a pair. b multiplies rows and columns of sums, never a tile: operands are used as
+// Memory bounds this, so loads never pause: each block goes through every gridDim-th pair of chunk and key head, and
+// its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, G, S, D'), from one head or pair
+// to the next. b multiplies rows and columns of sums, never a tile: operands are used as
 // they land.
 //
 // Warpgroup 0: a warp loads with TMA, the other three make dV and dbeta. Warpgroup 1: dP, E and dQ. Warpgroup 2: dK.
@@ -18,8 +18,10 @@
 // over the value heads of a key head in registers, in their order: the same bits every time.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// SLICE_STAGES. Grid: any number of blocks of 384 threads, up to `pairs`. Shared memory: the ring; Q and K; dP and E +
-// E^T; beta; see cupy_delta/cuda/hopper_gradients.py.
+// SLICE_STAGES.
+// Grid: blocks of 384 threads, any number up to `pairs`.
+// Shared memory: the ring; Q and K; scale dP and E + E^T; beta; see cupy_delta/cuda/hopper_gradients.py and, for the
+// first warpgroup, hopper/chunk_load.cuh.
 #include "hopper/chunk_load.cuh"
 #include "tiles/store.cuh"
 

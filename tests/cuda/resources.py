@@ -54,6 +54,9 @@ CALLS = (
     dict(dtype="float64", K=128, V=128, passes=("recurrent", "step")),
     dict(dtype="bfloat16", K=256, V=256, passes=("forward", "backward", "step")),
     dict(dtype="bfloat16", K=64, V=64, chunk_size=64, passes=("forward", "backward")),
+)
+# Chunks of 64 for which not every architecture has the shared memory.
+HOPPER_CALLS = (
     dict(dtype="bfloat16", K=128, V=128, chunk_size=64, passes=("backward",)),
     dict(dtype="float16", K=96, V=200, chunk_size=64, B=3, varlen=True, passes=("backward",)),
 )
@@ -75,7 +78,7 @@ class Resources(NamedTuple):
 def launches(arch: str) -> dict:
     """Return the kernels of all calls by a name that tells them apart."""
     found = {}
-    for call in CALLS:
+    for call in CALLS + (HOPPER_CALLS if arch == "sm_90" else ()):
         for launch in launches_of(ARCHITECTURES[arch], **call):
             macros = " ".join(f"{name}={value}" for name, value in sorted(launch.defines))
             found[f"{launch.entry} {macros}"] = launch

@@ -137,14 +137,15 @@ def test_limits_of_beta(leg, beta, correlation):
     assert np.any(result["dbeta"])
 
 
-def test_what_a_block_has_done_before_does_not_matter():
+@pytest.mark.parametrize("leg", LEGS)
+def test_what_a_block_has_done_before_does_not_matter(leg):
     """Blocks for all, one or three chunks and heads, and events in any order: the same bits."""
     p, arrays = make_case(200, H=2, G=2, K=96, V=72, cu_seqlens=VARLEN)
-    first = computed(p, arrays, blocks=132)
+    first = computed(p, arrays, leg=leg, blocks=132)
     runs = [(1, Run()), (3, Run(schedule="descending", completion="early"))]
     runs += [(2, Run(schedule="random", completion="either", preempt=30, seed=5))]
     for blocks, run in runs:
-        other = computed(p, arrays, blocks=blocks, run=run)
+        other = computed(p, arrays, leg=leg, blocks=blocks, run=run)
         for name in GRADIENTS:
             assert first[name].tobytes() == other[name].tobytes(), name
 
@@ -178,10 +179,11 @@ def test_tokens_of_no_sequence_are_left_alone(leg):
         assert np.isfinite(result[name][:, 3:150].astype(float)).all(), name
 
 
+@pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize("ends", [[0, 500, 900, -4], [-100, 50, 2**40, 200], [200, 0, 0, 0]])
-def test_wrong_ends_of_sequences_stay_within_the_arrays(ends):
+def test_wrong_ends_of_sequences_stay_within_the_arrays(leg, ends):
     p, arrays = make_case(200, K=96, V=72, cu_seqlens=ends)
-    computed(p, arrays, blocks=1)
+    computed(p, arrays, leg=leg, blocks=1)
 
 
 def test_gradients_of_a_call(emulated, on_reference):
