@@ -16,12 +16,12 @@ TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER = 8
 A_STAGES = 2
-# Microseconds on an H200: per chunk of a walk with one or two slices per block and of a transfer,
-# and per segment that is joined (before segment_states.cu had its present form).
-WALK = {1: 1.82, 2: 2.67}
-TRANSFER = {1: 1.39, 2: 1.56}
-JOIN = 21.5
-SEGMENTS = (1, 2, 3, 4, 6, 8)
+# Microseconds on an H200: per chunk of a walk with one or two slices per block and of a transfer;
+# of cutting and joining, and more per segment and head that is joined.
+WALK = {1: 1.85, 2: 2.52}
+TRANSFER = {1: 1.25, 2: 1.72}
+JOIN, JOIN_SEGMENT = 15.0, 0.3
+SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (4, 2, 3), 2: (3, 2, 2)}
 
@@ -70,9 +70,10 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
         length = -(-chunks // d.segments)
         time = walk(pairs * d.segments * blocks(p.V, d.math), length, WALK[d.math])
         if d.segments > 1:
+            cut = pairs * (d.segments - 1)
             slices = blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math)
-            time += walk(pairs * (d.segments - 1) * slices, length, TRANSFER[d.transfer_math])
-            time += JOIN * d.segments
+            time += walk(cut * slices, length, TRANSFER[d.transfer_math])
+            time += JOIN + JOIN_SEGMENT * cut
         return time
 
     return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..problem import Problem
 from . import hopper
-from .hopper import BARRIER, BOX, CHUNK, TILE, Division, box
+from .hopper import BARRIER, BOX, CHUNK, JOIN, JOIN_SEGMENT, SEGMENTS, TILE, Division, box
 from .kernels import (
     DeviceFacts,
     Launch,
@@ -26,10 +26,7 @@ FORWARD = {1: 1.7, 2: 2.55}
 FORWARD_TRANSFER = {1: 1.38, 2: 1.9}
 BACKWARD = {1: 1.5, 2: 1.85}
 BACKWARD_TRANSFER = {1: 0.98, 2: 1.4}
-# Microseconds of cutting and joining, and more per segment and head; bytes per microsecond.
-JOIN, JOIN_SEGMENT = 15.0, 0.5
-BANDWIDTH = 3.65e6
-SEGMENTS = (1, 2, 3, 4, 6, 8)
+BANDWIDTH = 3.65e6  # bytes per microsecond
 # Chunks that are loaded ahead, by slices per block.
 FORWARD_STAGES = {1: 3, 2: 2}
 BACKWARD_STAGES = {1: 3, 2: 3}

@@ -12,7 +12,7 @@ from functools import lru_cache, wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
-from . import hopper, hopper_walks
+from . import hopper, hopper_gradients, hopper_walks
 from .kernels import (
     C_TYPES,
     DeviceFacts,
@@ -233,7 +233,10 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
         launches = hopper_walks.backward_launches(problem, division, has_dfinal)
     else:
         launches = [backward_state_launch(problem, chunk, facts, has_dfinal)]
-    launches.append(backward_chunk_launch(problem, chunk, facts))
+    if hopper_gradients.chunk_available(problem, chunk, facts):
+        launches.append(hopper_gradients.backward_chunk_launch(problem, facts))
+    else:
+        launches.append(backward_chunk_launch(problem, chunk, facts))
     if problem.qk_l2norm:
         launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)

@@ -9,7 +9,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
   for (int c = 0; c < work.chunks; c++) {
     const int token = work.start + c * CHUNK;
     const int tokens = min(work.sequence.tokens - c * CHUNK, CHUNK);
-    // In a batch, tokens past the end lie outside the array and come as zeros.
+    // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     const bool clears = VARLEN && tokens < CHUNK;
     DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
 #if WITH_OUTPUT

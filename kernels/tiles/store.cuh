@@ -40,6 +40,23 @@ PRIM void store_rows(T* out, const float (&d)[4], int rows, int columns, int lan
   }
 }
 
+// r[i] of lane j of every four lanes becomes r[j] of lane i: packed pairs of a row of four accumulator tiles become
+// eight neighbouring elements per lane.
+PRIM void transpose_quads(uint32_t (&r)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      const bool upper = lane & bit;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? r[i] : r[i | bit], bit);
+      if (upper)
+        r[i] = other;
+      else
+        r[i | bit] = other;
+    }
+}
+
 // A state's accumulator tile (rows: value channels, columns: key channels) and its place in memory: layout
 // (K, V), or (V, K) with STATE_VK.
 PRIM int64_t state_offset(int value, int key) {

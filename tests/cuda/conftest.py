@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--on-gpu"):
         return
     emulator_only = {"test_legs.py", "test_resources.py"}
-    left_out = [item for item in items if item.path.name in emulator_only]
+    left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    items[:] = [x for x in items if x not in left_out]
 
 
 @pytest.fixture

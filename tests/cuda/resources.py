@@ -58,6 +58,11 @@ CALLS = (
     dict(dtype="bfloat16", K=128, V=128, H=8, T=32768, passes=("backward",)),
     dict(dtype="float16", K=64, V=128, H=64, varlen=True, state_layout="vk", passes=("backward",)),
 )
+# Chunks of 64 for which not every architecture has the shared memory.
+HOPPER_CALLS = (
+    dict(dtype="bfloat16", K=128, V=128, chunk_size=64, passes=("backward",)),
+    dict(dtype="float16", K=96, V=200, chunk_size=64, B=3, varlen=True, passes=("backward",)),
+)
 
 
 class Resources(NamedTuple):
@@ -76,7 +81,7 @@ class Resources(NamedTuple):
 def launches(arch: str) -> dict:
     """Return the kernels of all calls by a name that tells them apart."""
     found = {}
-    for call in CALLS:
+    for call in CALLS + (HOPPER_CALLS if arch == "sm_90" else ()):
         for launch in launches_of(ARCHITECTURES[arch], **call):
             macros = " ".join(f"{name}={value}" for name, value in sorted(launch.defines))
             found[f"{launch.entry} {macros}"] = launch
@@ -87,7 +92,7 @@ def must_not_spill(name: str) -> bool:
     """Tell whether a kernel is for head sizes up to 128, at the default chunk size."""
     sizes = dict(re.findall(r"(HEAD_K|HEAD_V|CHUNK)=(\d+)", name))
     heads = max(int(sizes["HEAD_K"]), int(sizes.get("HEAD_V", 0)))
-    default = 64 if "hopper" in name.split()[0] else 32
+    default = 64 if name.split()[0].endswith("_hopper") else 32
     return heads <= 128 and int(sizes.get("CHUNK", 0)) <= default
 
 

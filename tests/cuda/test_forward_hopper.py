@@ -56,7 +56,13 @@ def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
 
 @pytest.mark.parametrize(
     ("B", "T", "H", "math", "segments"),
-    [(1, 32768, 8, 1, 8), (1, 32768, 64, 1, 1), (4, 8192, 64, 2, 1), (1, 2048, 8, 1, 1)],
+    [
+        (1, 32768, 8, 1, 8),
+        (1, 32768, 64, 1, 1),
+        (4, 8192, 64, 2, 1),
+        (1, 2048, 8, 1, 8),
+        (1, 512, 8, 1, 1),
+    ],
 )
 def test_division_fills_the_multiprocessors(B, T, H, math, segments):
     _, macros = launched(H200, dtype="bfloat16", B=B, T=T, H=H)

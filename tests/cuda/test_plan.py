@@ -97,7 +97,7 @@ def test_every_launch_names_arrays_that_exist():
     for plan in (forward, backward):
         known |= set(plan.workspace) | set(plan.outputs)
         for launch in plan.launches:
-            assert {a for a in launch.arguments if isinstance(a, str)} <= known
+            assert launch.arrays() <= known
 
 
 def test_plans_in_use_are_kept_however_many_others_there_are():
