@@ -20,7 +20,7 @@ A_STAGES = 2
 # of cutting and joining, and more per segment and head that is joined.
 WALK = {1: 1.85, 2: 2.52}
 TRANSFER = {1: 1.25, 2: 1.72}
-JOIN, JOIN_SEGMENT = 15.0, 0.3
+JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (4, 2, 3), 2: (3, 2, 2)}
