@@ -28,22 +28,9 @@
 // cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/load.cuh"
+#include "hopper/sums.cuh"
 #include "tiles/store.cuh"
 
-// S in 16 bits, as left operand.
-PRIM void round_state(uint32_t (&a)[K_STEPS][4], const float (&S)[K_TILES][4]) {
-#pragma unroll
-  for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<DTYPE>(S[j][2 * h], S[j][2 * h + 1]);
-}
-// d in 16 bits, as left operand, or as stmatrix takes it.
-PRIM void round_sums(uint32_t (&a)[4][4], const float (&d)[8][4]) {
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<DTYPE>(d[j][2 * h], d[j][2 * h + 1]);
-}
 // Column t of d, times factor[t].
 template <int TILES>
 PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
@@ -114,7 +101,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
   Ring<VALUE_STAGES> values;
   Ring<FACTOR_STAGES> factors;
   uint32_t state[K_STEPS][4], a[4][4];
-  round_state(state, S);
+  round_sums<DTYPE>(state, S);
   for (int c = 0; c < work.chunks; c++) {
     const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
     const DTYPE* t = s.t + factors.stage * TILE;
@@ -241,14 +228,14 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
       mbarrier_arrive(s.keys_free + keys.stage);
       mbarrier_arrive(s.factors_free + factors.stage);
     }
-    round_state(state, S);
+    round_sums<DTYPE>(state, S);
 #if WITH_OUTPUT
     pin(O);
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
-    round_sums(out, O);
+    round_sums<DTYPE>(out, O);
 #endif
     keys.advance(), factors.advance();
   }
@@ -256,14 +243,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
   const int last = work.chunks > 0 ? work.sequence.tokens - (work.chunks - 1) * CHUNK : 0;
   write_channels(before, stride, out, staging, last, HEAD_V - value, lane);
 #endif
-}
-
-// S = 1 on the diagonal of the rows from `value` on.
-PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
-#pragma unroll
-  for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) S[j][i] = value + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -8,14 +8,14 @@
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
 // wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and P and all stores run while
-// the chain waits. N^ and then O leave through the place of V. Roles: hopper/walk.cuh.
+// the chain waits. N^ leaves through the place of V. Roles: hopper/walk.cuh.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
 // STATE_VK (layout of initial and final state), SEGMENTS, TRANSFER (0), MATH (1 or 2), CHUNK_STAGES. Grid: N * SEGMENTS
 // * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K,
-// Q, core, P, V and beta; S on its way out; see cupy_delta/cuda/hopper_walks.py.
+// Q, core, P, V and beta; S and O on their way out; see cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 0
 #include "hopper/sums.cuh"
 #include "hopper/walk.cuh"

@@ -1,4 +1,4 @@
-"""The launches of the gradients' kernels for compute capability 9.0, and when they are used."""
+"""The launch of the chunk-parallel gradients on compute capability 9.0."""
 
 from __future__ import annotations
 
@@ -11,19 +11,6 @@ from .kernels import DeviceFacts, Launch, TensorBox, carve, i32, normal, slots, 
 THREADS = 384
 # Buffers of 64 value channels, by boxes of 64 keys.
 STAGES = {1: 4, 2: 3}
-
-
-def chunk_available(problem: Problem, chunk: int, facts: DeviceFacts) -> bool:
-    """Whether backward_chunk_hopper.cu computes this problem's chunk-parallel gradients."""
-    return (
-        facts.capability == (9, 0)
-        and problem.dtype.itemsize == 2
-        and chunk == CHUNK
-        and problem.g is None
-        and problem.K % 8 == 0
-        and problem.V % 8 == 0
-        and problem.K <= 128
-    )
 
 
 def chunk_shared(K: int) -> int:

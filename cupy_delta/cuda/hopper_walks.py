@@ -33,7 +33,7 @@ BACKWARD_STAGES = {1: 3, 2: 3}
 
 
 def available(problem: Problem, facts: DeviceFacts) -> bool:
-    """Whether both walks of this problem's gradients run on compute capability 9.0."""
+    """Whether all of training runs on the kernels for compute capability 9.0."""
     return hopper.available(problem, facts) and problem.g is None
 
 

@@ -230,13 +230,15 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
         division = hopper_walks.backward_division(problem, facts)
         if division.segments > 1:
             workspace |= segment_arrays(problem, division.segments)
-        launches = hopper_walks.backward_launches(problem, division, has_dfinal)
+        launches = [
+            *hopper_walks.backward_launches(problem, division, has_dfinal),
+            hopper_gradients.backward_chunk_launch(problem, facts),
+        ]
     else:
-        launches = [backward_state_launch(problem, chunk, facts, has_dfinal)]
-    if hopper_gradients.chunk_available(problem, chunk, facts):
-        launches.append(hopper_gradients.backward_chunk_launch(problem, facts))
-    else:
-        launches.append(backward_chunk_launch(problem, chunk, facts))
+        launches = [
+            backward_state_launch(problem, chunk, facts, has_dfinal),
+            backward_chunk_launch(problem, chunk, facts),
+        ]
     if problem.qk_l2norm:
         launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)

@@ -20,6 +20,7 @@ constexpr int TILE = CHUNK * BOX;                                               
 
 // Registers per thread: 65536 in all, which for one math warpgroup is enough as it comes.
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
+static_assert(LOADER_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup would wait for registers for ever");
 
 struct Shared {
   DTYPE *k, *q, *core, *p, *rows, *states, *o;
