@@ -54,20 +54,8 @@ PRIM void write_symmetric(DTYPE* box, const float (&e0)[4], const float (&e1)[4]
 // `factor` times the warp's 16 rows of a sum, to rows of (token, key head).
 PRIM void write_gradient(DTYPE* out, const float (&d)[K_TILES][4], float factor, const Chunk& chunk, int H, int h,
                          int warp, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int t = warp * 16 + half * 8 + lane / 4;
-    DTYPE* row = out + ((chunk.first + t) * H + h) * HEAD_K;
-#pragma unroll
-    for (int j = 0; j < K_TILES; j += 4) {
-      uint32_t r[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) r[i] = pack2<DTYPE>(factor * d[j + i][2 * half], factor * d[j + i][2 * half + 1]);
-      transpose_quads(r, lane);
-      const int column = (j + lane % 4) * 8;
-      if (t < chunk.tokens && column < HEAD_K) *(uint4*)&row[column] = make_uint4(r[0], r[1], r[2], r[3]);
-    }
-  }
+  const int64_t row = (chunk.first + warp * 16) * H + h;
+  store_wide(out + row * HEAD_K, (int64_t)H * HEAD_K, d, factor, chunk.tokens - warp * 16, HEAD_K, lane);
 }
 
 PRIM void make_queries(const Shared& s, const Work& work, const float* beta, DTYPE* dq, float scale, int thread) {

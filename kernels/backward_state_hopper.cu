@@ -1,5 +1,5 @@
 // The walk of backward_state.cu in chunks of 64 tokens on compute capability 9.0. Per chunk, from the last to the
-// first, with D' the gradient of the state leaving it, core and P from wy_factors.cu, b = beta, dO^ = scale dO:
+// first, with D' the gradient of the state leaving it, core and P from wy_factors_hopper.cu, b = beta, dO^ = scale dO:
 //
 //   dN = P^T dO^ + K D'        G = dN + core^T (b dN)        D = D' + Q^T dO^ - K^T (b G)
 //

@@ -1,5 +1,5 @@
 // The walk of forward.cu with WRITE_STATES, in chunks of 64 tokens on compute capability 9.0: what the gradients keep.
-// Per chunk, with S the state, core and P from wy_factors.cu, b = beta, tokens as rows:
+// Per chunk, with S the state, core and P from wy_factors_hopper.cu, b = beta, tokens as rows:
 //
 //   R = V - K S        N^ = R + core (b R)        N = b N^        O = scale (Q S + P N)        S' = S + K^T N
 //

@@ -1,4 +1,4 @@
-"""The walks of training on compute capability 9.0: their launches, and how the work is divided."""
+"""The factors and walks of training on compute capability 9.0: launches, and how work is divided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..problem import Problem
 from . import hopper
-from .hopper import BARRIER, BOX, CHUNK, JOIN, JOIN_SEGMENT, SEGMENTS, TILE, Division, box
+from .hopper import BARRIER, BOX, CHUNK, INVERSE, JOIN, JOIN_SEGMENT, SEGMENTS, TILE, Division, box
 from .kernels import (
     DeviceFacts,
     Launch,
@@ -37,6 +37,41 @@ def available(problem: Problem, facts: DeviceFacts) -> bool:
     return hopper.available(problem, facts) and problem.g is None
 
 
+def factors_shared(K: int) -> int:
+    """Return the bytes of shared memory of the factors, as wy_factors_hopper.cu carves them."""
+    count, size = TILE
+    # M in three blocks of 32 rows, and of two cores what lies on the diagonal.
+    area = max(2 * -(-K // BOX) * count * size, 7 * INVERSE // 2 * 4)
+    return carve((area, 1), (2 * CHUNK, 4), (1, BARRIER))
+
+
+def factors_launch(problem: Problem) -> Launch:
+    """The core of every value head and P of every key head, all chunks at once."""
+    p = problem
+    keys = (p.B, p.T, p.H, p.K)
+    return Launch(
+        "wy_factors_hopper.cu",
+        "wy_factors_hopper",
+        variant(p, CHUNK),
+        slots(p, CHUNK) * p.H,
+        128,
+        factors_shared(p.K),
+        (
+            box(normal(p, "q"), keys),
+            box(normal(p, "k"), keys),
+            "beta",
+            "cu_seqlens",
+            "core",
+            "p",
+            i32(p.N),
+            i32(p.T),
+            i32(p.H),
+            i32(p.HV),
+        ),
+        arch="sm_90a",
+    )
+
+
 def division(
     problem: Problem, facts: DeviceFacts, walk: dict, transfer: dict, written_rows: int
 ) -> Division:
@@ -46,7 +81,7 @@ def division(
     pairs = p.N * p.HV
     widths = (1,) if p.V <= BOX else (2, 1)
     # What a walk moves per chunk and value head: keys, rows of values and factors, a state.
-    rows = 2 * p.K / p.groups + (1 + written_rows) * p.V + 2 * CHUNK
+    rows = (2 * p.K + CHUNK) / p.groups + (1 + written_rows) * p.V + CHUNK
     traffic = pairs * chunks * (CHUNK * rows + p.K * p.V) * p.dtype.itemsize / BANDWIDTH
 
     def blocks(size: int, math: int) -> int:
@@ -106,12 +141,12 @@ def walk_launch(
     p = problem
     walked = segments - 1 if transfer else segments
     slices = -(-p.V // (BOX * math)) + (-(-p.K // (BOX * math)) if transfer else 0)
-    keys, values, square = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V), (p.B, p.T, p.HV, CHUNK)
+    keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     maps = (
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
-        box("core", square),
-        box("p", square),
+        box("core", (p.B, p.T, p.HV, CHUNK)),
+        box("p", (p.B, p.T, p.H, CHUNK)),
         box(rows, values),
         # A warp stores 16 value channels of 64 key channels.
         TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),

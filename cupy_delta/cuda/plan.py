@@ -148,7 +148,11 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
             launches.append(norm_launch(problem, name, normal(problem, name)))
     if hopper.available(problem, facts) and not residuals:
         return plan_hopper_forward(problem, facts, outputs, workspace, launches)
-    workspace |= dict.fromkeys(("core", "p"), ((*tokens, chunk), problem.dtype))
+    on_hopper = residuals and hopper_walks.available(problem, facts)
+    # Without a gate P is the same for all value heads of a key head, which is what 9.0 makes use of.
+    heads = problem.H if on_hopper else problem.HV
+    workspace["core"] = ((*tokens, chunk), problem.dtype)
+    workspace["p"] = ((problem.B, problem.T, heads, chunk), problem.dtype)
     if problem.g is not None:
         workspace["G"] = (tokens, np.dtype(np.float64))
     states = None
@@ -156,13 +160,14 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         states = C_TYPES[problem.dtype.name]
         workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
         workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
-    launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
-    if residuals and hopper_walks.available(problem, facts):
+    if on_hopper:
+        launches.append(hopper_walks.factors_launch(problem))
         division = hopper_walks.forward_division(problem, facts)
         if division.segments > 1:
             workspace |= segment_arrays(problem, division.segments)
         launches += hopper_walks.forward_launches(problem, division)
         return Plan(tuple(launches), outputs, workspace)
+    launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
     segments = segment_count(problem, chunk, facts)
     initial = "initial_state"
     if segments > 1:

@@ -72,9 +72,9 @@ PRIM void write_t(DTYPE* t, float (&x)[2][4], const float* b, int row, int colum
 
 // T - diag(b) for 32 tokens from `row` on, from A at `a`, by one warp.
 PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
-  invert_diagonal_blocks(a, lane);
+  invert_diagonal_blocks(a, a, Ones(), lane);
   float x[2][4];
-  merge_diagonal_blocks<DTYPE>(x, a, lane);
+  merge_diagonal_blocks<DTYPE>(x, a, a, Ones(), lane);
   write_t(t, x, b, row + 16, row, lane);
 #pragma unroll
   for (int block = 0; block < 32; block += 16) {

@@ -1,5 +1,5 @@
 // What forward_residuals_hopper.cu and backward_state_hopper.cu share: sizes, shared memory, what a block works on, the
-// warp that loads, and how results leave. Both read core and P of a chunk from wy_factors.cu, and `rows` of value
+// warp that loads, and how results leave. Both read core and P of a chunk from wy_factors_hopper.cu, and `rows` of value
 // channels: V, or dO.
 //
 // The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta,
@@ -164,7 +164,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, const float*
 #pragma unroll
       for (int box = 0; box < MATH; box++)
         tma_load(rows + box * TILE, maps.rows, landed, work.channel + box * BOX, work.hv, token, work.batch);
-      tma_load(p, maps.p, landed, 0, work.hv, token, work.batch);
+      tma_load(p, maps.p, landed, 0, work.h, token, work.batch);
       tma_load(core, maps.core, landed, 0, work.hv, token, work.batch);
 #pragma unroll
       for (int box = 0; box < K_BOXES; box++)

@@ -57,6 +57,26 @@ PRIM void transpose_quads(uint32_t (&r)[4], int lane) {
     }
 }
 
+// out[row * stride + column] = factor d(row, column) for 16 rows, 16 bytes at a time. TILES is a multiple of 4, and
+// `columns`, how many there are, one of 8.
+template <class T, int TILES>
+PRIM void store_wide(T* out, int64_t stride, const float (&d)[TILES][4], float factor, int rows, int columns,
+                     int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = half * 8 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < TILES; j += 4) {
+      uint32_t r[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) r[i] = pack2<T>(factor * d[j + i][2 * half], factor * d[j + i][2 * half + 1]);
+      transpose_quads(r, lane);
+      const int column = (j + lane % 4) * 8;
+      if (row < rows && column < columns) *(uint4*)&out[row * stride + column] = make_uint4(r[0], r[1], r[2], r[3]);
+    }
+  }
+}
+
 // A state's accumulator tile (rows: value channels, columns: key channels) and its place in memory: layout
 // (K, V), or (V, K) with STATE_VK.
 PRIM int64_t state_offset(int value, int key) {

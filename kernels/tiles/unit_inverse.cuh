@@ -1,8 +1,12 @@
-// The inverse of I + A for a strictly lower triangular A of 32 x 32 floats in shared memory, by one warp.
+// The inverse of I + A for a strictly lower triangular A of 32 x 32 or 64 x 64 floats in shared memory, by warps that
+// need no more than each other's blocks. With weights b, one per row, and M for A:
 //
-// L = (I + A)^-1 - I. The 16 x 16 blocks on the diagonal by forward substitution, a column per lane; then
+//   L = -M (I + diag(b) M)^-1
 //
-//   L21 = -(I + L22) A21 (I + L11)
+// which is (I + A)^-1 - I for b = 1, M = A, and the core of wy_factors.cu for b = beta. The 16 x 16 blocks on the
+// diagonal by forward substitution, a column per lane; then blocks merge,
+//
+//   L21 = -(I + L22 diag(b2)) M21 (I + diag(b1) L11)
 //
 // with the identities in float and the products in TF32. As in triangular_inverse.cuh every factor is a product of
 // I - beta k k^T, so nothing grows.
@@ -14,16 +18,29 @@
 
 constexpr int INVERSE_PITCH = 36;  // floats per row: 16-byte aligned, eight rows in different banks
 
-// Products with 16 x 8 left and 8 x 16 right operands, as Mma<float> has them: in three terms of TF32 for f16, and in
-// one for bf16, which rounds the result to fewer digits than TF32 has. There the tensor cores leave out what follows.
+// The weights of rows from 0 on, in shared memory, or all 1.
+struct Weights {
+  const float* b;
+  PRIM float4 quad(int k) const { return *(const float4*)&b[k]; }
+  PRIM float2 pair(int k) const { return *(const float2*)&b[k]; }
+  PRIM Weights from(int k) const { return {b + k}; }
+};
+struct Ones {
+  PRIM float4 quad(int) const { return make_float4(1.0f, 1.0f, 1.0f, 1.0f); }
+  PRIM float2 pair(int) const { return make_float2(1.0f, 1.0f); }
+  PRIM Ones from(int) const { return {}; }
+};
+
+// Products with 16 x 8 left and 8 x 16 right operands, as Mma<float> has them: in three terms of TF32, and where
+// results are rounded to bf16, to fewer digits than TF32 has, in one. There the tensor cores leave out what follows.
 template <class T>
 struct MergeProduct : Mma<float> {
-  static PRIM void load_a(A& a, const float* tile, int lane) { Mma<float>::load_a(a, tile, INVERSE_PITCH, lane); }
+  static PRIM void set(A& a, int i, float x) { split(a.high[i], a.low[i], x); }
   // d += A B with B[k][n] = tile[k * INVERSE_PITCH + n]
-  static PRIM void multiply(float (&d)[2][4], const A& a, const float* tile, int lane) {
+  static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const float* tile, int lane) {
     B b;
     load_b_transposed(b, tile, INVERSE_PITCH, lane);
-    Mma<float>::multiply(d[0], d[1], a, b);
+    Mma<float>::multiply(d0, d1, a, b);
   }
 };
 template <>
@@ -31,41 +48,47 @@ struct MergeProduct<bf16> {
   struct A {
     uint32_t r[4];
   };
-  static PRIM void load_a(A& a, const float* tile, int lane) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float2 x = *(const float2*)&tile[(lane / 4 + h * 8) * INVERSE_PITCH + lane % 4 * 2];
-      a.r[h] = __float_as_uint(x.x), a.r[h + 2] = __float_as_uint(x.y);
-    }
-  }
-  static PRIM void from_sums(A& a, const float (&d)[2][4], int step) {
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      a.r[h] = __float_as_uint(d[step][2 * h]), a.r[h + 2] = __float_as_uint(d[step][2 * h + 1]);
-  }
-  static PRIM void multiply(float (&d)[2][4], const A& a, const float* tile, int lane) {
+  static PRIM void set(A& a, int i, float x) { a.r[i] = __float_as_uint(x); }
+  static PRIM void multiply(float (&d0)[4], float (&d1)[4], const A& a, const float* tile, int lane) {
     const float* at = tile + lane % 4 * 2 * INVERSE_PITCH + lane / 4;
-    mma_m16n8k8_tf32(d[0], a.r, __float_as_uint(at[0]), __float_as_uint(at[INVERSE_PITCH]));
-    mma_m16n8k8_tf32(d[1], a.r, __float_as_uint(at[8]), __float_as_uint(at[INVERSE_PITCH + 8]));
+    mma_m16n8k8_tf32(d0, a.r, __float_as_uint(at[0]), __float_as_uint(at[INVERSE_PITCH]));
+    mma_m16n8k8_tf32(d1, a.r, __float_as_uint(at[8]), __float_as_uint(at[INVERSE_PITCH + 8]));
   }
 };
 
-// A 16 x 16 block as accumulators.
-PRIM void load_block(float (&d)[2][4], const float* block, int lane) {
+// 16 rows as accumulators.
+template <int TILES>
+PRIM void load_block(float (&d)[TILES][4], const float* block, int lane) {
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < TILES; j++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float2 x = *(const float2*)&block[(lane / 4 + h * 8) * INVERSE_PITCH + sum_column(lane, j, 0)];
       d[j][2 * h] = x.x, d[j][2 * h + 1] = x.y;
     }
 }
+template <int TILES>
+PRIM void store_block(float* block, const float (&d)[TILES][4], int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      *(float2*)&block[(lane / 4 + h * 8) * INVERSE_PITCH + sum_column(lane, j, 0)] =
+          make_float2(d[j][2 * h], d[j][2 * h + 1]);
+}
 
-// L in place of A for the two blocks on the diagonal, whose own diagonal and what is above it are zero.
-PRIM void invert_diagonal_blocks(float* a, int lane) {
-  const int c = lane % 16;
-  float* block = a + lane / 16 * 16 * (INVERSE_PITCH + 1);
-  float column[16];
+// L from M, or in its place, for the two blocks on the diagonal of 32 rows, whose own diagonal and what is above it are
+// zero.
+template <class B>
+PRIM void invert_diagonal_blocks(float* l, const float* m, B b, int lane) {
+  const int c = lane % 16, at = lane / 16 * 16 * (INVERSE_PITCH + 1);
+  const float* block = m + at;
+  float column[16], weighted[16], weight[16];
+#pragma unroll
+  for (int k = 0; k < 16; k += 4) {
+    const float4 x = b.from(lane / 16 * 16).quad(k);
+    weight[k] = x.x, weight[k + 1] = x.y, weight[k + 2] = x.z, weight[k + 3] = x.w;
+  }
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     // Two sums: half the latency.
@@ -73,43 +96,69 @@ PRIM void invert_diagonal_blocks(float* a, int lane) {
 #pragma unroll
     for (int k = 0; k < i; k += 4) {
       const float4 x = *(const float4*)&block[i * INVERSE_PITCH + k];
-      sums[0] += x.x * column[k];
-      if (k + 1 < i) sums[1] += x.y * column[k + 1];
-      if (k + 2 < i) sums[0] += x.z * column[k + 2];
-      if (k + 3 < i) sums[1] += x.w * column[k + 3];
+      sums[0] += x.x * weighted[k];
+      if (k + 1 < i) sums[1] += x.y * weighted[k + 1];
+      if (k + 2 < i) sums[0] += x.z * weighted[k + 2];
+      if (k + 3 < i) sums[1] += x.w * weighted[k + 3];
     }
     column[i] = -(sums[0] + sums[1]);
+    weighted[i] = weight[i] * column[i];
   }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 16; i++) block[i * INVERSE_PITCH + c] = column[i];
+  for (int i = 0; i < 16; i++) l[at + i * INVERSE_PITCH + c] = column[i];
   __syncwarp();
 }
 
-// L21, as accumulators, once the blocks on the diagonal are inverted; T is what it will be rounded to.
-template <class T>
-PRIM void merge_diagonal_blocks(float (&l21)[2][4], const float* a, int lane) {
+// 16 rows of L21 from `row` on, as accumulators, for blocks of SIZE (16 or 32), once L11 and L22 are there. T is what
+// it will be rounded to.
+template <class T, int SIZE, class B>
+PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float* l22, const float* l11, B b2, B b1,
+                       int row, int lane) {
   typedef MergeProduct<T> Product;
-  const float *a21 = a + 16 * INVERSE_PITCH, *l22 = a21 + 16;
+  constexpr int STEPS = SIZE / 8;
   typename Product::A rows;
-  float W[2][4];  // (I + L22) A21
-  load_block(W, a21, lane);
+  float W[STEPS][4];  // (I + L22 diag(b2)) M21
+  load_block(W, m21 + row * INVERSE_PITCH, lane);
 #pragma unroll
-  for (int step = 0; step < 2; step++) {
-    Product::load_a(rows, l22 + step * 8, lane);
-    Product::multiply(W, rows, a21 + step * 8 * INVERSE_PITCH, lane);
+  for (int step = 0; step < STEPS; step++) {
+    if (step * 8 >= row + 16) continue;
+    const float2 b = b2.pair(step * 8 + lane % 4 * 2);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float2 x = *(const float2*)&l22[(row + lane / 4 + h * 8) * INVERSE_PITCH + step * 8 + lane % 4 * 2];
+      Product::set(rows, h, b.x * x.x);
+      Product::set(rows, h + 2, b.y * x.y);
+    }
+#pragma unroll
+    for (int j = 0; j < STEPS; j += 2)
+      Product::multiply(W[j], W[j + 1], rows, m21 + step * 8 * INVERSE_PITCH + j * 8, lane);
   }
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < STEPS; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) l21[j][i] = W[j][i];
 #pragma unroll
-  for (int step = 0; step < 2; step++) {
-    Product::from_sums(rows, W, step);
-    Product::multiply(l21, rows, a + step * 8 * INVERSE_PITCH, lane);
+  for (int step = 0; step < STEPS; step++) {
+    const float2 b = b1.pair(step * 8 + lane % 4 * 2);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      Product::set(rows, h, b.x * W[step][2 * h]);
+      Product::set(rows, h + 2, b.y * W[step][2 * h + 1]);
+    }
+#pragma unroll
+    for (int j = 0; j < STEPS; j += 2)
+      if (j / 2 <= step / 2) Product::multiply(l21[j], l21[j + 1], rows, l11 + step * 8 * INVERSE_PITCH + j * 8, lane);
   }
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < STEPS; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) l21[j][i] = -l21[j][i];
+}
+
+// L21 of 32 rows, as accumulators, once the blocks on the diagonal are inverted.
+template <class T, class B>
+PRIM void merge_diagonal_blocks(float (&l21)[2][4], const float* l, const float* m, B b, int lane) {
+  const float* m21 = m + 16 * INVERSE_PITCH;
+  merge_blocks<T, 16>(l21, m21, l + 16 * (INVERSE_PITCH + 1), l, b.from(16), b, 0, lane);
 }
