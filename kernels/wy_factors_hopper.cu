@@ -72,61 +72,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       tma_load(q + box * TILE, &q_map, loaded, box * BOX, h, token, batch);
     }
   }
-  const int unit = warp / 2, half = warp % 2;
   const int64_t first = chunk.first * HV + h * groups;  // row of (token, value head)
   auto beta_of = [&](int group) {
-    const int t = half * HALF + lane;
+    const int t = thread % CHUNK;
     return group < groups && t < chunk.tokens ? beta[first + (int64_t)t * HV + group] : 0.0f;
   };
-  float next_beta = beta_of(unit);
+  float next_beta = beta_of(warp / 2);
   __syncthreads();
   mbarrier_wait(loaded, 0);
 
-  float kk[8][4], qk[8][4];
-  wgmma_fence();
+  float d[8][4];
+  auto multiply = [&](const DTYPE* rows) {
+    wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < K_STEPS; step++)
-    wgmma<DTYPE, false, false>(qk, step_along_rows(q, step), step_along_rows(k, step), step > 0);
-  wgmma_commit();
-#pragma unroll
-  for (int step = 0; step < K_STEPS; step++)
-    wgmma<DTYPE, false, false>(kk, step_along_rows(k, step), step_along_rows(k, step), step > 0);
-  wgmma_commit();
-  wgmma_wait<1>();
-  pin(qk);
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false, false>(d, step_along_rows(rows, step), step_along_rows(k, step), step > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(d);
+  };
+  multiply(q);
   // Rows past the end may be another sequence's: none of P is written, and M has zeros there.
   const int row = warp * 16;
 #pragma unroll
   for (int j = 0; j < 8; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (sum_column(lane, j, i) > row + sum_row(lane, i)) qk[j][i] = 0.0f;
-  store_wide(p + (chunk.first + row) * H * CHUNK + h * CHUNK, (int64_t)H * CHUNK, qk, 1.0f, chunk.tokens - row, CHUNK,
+      if (sum_column(lane, j, i) > row + sum_row(lane, i)) d[j][i] = 0.0f;
+  store_wide(p + (chunk.first + row) * H * CHUNK + h * CHUNK, (int64_t)H * CHUNK, d, 1.0f, chunk.tokens - row, CHUNK,
              lane);
-  wgmma_wait<0>();
-  pin(kk);
+  multiply(k);
   __syncthreads();  // everyone is done with K and Q
 
-  float *m = (float*)area, *m21 = m + 2 * TRIANGLE, *l = m21 + TRIANGLE + unit * 2 * TRIANGLE;
+  float *m = (float*)area, *m21 = m + 2 * TRIANGLE;
 #pragma unroll
   for (int j = 0; j < 8; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int r = row + sum_row(lane, i);
-      if (sum_column(lane, j, i) >= r || r >= chunk.tokens) kk[j][i] = 0.0f;
+      if (sum_column(lane, j, i) >= r || r >= chunk.tokens) d[j][i] = 0.0f;
     }
   if (warp < 2) {
-    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])kk[0], lane);
+    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])d[0], lane);
   } else {
-    store_block(m21 + (row - HALF) * INVERSE_PITCH, (const float (&)[4][4])kk[0], lane);
-    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])kk[4], lane);
+    store_block(m21 + (row - HALF) * INVERSE_PITCH, (const float (&)[4][4])d[0], lane);
+    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])d[4], lane);
   }
   __syncthreads();
 
-  float *own = l + half * TRIANGLE, *b = betas + unit * CHUNK;
-  const float* own_m = m + half * TRIANGLE;
-  const int64_t stride = (int64_t)HV * CHUNK;
-  for (int group = unit; group < groups; group += HEADS) {
+  for (int group = warp / 2; group < groups; group += HEADS) {
+    const int pair = opaque(thread) / 64, half = opaque(thread) / 32 % 2, lane = opaque(thread) % 32;
+    float *l = m21 + TRIANGLE + pair * 2 * TRIANGLE, *own = l + half * TRIANGLE, *b = betas + pair * CHUNK;
+    const float* own_m = m + half * TRIANGLE;
+    const int64_t stride = (int64_t)HV * CHUNK;
     DTYPE* out = core + (first + group) * CHUNK;
     b[half * HALF + lane] = next_beta;
     next_beta = beta_of(group + HEADS);
@@ -136,12 +134,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float corner[2][4];
     merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
     store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
-    named_barrier(1 + unit, 64);
+    __syncwarp();
     write_diagonal_block(out, stride, own, half * HALF, chunk.tokens, lane);
+    named_barrier(1 + pair, 64);
     float l21[4][4];
     const int below = HALF + half * 16;
     merge_blocks<float, HALF>(l21, m21, l + TRIANGLE, l, Weights{b + HALF}, Weights{b}, half * 16, lane);
     store_wide(out + below * stride, stride, l21, 1.0f, chunk.tokens - below, HALF, lane);
-    named_barrier(1 + unit, 64);  // both are done with the core
+    named_barrier(1 + pair, 64);  // both are done with the core
   }
 }

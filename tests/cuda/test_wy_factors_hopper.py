@@ -1,0 +1,146 @@
+"""The factors of training on compute capability 9.0, alone, under the race-checking emulator."""
+
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import HOPPER, EmulatorDevice, Run, copy_in
+from helpers import make_inputs
+from rounded import error
+
+from cupy_delta.cuda import hopper_walks, kernels
+from cupy_delta.cuda.hopper import CHUNK
+from cupy_delta.cuda.launch import execute
+from cupy_delta.cuda.plan import Plan
+from cupy_delta.problem import Problem
+
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+# Empty and one-token sequences, ends within, at and right after a chunk.
+VARLEN = [0, 0, 1, 64, 128, 193, 200]
+LEGS = ["source", "ptx"]
+# Half a unit in the last place of a number between 1 and 2; what else there is adds a tenth.
+ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
+
+
+def make_case(T, *, H=1, G=1, K=64, dtype=BF16, **options):
+    args, kw = make_inputs(T, H=H, G=G, K=K, V=8, dtype=dtype, **options)
+    q, k, _, beta, _ = args
+    B, cu = len(q), kw["cu_seqlens"]
+    cu = None if cu is None else np.asarray(cu, np.int64)
+    sizes = dict(B=B, T=T, N=B if cu is None else len(cu) - 1, H=H, HV=H * G, K=K, V=8)
+    p = Problem(kind="numpy", dtype=dtype, **sizes, cu_seqlens=cu, scale=1.0, chunk_size=CHUNK)
+    return p, dict(q=q, k=k, beta=beta.astype(np.float32))
+
+
+def computed(p, arrays, *, leg="source", run=None, portable=False):
+    """Return core and P per value head; what the kernel does not write has all bits set."""
+    device = EmulatorDevice(run or Run(), leg=leg, **HOPPER)
+    if portable:
+        launch = kernels.wy_factors_launch(p, CHUNK, device.facts, factors=False)
+    else:
+        launch = hopper_walks.factors_launch(p)
+    heads = {"core": p.HV, "p": p.HV if portable else p.H}
+    outputs = {name: ((p.B, p.T, n, CHUNK), p.dtype) for name, n in heads.items()}
+    given = {name: copy_in(x, name) for name, x in arrays.items()}
+    given["cu_seqlens"] = None if p.cu_seqlens is None else copy_in(p.cu_seqlens, "cu_seqlens")
+    results = execute(Plan((launch,), outputs), given, device)
+    return np.array(results["core"]), np.array(results["p"])
+
+
+def chunks(p):
+    """Batch row and rows of tokens of every chunk."""
+    spans = [(b, 0, p.T) for b in range(p.B)]
+    if p.cu_seqlens is not None:
+        spans = [(0, *map(int, ends)) for ends in pairwise(p.cu_seqlens)]
+    for b, start, stop in spans:
+        for first in range(start, stop, CHUNK):
+            yield b, slice(first, min(first + CHUNK, stop))
+
+
+def definition(p, arrays):
+    """Return core and P of the key heads in float64."""
+    q, k, beta = (np.asarray(arrays[name], np.float64) for name in ("q", "k", "beta"))
+    core, pairs = (np.zeros((p.B, p.T, heads, CHUNK)) for heads in (p.HV, p.H))
+    for b, rows in chunks(p):
+        n = rows.stop - rows.start
+        for hv in range(p.HV):
+            h = hv // p.groups
+            Q, X = q[b, rows, h], k[b, rows, h]
+            M = np.tril(X @ X.T, -1)
+            core[b, rows, hv, :n] = -M @ np.linalg.inv(np.eye(n) + beta[b, rows, hv, None] * M)
+            pairs[b, rows, h, :n] = np.tril(Q @ X.T)
+    return core, pairs
+
+
+def check(p, arrays, **options):
+    """Unit keys make entries of at most 1 (core) and about 1 (P): errors are absolute."""
+    core, pairs = computed(p, arrays, **options)
+    for x, y in zip((core, pairs), definition(p, arrays), strict=True):
+        assert np.abs(x.astype(np.float64) - y).max() < 1.1 * ROUNDING[p.dtype] / 2
+    return core, pairs
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize(("T", "G"), [(1, 3), (64, 2), (130, 1)])
+def test_lengths_and_heads(leg, T, G):
+    check(*make_case(T, B=2, H=2, G=G, K=128, beta=(0, 2)), leg=leg)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize(("K", "dtype"), [(8, BF16), (64, F16), (72, F16)])
+def test_head_sizes(leg, K, dtype):
+    check(*make_case(65, G=2, K=K, dtype=dtype), leg=leg)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_sequences_of_any_lengths(leg):
+    """NaN in the neighbours of ragged chunks, and rows of no sequence that stay as they were."""
+    cu = [3, 3, 4, 40, 110, 150]
+    p, arrays = make_case(160, H=2, G=2, cu_seqlens=cu)
+    clean = check_sequences(p, arrays, leg)
+    spoilt = {name: x.copy() for name, x in arrays.items()}
+    for x in spoilt.values():
+        x[:, 40:110] = np.nan
+        x[:, 150:] = np.nan
+    for x, y in zip(computed(p, spoilt, leg=leg), clean, strict=True):
+        for rows in (slice(3, 40), slice(110, 150)):
+            assert np.array_equal(x[:, rows], y[:, rows])
+        assert np.isnan(x[:, 41:110].astype(float)).any()
+
+
+def check_sequences(p, arrays, leg):
+    results = computed(p, arrays, leg=leg)
+    inside = slice(int(p.cu_seqlens[0]), int(p.cu_seqlens[-1]))
+    for x, y in zip(results, definition(p, arrays), strict=True):
+        wrong = np.abs(x[:, inside].astype(np.float64) - y[:, inside]).max()
+        assert wrong < 1.1 * ROUNDING[p.dtype] / 2
+        outside = np.delete(x, np.r_[inside], axis=1)
+        assert np.all(np.ascontiguousarray(outside).view(np.uint8) == 255)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("correlation", "beta"), [(0.9, (2, 2)), (0.5, (0, 2)), (1.0, (2, 2))])
+def test_hard_keys(dtype, correlation, beta):
+    """No worse than the portable kernel, which inverts block by block, too."""
+    p, arrays = make_case(192, H=2, K=64, dtype=dtype, correlation=correlation, beta=beta)
+    core, _ = computed(p, arrays)
+    portable, _ = computed(p, arrays, portable=True)
+    exact, _ = definition(p, arrays)
+    assert error(core, exact) < 1.1 * error(portable, exact)
+
+
+def test_beta_of_zero():
+    """Without division: core = -M."""
+    p, arrays = make_case(64, beta=(0, 0))
+    core, _ = check(p, arrays)
+    assert np.any(core)
+
+
+def test_any_order_of_events_gives_the_same_bits():
+    p, arrays = make_case(200, H=2, G=3, cu_seqlens=VARLEN)
+    runs = [Run(), Run("descending", "early"), Run("random", "either", preempt=30, seed=1)]
+    first, *others = (computed(p, arrays, run=run) for run in runs)
+    for other in others:
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(first, other, strict=True))
