@@ -21,7 +21,8 @@
 #include "tiles/unit_inverse.cuh"
 
 static_assert(CHUNK == 64 && !HAS_GATE, "the chunk is wgmma's 64 rows, and P that of the key head");
-constexpr int THREADS = 128, BLOCKS = 5, HEADS = 2;  // value heads at a time
+// As many blocks as registers admit without spilling; value heads at a time.
+constexpr int THREADS = 128, BLOCKS = 4, HEADS = 2;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16;
 constexpr int TILE = CHUNK * BOX, HALF = 32, TRIANGLE = HALF * INVERSE_PITCH;
 // M and a core as blocks of 32 x 32 in rows of INVERSE_PITCH: the two on the diagonal, and for M the one below them.
@@ -112,11 +113,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int r = row + sum_row(lane, i);
       if (sum_column(lane, j, i) >= r || r >= chunk.tokens) d[j][i] = 0.0f;
     }
-  if (warp < 2) {
-    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])d[0], lane);
+  typedef const float (&Columns)[4][4];
+  if (row < HALF) {
+    store_block(m + row * INVERSE_PITCH, (Columns)d[0], lane);
   } else {
-    store_block(m21 + (row - HALF) * INVERSE_PITCH, (const float (&)[4][4])d[0], lane);
-    store_block(m + row * INVERSE_PITCH, (const float (&)[4][4])d[4], lane);
+    store_block(m21 + (row - HALF) * INVERSE_PITCH, (Columns)d[0], lane);
+    store_block(m + row * INVERSE_PITCH, (Columns)d[4], lane);
   }
   __syncthreads();
 
@@ -139,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     named_barrier(1 + pair, 64);
     float l21[4][4];
     const int below = HALF + half * 16;
-    merge_blocks<float, HALF>(l21, m21, l + TRIANGLE, l, Weights{b + HALF}, Weights{b}, half * 16, lane);
+    merge_blocks<float, HALF>(l21, m21, l + TRIANGLE, l, Weights{b}, half * 16, lane);
     store_wide(out + below * stride, stride, l21, 1.0f, chunk.tokens - below, HALF, lane);
     named_barrier(1 + pair, 64);  // both are done with the core
   }

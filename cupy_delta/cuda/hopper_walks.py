@@ -81,7 +81,7 @@ def division(
     pairs = p.N * p.HV
     widths = (1,) if p.V <= BOX else (2, 1)
     # What a walk moves per chunk and value head: keys, rows of values and factors, a state.
-    rows = (2 * p.K + CHUNK) / p.groups + (1 + written_rows) * p.V + CHUNK
+    rows = 2 * p.K / p.groups + (1 + written_rows) * p.V + 2 * CHUNK
     traffic = pairs * chunks * (CHUNK * rows + p.K * p.V) * p.dtype.itemsize / BANDWIDTH
 
     def blocks(size: int, math: int) -> int:

@@ -1,6 +1,6 @@
 // What forward_residuals_hopper.cu and backward_state_hopper.cu share: sizes, shared memory, what a block works on, the
-// warp that loads, and how results leave. Both read core and P of a chunk from wy_factors_hopper.cu, and `rows` of value
-// channels: V, or dO.
+// warp that loads, and how results leave. Both read core and P of a chunk from wy_factors_hopper.cu, and `rows` of
+// value channels: V, or dO.
 //
 // The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta,
 // up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that it is done

@@ -1,10 +1,10 @@
-// The inverse of I + A for a strictly lower triangular A of 32 x 32 or 64 x 64 floats in shared memory, by warps that
-// need no more than each other's blocks. With weights b, one per row, and M for A:
+// The inverse of I + A, by warps, for a strictly lower triangular A of 32 x 32 floats in shared memory, or of 64 x 64
+// in blocks of 32 x 32. More generally, with weights b of the rows,
 //
 //   L = -M (I + diag(b) M)^-1
 //
-// which is (I + A)^-1 - I for b = 1, M = A, and the core of wy_factors.cu for b = beta. The 16 x 16 blocks on the
-// diagonal by forward substitution, a column per lane; then blocks merge,
+// which is (I + A)^-1 - I for M = A and b = 1, and what wy_factors.cu calls core for b = beta. The 16 x 16 blocks on
+// the diagonal by forward substitution, a column per lane; then neighbours merge,
 //
 //   L21 = -(I + L22 diag(b2)) M21 (I + diag(b1) L11)
 //
@@ -18,7 +18,7 @@
 
 constexpr int INVERSE_PITCH = 36;  // floats per row: 16-byte aligned, eight rows in different banks
 
-// The weights of rows from 0 on, in shared memory, or all 1.
+// b, in shared memory, or all 1.
 struct Weights {
   const float* b;
   PRIM float4 quad(int k) const { return *(const float4*)&b[k]; }
@@ -110,11 +110,11 @@ PRIM void invert_diagonal_blocks(float* l, const float* m, B b, int lane) {
   __syncwarp();
 }
 
-// 16 rows of L21 from `row` on, as accumulators, for blocks of SIZE (16 or 32), once L11 and L22 are there. T is what
-// it will be rounded to.
+// 16 rows of L21 from `row` on, as accumulators, once L11 and L22, of SIZE (16 or 32) rows each, are there. T is what
+// they will be rounded to, or float for three terms.
 template <class T, int SIZE, class B>
-PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float* l22, const float* l11, B b2, B b1,
-                       int row, int lane) {
+PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float* l22, const float* l11, B b, int row,
+                       int lane) {
   typedef MergeProduct<T> Product;
   constexpr int STEPS = SIZE / 8;
   typename Product::A rows;
@@ -123,12 +123,12 @@ PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float*
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     if (step * 8 >= row + 16) continue;
-    const float2 b = b2.pair(step * 8 + lane % 4 * 2);
+    const float2 f = b.from(SIZE).pair(step * 8 + lane % 4 * 2);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float2 x = *(const float2*)&l22[(row + lane / 4 + h * 8) * INVERSE_PITCH + step * 8 + lane % 4 * 2];
-      Product::set(rows, h, b.x * x.x);
-      Product::set(rows, h + 2, b.y * x.y);
+      Product::set(rows, h, f.x * x.x);
+      Product::set(rows, h + 2, f.y * x.y);
     }
 #pragma unroll
     for (int j = 0; j < STEPS; j += 2)
@@ -140,11 +140,11 @@ PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float*
     for (int i = 0; i < 4; i++) l21[j][i] = W[j][i];
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
-    const float2 b = b1.pair(step * 8 + lane % 4 * 2);
+    const float2 f = b.pair(step * 8 + lane % 4 * 2);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      Product::set(rows, h, b.x * W[step][2 * h]);
-      Product::set(rows, h + 2, b.y * W[step][2 * h + 1]);
+      Product::set(rows, h, f.x * W[step][2 * h]);
+      Product::set(rows, h + 2, f.y * W[step][2 * h + 1]);
     }
 #pragma unroll
     for (int j = 0; j < STEPS; j += 2)
@@ -160,5 +160,5 @@ PRIM void merge_blocks(float (&l21)[SIZE / 8][4], const float* m21, const float*
 template <class T, class B>
 PRIM void merge_diagonal_blocks(float (&l21)[2][4], const float* l, const float* m, B b, int lane) {
   const float* m21 = m + 16 * INVERSE_PITCH;
-  merge_blocks<T, 16>(l21, m21, l + 16 * (INVERSE_PITCH + 1), l, b.from(16), b, 0, lane);
+  merge_blocks<T, 16>(l21, m21, l + 16 * (INVERSE_PITCH + 1), l, b, 0, lane);
 }
