@@ -1,4 +1,4 @@
-"""The factors and walks of training on compute capability 9.0: launches, and how work is divided."""
+"""Factors and walks of training on compute capability 9.0: launches, and how work is divided."""
 
 from __future__ import annotations
 

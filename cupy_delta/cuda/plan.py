@@ -149,7 +149,7 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
     if hopper.available(problem, facts) and not residuals:
         return plan_hopper_forward(problem, facts, outputs, workspace, launches)
     on_hopper = residuals and hopper_walks.available(problem, facts)
-    # Without a gate P is the same for all value heads of a key head, which is what 9.0 makes use of.
+    # Without a gate P is the same for all value heads of a key head: there it is kept once.
     heads = problem.H if on_hopper else problem.HV
     workspace["core"] = ((*tokens, chunk), problem.dtype)
     workspace["p"] = ((problem.B, problem.T, heads, chunk), problem.dtype)
