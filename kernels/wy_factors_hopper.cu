@@ -136,13 +136,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     float corner[2][4];
     merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
     store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
-    __syncwarp();
-    write_diagonal_block(out, stride, own, half * HALF, chunk.tokens, lane);
     named_barrier(1 + pair, 64);
     float l21[4][4];
     const int below = HALF + half * 16;
     merge_blocks<float, HALF>(l21, m21, l + TRIANGLE, l, Weights{b}, half * 16, lane);
     store_wide(out + below * stride, stride, l21, 1.0f, chunk.tokens - below, HALF, lane);
+    write_diagonal_block(out, stride, own, half * HALF, chunk.tokens, lane);
     named_barrier(1 + pair, 64);  // both are done with the core
   }
 }
