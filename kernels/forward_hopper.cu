@@ -70,35 +70,21 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
   pin(d);
 }
 
-// 16 value channels of the tokens of a chunk, on their way through this warp's `staging` to rows of (token, value
-// head): rows of 32 bytes, whose halves change places every four.
-PRIM DTYPE* staged(DTYPE* staging, int token, int half) { return staging + token * 16 + (half ^ token / 4 % 2) * 8; }
-PRIM void write_channels(DTYPE* out, int64_t stride, const uint32_t (&a)[4][4], DTYPE* staging, int tokens, int width,
-                         int lane) {
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(staging, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int token = i * 16 + lane / 2, half = lane % 2;
-    if (token < tokens && half * 8 < width)
-      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)staged(staging, token, half);
-  }
-}
-
-PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE* o, float scale, int warpgroup, int HV,
+PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup, int HV,
                int thread) {
   const int warp = thread / 32, lane = thread % 32;
 #if WITH_OUTPUT
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
-  const int64_t stride = (int64_t)HV * HEAD_V;
-  DTYPE* staging = s.o + (warpgroup * 4 + warp) * CHUNK * 16;
-  uint32_t out[4][4] = {};  // of the chunk before
-  DTYPE* before = o + (work.sequence.first * HV + work.hv) * HEAD_V + value - CHUNK * stride;
+  uint32_t out[4][4];  // of the chunk before
+  // The O of chunk c through one of two boxes, the other of which may still be on its way.
+  auto send = [&](int c) {
+    if (thread == 0) tma_store_wait_read<0>();
+    send_rows(o, out, s.o + (c % 2 * MATH + warpgroup) * TILE, work, c, work.tokens(c), value,
+              MATH_BARRIER + warpgroup, HV, thread);
+  };
 #endif
   Ring<KEY_STAGES> keys;
-  Ring<VALUE_STAGES> values;
+  Ring<ROW_STAGES> rows;
   Ring<FACTOR_STAGES> factors;
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
@@ -108,8 +94,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
     // R = V - e^G K S; without a gate V is where the sums start.
     float R[8][4];
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    const DTYPE* v = s.v + (values.stage * MATH + warpgroup) * TILE;
-    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
+    const DTYPE* v = s.v + (rows.stage * MATH + warpgroup) * TILE;
+    if (WITH_OUTPUT || work.values) mbarrier_wait(s.rows_full + rows.stage, rows.parity);
 #if !HAS_GATE
     clear(R);
     if (work.values) {
@@ -125,7 +111,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
       wgmma<DTYPE, false, true>(R, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
     wgmma_commit();
 #if WITH_OUTPUT
-    const DTYPE *q = s.q + keys.stage * K_BOXES * TILE, *p = s.p + factors.stage * TILE;
+    const DTYPE *q = s.q + rows.stage * K_BOXES * TILE, *p = s.p + factors.stage * TILE;
     float O[8][4];
 #if EARLY_OUTPUT
 #pragma unroll
@@ -133,8 +119,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
     wgmma_commit();
 #endif
     // The output of the chunk before, while the tensor cores are at this one; there is none before the first.
-    write_channels(before, stride, out, staging, c > 0 ? CHUNK : 0, HEAD_V - value, lane);
-    before += CHUNK * stride;
+    if (c > 0) send(c - 1);
 #endif
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     wgmma_wait<EARLY_OUTPUT>();
@@ -151,9 +136,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
       }
     }
 #endif
-    __syncwarp();
-    if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    values.advance();
     // N = T R, by halves; T's diagonal in float. A sum of its own for R2, whose registers are otherwise R's.
     const float* b = s.beta + factors.stage * CHUNK;
     float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
@@ -163,6 +145,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
       for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
     scale_columns(N1, b, lane);
     multiply_half(N1, R1, t, nullptr, a[0], a[1]);
+    __syncwarp();  // V is read; and Q S is done, where it is early
+    if (lane == 0 && (EARLY_OUTPUT || (TRANSFER && work.values))) mbarrier_arrive(s.rows_free + rows.stage);
     multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1]);
 #pragma unroll
     for (int j = 0; j < 4; j++)
@@ -226,7 +210,12 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
     __syncwarp();
     if (lane == 0) {
       mbarrier_arrive(s.keys_free + keys.stage);
+      if (WITH_OUTPUT && !EARLY_OUTPUT) mbarrier_arrive(s.rows_free + rows.stage);
+#if CLUSTER > 1
+      mbarrier_arrive_remote(s.factors_free + factors.stage, c % CLUSTER);
+#else
       mbarrier_arrive(s.factors_free + factors.stage);
+#endif
     }
     round_sums<DTYPE>(state, S);
 #if WITH_OUTPUT
@@ -237,17 +226,17 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], DTYPE*
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
 #endif
-    keys.advance(), factors.advance();
+    keys.advance(), rows.advance(), factors.advance();
   }
 #if WITH_OUTPUT
-  const int last = work.chunks > 0 ? work.sequence.tokens - (work.chunks - 1) * CHUNK : 0;
-  write_channels(before, stride, out, staging, last, HEAD_V - value, lane);
+  if (work.chunks > 0) send(work.chunks - 1);
+  if (thread == 0) tma_store_wait_read<0>();
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                   const __grid_constant__ TensorMap v_map, const float* beta, const float* g,
+                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, const float* beta, const float* g,
                    const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state, float* transfer,
                    float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
@@ -262,29 +251,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   work.h = hv / (HV / H), work.hv = hv, work.batch = batch;
   work.values = !TRANSFER || values;
   work.start = (int)(sequence.first - (int64_t)batch * T);
+  work.rank = slice % CLUSTER;
 
   DynSmem smem;
   const Shared s = take_shared(smem);
   if (threadIdx.x == 0) {
+    auto solves = [&](int stage) { return stage % CLUSTER == work.rank; };
     for (int i = 0; i < KEY_STAGES; i++)
-      mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4);
-    for (int i = 0; i < VALUE_STAGES; i++)
-      mbarrier_init(s.values_full + i, 1), mbarrier_init(s.values_free + i, 4 * MATH);
-    for (int i = 0; i < FACTOR_STAGES; i++)
-      mbarrier_init(s.factors_full + i, WITH_INVERTERS ? 4 + 2 : 4), mbarrier_init(s.factors_free + i, 4 * MATH);
+      mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4 * solves(i));
+    for (int i = 0; i < ROW_STAGES; i++)
+      mbarrier_init(s.rows_full + i, 1), mbarrier_init(s.rows_free + i, 4 * MATH + 4 * (WITH_OUTPUT && solves(i)));
+    for (int i = 0; i < FACTOR_STAGES; i++) {
+      mbarrier_init(s.factors_full + i, !solves(i) ? 1 : WITH_INVERTERS ? 4 + 2 : 4);
+      mbarrier_init(s.factors_free + i, 4 * MATH * CLUSTER);
+    }
     for (int i = 0; i < A_STAGES; i++) mbarrier_init(s.a_full + i, 4), mbarrier_init(s.a_free + i, 2);
     for (int i = 0; i < 2; i++) mbarrier_init(s.landed + i, 1);
     mbarrier_init_fence();
   }
   clear_factors(s, threadIdx.x);
+#if CLUSTER > 1
+  cluster_sync();
+#else
   __syncthreads();
+#endif
 
   if (warpgroup == 0) {
     fewer_registers<LOADER_REGISTERS>();
     if (warp == 0) load(s, {&q_map, &k_map, &v_map}, work, lane);
 #if WITH_INVERTERS
-    else
+    else if (warp <= INVERTERS)
       invert(s, work, warp - 1, lane);
+#endif
+#if CLUSTER > 1
+    else if (lane == 0 && warp == 3)
+      send(s, work);
+    __syncwarp();
 #endif
   } else if (warpgroup <= MATH) {
     more_registers<MATH_REGISTERS>();
@@ -300,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
     }
 #endif
-    walk(s, work, S, o, scale, warpgroup - 1, HV, thread);
+    walk(s, work, S, {&o_map, o}, scale, warpgroup - 1, HV, thread);
 #if TRANSFER
     // A state per segment.
     if (values) {
@@ -324,4 +326,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fewer_registers<SOLVER_REGISTERS>();
     solve(s, work, SOLVERS == 1 ? 0 : __shfl_sync(~0u, warpgroup - 1 - MATH, 0), beta, g, HV, thread);
   }
+#if CLUSTER > 1
+  // No block leaves while others still read what it sends or say that they are done.
+  cluster_sync();
+#endif
 }

@@ -23,7 +23,14 @@ TRANSFER = {1: 1.25, 2: 1.72}
 JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
-STAGES = {1: (4, 2, 3), 2: (3, 2, 2)}
+STAGES = {1: (4, 3, 3), 2: (3, 2, 2)}
+CLUSTER_STAGES = {1: (4, 2, 4), 2: (4, 2, 4)}
+
+
+def CLUSTER(math, transfer, slices, gate):
+    return 2 if slices % 2 == 0 and (math == 1 or transfer) else 1
+
+
 
 
 class Division(NamedTuple):
@@ -81,17 +88,17 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
 
 def walk_shared(K: int, math: int, solvers: int, gate: bool, output: bool, stages: tuple) -> int:
     """Return the bytes of shared memory of a walk, as forward_hopper.cu carves them."""
-    keys, values, factors = stages
+    keys, rows, factors = stages
     count, size = TILE
     boxes = -(-K // BOX)
     tiles = [(keys * boxes * count, size)]
     if output:
-        tiles += [(keys * boxes * count, size), (math * count, size), (factors * count, size)]
-    tiles += [(values * math * count, size), (factors * count, size)]
+        tiles += [(rows * boxes * count, size), (2 * math * count, size), (factors * count, size)]
+    tiles += [(rows * math * count, size), (factors * count, size)]
     rest = [(A_STAGES * INVERSE, 4), (factors * CHUNK, 4)]
     if gate:
         rest += [(factors * CHUNK, 4), (factors * CHUNK, 4), (solvers * CHUNK, 8)]
-    barriers = (keys, keys, values, values, factors, factors, A_STAGES, A_STAGES, 2)
+    barriers = (keys, keys, rows, rows, factors, factors, A_STAGES, A_STAGES, 2)
     rest += [(count, BARRIER) for count in barriers]
     return carve(*rest, start=carve(*tiles, align=1024))
 
@@ -113,9 +120,10 @@ def walk_launch(
     p = problem
     walked = segments - 1 if transfer else segments
     gate = p.g is not None
-    solvers = 3 - math
     slices = -(-p.V // (64 * math)) + (-(-p.K // (64 * math)) if transfer else 0)
-    stages = STAGES[math]
+    cluster = CLUSTER(math, transfer, slices, gate)
+    solvers = 1 if cluster > 1 else 3 - math
+    stages = STAGES[math] if cluster == 1 else CLUSTER_STAGES[math]
     defines = variant(
         p,
         CHUNK,
@@ -124,8 +132,9 @@ def walk_launch(
         TRANSFER=int(transfer),
         MATH=math,
         SOLVERS=solvers,
+        CLUSTER=cluster,
         KEY_STAGES=stages[0],
-        VALUE_STAGES=stages[1],
+        ROW_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
@@ -133,6 +142,7 @@ def walk_launch(
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("v", values),
+        box("o", values),
         "beta",
         "g",
         initial,

@@ -83,14 +83,41 @@ PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
   }
 }
 
+#if CLUSTER > 1
+// This block's factors to the others of the cluster, by one thread.
+PRIM void send(const Shared& s, const Work& work) {
+  constexpr int COLUMN = CHUNK * 4, BYTES = (1 + WITH_OUTPUT) * TILE * 2 + (1 + 2 * HAS_GATE) * COLUMN;
+  for (int c = work.rank; c < work.chunks; c += CLUSTER) {
+    const int stage = c % FACTOR_STAGES;
+    uint64_t* full = s.factors_full + stage;
+    mbarrier_wait(full, c / FACTOR_STAGES % 2);
+    for (int i = 1; i < CLUSTER; i++) {
+      const int rank = (work.rank + i) % CLUSTER;
+      auto send_to_rank = [&](void* x, int bytes) { cluster_send(x, x, bytes, full, rank); };
+      mbarrier_arrive_expect_remote(full, BYTES, rank);
+      send_to_rank(s.t + stage * TILE, TILE * 2);
+      send_to_rank(s.beta + stage * CHUNK, COLUMN);
+#if WITH_OUTPUT
+      send_to_rank(s.p + stage * TILE, TILE * 2);
+#endif
+#if HAS_GATE
+      send_to_rank(s.decay + stage * CHUNK, COLUMN);
+      send_to_rank(s.rest + stage * CHUNK, COLUMN);
+#endif
+    }
+  }
+}
+#endif
+
 #if WITH_INVERTERS
-// T11 and T22 of every chunk, by INVERTERS warps in turn.
+// T11 and T22 of the chunks that this block solves, by INVERTERS warps in turn.
 PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_warp) {
-  for (int job = inverter; job < 2 * work.chunks; job += INVERTERS) {
-    const int c = job / 2, half = job % 2, lane = opaque(lane_in_warp);
-    const int a_stage = c % A_STAGES, stage = c % FACTOR_STAGES;
+  for (int job = inverter;; job += INVERTERS) {
+    const int solved = job / 2, c = work.rank + CLUSTER * solved, half = job % 2, lane = opaque(lane_in_warp);
+    if (c >= work.chunks) break;
+    const int a_stage = solved % A_STAGES, stage = c % FACTOR_STAGES;
     mbarrier_wait(s.factors_free + stage, c / FACTOR_STAGES % 2 ^ 1);
-    mbarrier_wait(s.a_full + a_stage, c / A_STAGES % 2);
+    mbarrier_wait(s.a_full + a_stage, solved / A_STAGES % 2);
     make_t(s.t + stage * TILE, s.a + (a_stage * CHUNK + half * 32) * INVERSE_PITCH, s.beta + stage * CHUNK, half * 32,
            lane);
     async_proxy_fence();
@@ -120,14 +147,21 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     if (t + 1 < work.sequence.tokens) x.y = g[first + (int64_t)(t + 1) * HV];
     return x;
   };
-  float2 next_gates = gates_of(solver);
+  float2 next_gates = gates_of(work.rank + CLUSTER * solver);
 #endif
   Ring<KEY_STAGES> keys;
+  Ring<ROW_STAGES> q_rows;
   Ring<FACTOR_STAGES> factors;
   Ring<A_STAGES> stages;
-  for (int i = 0; i < solver; i++) keys.advance(), factors.advance(), stages.advance();
-  float next_beta = beta_of(solver);
-  for (int c = solver; c < work.chunks; c += SOLVERS) {
+  auto advance = [&](int solved) {
+    for (int i = 0; i < CLUSTER * solved; i++) keys.advance(), q_rows.advance(), factors.advance();
+    for (int i = 0; i < solved; i++) stages.advance();
+  };
+  const int first_chunk = work.rank + CLUSTER * solver;
+  for (int i = 0; i < first_chunk; i++) keys.advance(), q_rows.advance(), factors.advance();
+  for (int i = 0; i < solver; i++) stages.advance();
+  float next_beta = beta_of(first_chunk);
+  for (int c = first_chunk; c < work.chunks; c += CLUSTER * SOLVERS) {
     const int thread = opaque(thread_in_warpgroup), warp = thread / 32, lane = thread % 32;
     DTYPE* t = s.t + factors.stage * TILE;
     const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
@@ -181,9 +215,10 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
       *(float2*)(at + 8) = make_float2(b_high * kk[j + 1][2], b_high * kk[j + 1][3]);
     }
 #if WITH_OUTPUT
-    const DTYPE* q = s.q + keys.stage * K_BOXES * TILE;
+    const DTYPE* q = s.q + q_rows.stage * K_BOXES * TILE;
     DTYPE* p = s.p + factors.stage * TILE;
     float kq[8][4];  // P transposed
+    mbarrier_wait(s.rows_full + q_rows.stage, q_rows.parity);
     pin(rows);
     wgmma_fence();
 #pragma unroll
@@ -205,7 +240,12 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
       write_box_transposed(p, kq[j], kq[j + 1], j * 8, warp * 16, lane);
     }
 #endif
-    if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
+    if (lane == 0) {
+      mbarrier_arrive(s.keys_free + keys.stage);
+#if WITH_OUTPUT
+      mbarrier_arrive(s.rows_free + q_rows.stage);
+#endif
+    }
 #if !WITH_INVERTERS
     named_barrier(id, 128);  // A is there
     if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
@@ -213,10 +253,10 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.factors_full + factors.stage);
-    next_beta = beta_of(c + SOLVERS);
+    next_beta = beta_of(c + CLUSTER * SOLVERS);
 #if HAS_GATE
-    next_gates = gates_of(c + SOLVERS);
+    next_gates = gates_of(c + CLUSTER * SOLVERS);
 #endif
-    for (int i = 0; i < SOLVERS; i++) keys.advance(), factors.advance(), stages.advance();
+    advance(SOLVERS);
   }
 }

@@ -1,61 +1,66 @@
-// The loading warp of forward_hopper.cu: K, Q and V of each chunk by TMA, as soon as their buffers are free.
+// The loading warp of forward_hopper.cu: K, and Q and V, of each chunk by TMA, as soon as their buffers are free.
 #pragma once
 #include "hopper/shared.cuh"
 
+// Boxes of 64 channels of a chunk's tokens.
+template <int BOXES>
+PRIM void load_boxes(DTYPE* tiles, const TensorMap* map, uint64_t* barrier, const Work& work, int channel, int head,
+                     int c) {
+#pragma unroll
+  for (int box = 0; box < BOXES; box++)
+    tma_load(tiles + box * TILE, map, barrier, channel + box * BOX, head, work.start + c * CHUNK, work.batch);
+}
+
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
+  // The solvers want K some chunks before the walk wants Q and V.
+  constexpr int AHEAD = KEY_STAGES - ROW_STAGES;
+  const bool with_rows = WITH_OUTPUT || work.values;
   Ring<KEY_STAGES> keys;
-  Ring<VALUE_STAGES> values;
-  constexpr int KEY_BYTES = (1 + WITH_OUTPUT) * K_BOXES * TILE * 2, VALUE_BYTES = MATH * TILE * 2;
-  for (int c = 0; c < work.chunks; c++) {
-    const int token = work.start + c * CHUNK;
-    const int tokens = min(work.sequence.tokens - c * CHUNK, CHUNK);
+  Ring<ROW_STAGES> rows;
+  for (int i = 0; i < work.chunks + AHEAD; i++) {
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
-    const bool clears = VARLEN && tokens < CHUNK;
-    DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
-#if WITH_OUTPUT
-    DTYPE* q = s.q + keys.stage * K_BOXES * TILE;
-#endif
-    uint64_t* keys_landed = clears ? s.landed : s.keys_full + keys.stage;
-    if (lane == 0) {
-      mbarrier_wait(s.keys_free + keys.stage, keys.parity ^ 1);
-      mbarrier_arrive_expect(keys_landed, KEY_BYTES);
-#pragma unroll
-      for (int box = 0; box < K_BOXES; box++) {
-        tma_load(k + box * TILE, maps.k, keys_landed, box * BOX, work.h, token, work.batch);
-#if WITH_OUTPUT
-        tma_load(q + box * TILE, maps.q, keys_landed, box * BOX, work.h, token, work.batch);
-#endif
+    auto clears = [&](int c) { return VARLEN && work.tokens(c) < CHUNK; };
+    if (int c = i; c < work.chunks) {
+      DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
+      uint64_t *full = s.keys_full + keys.stage, *barrier = clears(c) ? s.landed : full;
+      if (lane == 0) {
+        mbarrier_wait(s.keys_free + keys.stage, keys.parity ^ 1);
+        mbarrier_arrive_expect(barrier, K_BOXES * TILE * 2);
+        load_boxes<K_BOXES>(k, maps.k, barrier, work, 0, work.h, c);
       }
+      if (clears(c)) {
+        __syncwarp();
+        mbarrier_wait(barrier, 0);
+        clear_rows(k, K_BOXES, work.tokens(c), lane);
+        async_proxy_fence();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(full);
+      }
+      keys.advance();
     }
-    if (clears) {
-      __syncwarp();
-      mbarrier_wait(s.landed, 0);
-      clear_rows(k, K_BOXES, tokens, lane);
+    if (int c = i - AHEAD; c >= 0 && with_rows) {
+      DTYPE *q = s.q + rows.stage * K_BOXES * TILE, *v = s.v + rows.stage * MATH * TILE;
+      uint64_t *full = s.rows_full + rows.stage, *barrier = clears(c) ? s.landed + 1 : full;
+      if (lane == 0) {
+        mbarrier_wait(s.rows_free + rows.stage, rows.parity ^ 1);
+        mbarrier_arrive_expect(barrier, (WITH_OUTPUT * K_BOXES + MATH) * TILE * 2);
 #if WITH_OUTPUT
-      clear_rows(q, K_BOXES, tokens, lane);
+        load_boxes<K_BOXES>(q, maps.q, barrier, work, 0, work.h, c);
 #endif
-      async_proxy_fence();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(s.keys_full + keys.stage);
+        load_boxes<MATH>(v, maps.v, barrier, work, work.channel, work.hv, c);
+      }
+      if (clears(c)) {
+        __syncwarp();
+        mbarrier_wait(barrier, 0);
+#if WITH_OUTPUT
+        clear_rows(q, K_BOXES, work.tokens(c), lane);
+#endif
+        clear_rows(v, MATH, work.tokens(c), lane);
+        async_proxy_fence();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(full);
+      }
+      rows.advance();
     }
-    keys.advance();
-    if (!work.values) continue;
-    DTYPE* v = s.v + values.stage * MATH * TILE;
-    uint64_t* values_landed = clears ? s.landed + 1 : s.values_full + values.stage;
-    if (lane == 0) {
-      mbarrier_wait(s.values_free + values.stage, values.parity ^ 1);
-      mbarrier_arrive_expect(values_landed, VALUE_BYTES);
-#pragma unroll
-      for (int box = 0; box < MATH; box++)
-        tma_load(v + box * TILE, maps.v, values_landed, work.channel + box * BOX, work.hv, token, work.batch);
-    }
-    if (clears) {
-      __syncwarp();
-      mbarrier_wait(s.landed + 1, 0);
-      clear_rows(v, MATH, tokens, lane);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(s.values_full + values.stage);
-    }
-    values.advance();
   }
 }

@@ -9,6 +9,11 @@
 #define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
 constexpr int THREADS = 128 * (1 + MATH + SOLVERS), SLICE = 64 * MATH;
@@ -18,28 +23,34 @@ constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE :
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
 // Registers per thread: 65536 in all.
-constexpr int LOADER_REGISTERS = MATH == 2 ? 64 : 56, SOLVER_REGISTERS = MATH == 2 ? 96 : 120;
-constexpr int MATH_REGISTERS = MATH == 2 ? 176 : 216;
-constexpr int SOLVER_BARRIER = 1;  // named barriers, one per solver
-constexpr int A_STAGES = 2, INVERTERS = 3;
+constexpr int WARPGROUPS = 1 + MATH + SOLVERS;
+constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
+constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;
+constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
+constexpr int MATH_BARRIER = 1, SOLVER_BARRIER = MATH_BARRIER + MATH;  // named barriers, one per warpgroup
+constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
+static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
+static_assert(KEY_STAGES % CLUSTER == 0 && ROW_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
+              "what is in a buffer is always solved by the same block");
+static_assert(KEY_STAGES >= ROW_STAGES && ROW_STAGES >= CLUSTER * SOLVERS, "no solver begins in a ring's second round");
 
 struct Shared {
   DTYPE *k, *q, *v, *o, *t, *p;
   float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
   double* G;
-  uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+  uint64_t *keys_full, *keys_free, *rows_full, *rows_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
   Shared s = {};
   s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
 #if WITH_OUTPUT
-  s.q = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "q", 1024);
-  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
+  s.q = smem.take<DTYPE>(ROW_STAGES * K_BOXES * TILE, "q", 1024);
+  s.o = smem.take<DTYPE>(2 * MATH * TILE, "o", 1024);
   s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
 #endif
-  s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
+  s.v = smem.take<DTYPE>(ROW_STAGES * MATH * TILE, "v", 1024);
   s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
   s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
   s.beta = smem.take<float>(FACTOR_STAGES * CHUNK, "beta");
@@ -50,8 +61,8 @@ PRIM Shared take_shared(DynSmem& smem) {
 #endif
   s.keys_full = smem.take<uint64_t>(KEY_STAGES, "keys full");
   s.keys_free = smem.take<uint64_t>(KEY_STAGES, "keys free");
-  s.values_full = smem.take<uint64_t>(VALUE_STAGES, "values full");
-  s.values_free = smem.take<uint64_t>(VALUE_STAGES, "values free");
+  s.rows_full = smem.take<uint64_t>(ROW_STAGES, "rows full");
+  s.rows_free = smem.take<uint64_t>(ROW_STAGES, "rows free");
   s.factors_full = smem.take<uint64_t>(FACTOR_STAGES, "factors full");
   s.factors_free = smem.take<uint64_t>(FACTOR_STAGES, "factors free");
   s.a_full = smem.take<uint64_t>(A_STAGES, "a full");
@@ -77,6 +88,9 @@ struct Work {
   int chunks, channel, h, hv, batch;  // channel: the block's first one
   bool values;                        // or P
   int start;                          // coordinate of its first token in the tensor maps
+  int rank;                           // in its cluster: it solves chunks rank, rank + CLUSTER, ...
+
+  PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 
 struct Maps {

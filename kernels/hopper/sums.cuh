@@ -42,6 +42,31 @@ PRIM void write_rows(T* out, int64_t stride, const T* box, int tokens, int width
   }
 }
 
+// Where rows of (token, value head) go.
+struct Rows {
+  const TensorMap* map;
+  DTYPE* rows;
+};
+// The rows of chunk c, 16 value channels from `value` on per warp, through a box that the warpgroup shares: by TMA, or
+// one by one where what follows in memory is another sequence's.
+template <class Work>
+PRIM void send_rows(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int tokens,
+                    int value, int barrier, int HV, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  stage_rows(box, a, warp, lane);
+  async_proxy_fence();
+  named_barrier(barrier, 128);
+  if (tokens == CHUNK || (!VARLEN && tokens > 0)) {
+    if (thread == 0) {
+      tma_store(out.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
+      tma_store_commit();
+    }
+  } else {
+    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
+    write_rows(out.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
+  }
+}
+
 // d = 1 on the diagonal of the rows from `row` on.
 template <int TILES>
 PRIM void set_identity(float (&d)[TILES][4], int row, int lane) {

@@ -79,12 +79,6 @@ PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
   return w;
 }
 
-// Where rows of (token, value head) go.
-struct Rows {
-  const TensorMap* map;
-  DTYPE* rows;
-};
-
 // The state `a` of this warp's 16 value channels in its staging boxes, and from there by TMA. In between: what was
 // staged before has been read, and async_proxy_fence.
 PRIM void stage_state(DTYPE* boxes, const uint32_t (&a)[K_STEPS][4], int lane) {
@@ -101,24 +95,6 @@ PRIM void send_state(const TensorMap* map, const DTYPE* boxes, const Work& work,
   tma_store_commit();
 }
 
-// The rows of chunk c, 16 value channels from `value` on per warp, through a box that the warpgroup shares: by TMA, or
-// one by one where what follows in memory is another sequence's.
-PRIM void send_rows(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int tokens,
-                    int value, int warpgroup, int HV, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-  stage_rows(box, a, warp, lane);
-  async_proxy_fence();
-  named_barrier(1 + warpgroup, 128);
-  if (tokens == CHUNK || (!VARLEN && tokens > 0)) {
-    if (thread == 0) {
-      tma_store(out.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
-      tma_store_commit();
-    }
-  } else {
-    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
-    write_rows(out.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
-  }
-}
 // This warp is done with a stage, from which thread 0 may have sent rows.
 PRIM void free_stage(const Shared& s, int stage, int thread) {
   __syncwarp();
