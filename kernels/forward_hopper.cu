@@ -22,9 +22,9 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, KEY_STAGES, VALUE_STAGES, FACTOR_STAGES.
+// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks), KEY_STAGES, ROW_STAGES, FACTOR_STAGES.
 // Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value
-// channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
+// channels. Shared memory: rings of K, of Q and V, of T and P, and of A; O on its way out; see
 // cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/load.cuh"
@@ -70,17 +70,40 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
   pin(d);
 }
 
-PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup, int HV,
-               int thread) {
+// 16 value channels of the tokens of a chunk, on their way through this warp's `staging` to rows of (token, value
+// head): rows of 32 bytes, whose halves change places every four.
+PRIM DTYPE* staged(DTYPE* staging, int token, int half) { return staging + token * 16 + (half ^ token / 4 % 2) * 8; }
+PRIM void write_channels(DTYPE* out, int64_t stride, const uint32_t (&a)[4][4], DTYPE* staging, int tokens, int width,
+                         int lane) {
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(staging, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int token = i * 16 + lane / 2, half = lane % 2;
+    if (token < tokens && half * 8 < width)
+      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)staged(staging, token, half);
+  }
+}
+
+PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup,
+               int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
 #if WITH_OUTPUT
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
-  uint32_t out[4][4];  // of the chunk before
-  // The O of chunk c through one of two boxes, the other of which may still be on its way.
+  uint32_t out[4][4];                                           // of the chunk before
   auto send = [&](int c) {
+#if MATH == 1
+    // Through one of two boxes, the other of which may still be on its way.
     if (thread == 0) tma_store_wait_read<0>();
-    send_rows(o, out, s.o + (c % 2 * MATH + warpgroup) * TILE, work, c, work.tokens(c), value,
-              MATH_BARRIER + warpgroup, HV, thread);
+    send_rows(o, out, s.o + c % 2 * TILE, work, c, work.tokens(c), value, MATH_BARRIER, HV, thread);
+#else
+    // A barrier among the warps would cost more here than TMA gains.
+    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
+    write_channels(o.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, out, s.o + (warpgroup * 4 + warp) * CHUNK * 16,
+                   work.tokens(c), HEAD_V - value, lane);
+#endif
   };
 #endif
   Ring<KEY_STAGES> keys;
@@ -118,8 +141,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
     wgmma_commit();
 #endif
-    // The output of the chunk before, while the tensor cores are at this one; there is none before the first.
-    if (c > 0) send(c - 1);
 #endif
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     wgmma_wait<EARLY_OUTPUT>();
@@ -197,6 +218,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, carried[step], step_of_rows(k, step), true);
 #if WITH_OUTPUT
+#if EARLY_OUTPUT
+    wgmma_commit();
+#endif
 #if !HAS_GATE && !EARLY_OUTPUT
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
@@ -205,8 +229,19 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
 #endif
     wgmma_commit();
+#if WITH_OUTPUT
+    // The output of the chunk before, while the tensor cores are at this one.
+    if (c > 0) send(c - 1);
+#endif
+#if EARLY_OUTPUT
+    wgmma_wait<1>();
+    pin(S);
+    round_sums<DTYPE>(state, S);
+    wgmma_wait<0>();
+#else
     wgmma_wait<0>();
     pin(S);
+#endif
     __syncwarp();
     if (lane == 0) {
       mbarrier_arrive(s.keys_free + keys.stage);
@@ -217,7 +252,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
       mbarrier_arrive(s.factors_free + factors.stage);
 #endif
     }
+#if !EARLY_OUTPUT
     round_sums<DTYPE>(state, S);
+#endif
 #if WITH_OUTPUT
     pin(O);
 #pragma unroll
@@ -236,9 +273,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, const float* beta, const float* g,
-                   const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state, float* transfer,
-                   float scale, int T, int H, int HV) {
+                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, const float* beta,
+                   const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
+                   float* transfer, float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
   const int n = part / WALKED, segment = part % WALKED, batch = VARLEN ? 0 : n;

@@ -22,15 +22,10 @@ WALK = {1: 1.85, 2: 2.52}
 TRANSFER = {1: 1.25, 2: 1.72}
 JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
-# Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
-STAGES = {1: (4, 3, 3), 2: (3, 2, 2)}
-CLUSTER_STAGES = {1: (4, 2, 4), 2: (4, 2, 4)}
-
-
-def CLUSTER(math, transfer, slices, gate):
-    return 2 if slices % 2 == 0 and (math == 1 or transfer) else 1
-
-
+# Buffers of K, of Q and V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
+STAGES = {1: (4, 3, 3), 2: (3, 3, 2)}
+# Blocks of a transfer that solve chunks for each other, where their number allows; and their buffers.
+CLUSTER, CLUSTER_STAGES = 2, (4, 2, 4)
 
 
 class Division(NamedTuple):
@@ -93,7 +88,7 @@ def walk_shared(K: int, math: int, solvers: int, gate: bool, output: bool, stage
     boxes = -(-K // BOX)
     tiles = [(keys * boxes * count, size)]
     if output:
-        tiles += [(rows * boxes * count, size), (2 * math * count, size), (factors * count, size)]
+        tiles += [(rows * boxes * count, size), (2 * count, size), (factors * count, size)]
     tiles += [(rows * math * count, size), (factors * count, size)]
     rest = [(A_STAGES * INVERSE, 4), (factors * CHUNK, 4)]
     if gate:
@@ -121,9 +116,9 @@ def walk_launch(
     walked = segments - 1 if transfer else segments
     gate = p.g is not None
     slices = -(-p.V // (64 * math)) + (-(-p.K // (64 * math)) if transfer else 0)
-    cluster = CLUSTER(math, transfer, slices, gate)
+    cluster = CLUSTER if transfer and slices % CLUSTER == 0 else 1
     solvers = 1 if cluster > 1 else 3 - math
-    stages = STAGES[math] if cluster == 1 else CLUSTER_STAGES[math]
+    stages = CLUSTER_STAGES if cluster > 1 else STAGES[math]
     defines = variant(
         p,
         CHUNK,

@@ -47,7 +47,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
 #if WITH_OUTPUT
   s.q = smem.take<DTYPE>(ROW_STAGES * K_BOXES * TILE, "q", 1024);
-  s.o = smem.take<DTYPE>(2 * MATH * TILE, "o", 1024);
+  s.o = smem.take<DTYPE>(2 * TILE, "o", 1024);
   s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
 #endif
   s.v = smem.take<DTYPE>(ROW_STAGES * MATH * TILE, "v", 1024);
