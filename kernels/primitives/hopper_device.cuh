@@ -26,6 +26,54 @@ PRIM void mbarrier_wait(uint64_t* barrier, int parity) {
                  : "memory");
 }
 
+// ---- clusters: blocks that reach into each other's shared memory; `rank` of one, and addresses as in this block ----
+
+PRIM int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+PRIM int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// All threads of the cluster: after their mbarriers are initialised, and before a block exits that others still use.
+PRIM void cluster_sync() { asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory"); }
+PRIM uint32_t cluster_address(const void* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
+               : "memory");
+}
+PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
+                   cluster_address(barrier, rank)),
+               "r"(bytes)
+               : "memory");
+}
+// For barriers at which other blocks arrive, or for which their copies count.
+PRIM void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+// Copies `bytes`, a multiple of 16, to the block's shared memory; they count for its barrier. Whoever wrote `from`
+// calls async_proxy_fence before; `from` may be overwritten when one who waited at the barrier has said so.
+PRIM void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, int rank) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   cluster_address(to, rank)),
+               "r"(shared_address(from)), "r"(bytes), "r"(cluster_address(barrier, rank))
+               : "memory");
+}
+
 // ---- TMA: boxes between global and swizzled shared memory; what lies outside the array is zero, or not written -----
 
 PRIM void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
@@ -33,6 +81,15 @@ PRIM void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int x, int
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+// To the same place in each block whose bit is set; the bytes count for the barrier there.
+PRIM void tma_load_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t blocks, int x, int y, int z,
+                             int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
+      "%5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "h"(blocks), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
 PRIM void tma_store(const TensorMap* map, const void* from, int x, int y, int z, int w) {

@@ -29,10 +29,12 @@ class Entry(HopperInstructions):
         Parts of the entry's text.
     files : dict
         Names of source files by their number in ``.loc``.
+    cluster : int
+        Blocks per cluster.
     """
 
-    def __init__(self, name: str, parameters: str, body: str, files: dict):
-        self.name, self.files = name, files
+    def __init__(self, name: str, parameters: str, body: str, files: dict, cluster: int):
+        self.name, self.files, self.cluster = name, files, cluster
         self.parameters: dict[str, int] = {}
         self.sizes: list[int] = []
         for text in filter(None, (p.strip() for p in parameters.split(","))):
@@ -107,6 +109,7 @@ class Entry(HopperInstructions):
         yield f'extern "C" int emulator_sizes_{self.name}(int* sizes) {{'
         yield f"  const int known[] = {{{', '.join(map(str, self.sizes)) or 0}}};"
         yield f"  memcpy(sizes, known, sizeof known);\n  return {len(self.sizes)};\n}}"
+        yield f'extern "C" int emulator_cluster_{self.name}() {{ return {self.cluster}; }}'
 
 
 def translate(ptx: str) -> str:
@@ -114,12 +117,14 @@ def translate(ptx: str) -> str:
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))
     ptx = re.sub(r"/\*.*?\*/|//[^\n]*", "", ptx, flags=re.S)
     lines = ['#include "ptx_on_cpu.h"', "using namespace emulator;"]
-    for m in re.finditer(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)[^{]*\{", ptx, re.S):
+    for m in re.finditer(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.S):
         end, depth = m.end(), 1
         while depth:
             depth += {"{": 1, "}": -1}.get(ptx[end], 0)
             end += 1
-        lines += Entry(m[1], m[2], ptx[m.end() : end - 1], files).function()
+        cluster = re.search(r"\.reqnctapercluster\s+(\d+)", m[3])
+        body = ptx[m.end() : end - 1]
+        lines += Entry(m[1], m[2], body, files, int(cluster[1]) if cluster else 1).function()
     return "\n".join(lines) + "\n"
 
 

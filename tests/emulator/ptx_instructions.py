@@ -18,7 +18,11 @@ SPECIAL = {
         ("nctaid", "grid_size"),
     )
     for d in "xyz"
-} | {"%laneid": "current->lane"}
+} | {
+    "%laneid": "current->lane",
+    "%cluster_ctarank": "current->cluster_rank",
+    "%cluster_nctarank": "current->cluster_size",
+}
 COMPARISONS = {
     "eq": "==",
     "ne": "!=",

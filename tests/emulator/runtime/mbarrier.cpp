@@ -12,7 +12,8 @@ struct Mbarrier {
   uint32_t phase = 0, waited = 0;  // how many are complete, and how many of them a thread has waited for
   int thread, agent;               // that initialised it; of its copies
   Moment initialised;
-  bool fenced = false;  // the copy engine sees it
+  bool fenced = false;                                                // the copy engine and other blocks see it
+  bool from_other_blocks = false, completed_by_other_blocks = false;  // in this phase, in the last
   int copies_in_flight = 0;
   uint32_t last_copy = 0;  // when it is over: the step
   Place last_copy_place = 0;
@@ -30,7 +31,7 @@ static Mbarrier& find(const uint64_t* barrier, Site site) {
   if (found == mbarriers.end())
     fault("mbarrier", site, "no mbarrier was initialised at %s", locate((uintptr_t)barrier).c_str());
   if (options.check && !happened_before(found->second.initialised, running))
-    fault("mbarrier", site, "unordered with the mbarrier_init by thread %d", found->second.thread);
+    fault("mbarrier", site, "unordered with the mbarrier_init by %s", who(found->second.initialised).c_str());
   return found->second;
 }
 
@@ -42,13 +43,13 @@ void mbarrier_init(uint64_t* barrier, int arrivals, Site site) {
   access(running, barrier, sizeof *barrier, true, place_of(site), "mbarrier_init ");
   Mbarrier& b = mbarriers[barrier];
   b.arrivals = b.missing = arrivals;
-  b.thread = running->index.linear;
+  b.thread = running->number;
   b.agent = new_agent("copies for the mbarrier " + locate((uintptr_t)barrier));
   b.initialised = moment_of(running);
 }
 
 void mbarrier_init_fence() {
-  for (auto& [address, b] : mbarriers) b.fenced |= b.thread == running->index.linear;
+  for (auto& [address, b] : mbarriers) b.fenced |= b.thread == running->number;
 }
 
 static void complete_phase_if_done(Mbarrier& b, Place place) {
@@ -61,12 +62,27 @@ static void complete_phase_if_done(Mbarrier& b, Place place) {
   b.arriving.seen[b.agent] = b.phase;
   b.complete = std::make_shared<const Knowledge>(std::move(b.arriving));
   b.arriving = Knowledge();
+  b.completed_by_other_blocks = b.from_other_blocks;
+  b.from_other_blocks = false;
   for (Fiber* f : b.waiting) wake(f);
   b.waiting.clear();
 }
 
+static void check_fenced(const Mbarrier& b, Site site) {
+  if (!b.fenced)
+    fault("mbarrier", site, "no mbarrier_init_fence by %s, which initialised it", who(b.initialised).c_str());
+}
+
 void mbarrier_arrive(uint64_t* barrier, int bytes, Site site) {
+  Block& block = block_of(barrier);
+  const bool remote = &block != running->block;
+  if (remote) use_block(block, site);
   Mbarrier& b = find(barrier, site);
+  if (remote) {
+    check_fenced(b, site);
+    note_remote(block, moment_of(running), place_of(site), "arrival by " + who(moment_of(running)));
+    b.from_other_blocks = true;
+  }
   if (!b.missing) fault("mbarrier", site, "more than the %d arrivals of a phase", b.arrivals);
   if (bytes < 0) fault("mbarrier", site, "%d bytes expected", bytes);
   b.bytes += bytes;
@@ -76,7 +92,7 @@ void mbarrier_arrive(uint64_t* barrier, int bytes, Site site) {
   if (options.schedule == RANDOM) reschedule();
 }
 
-void mbarrier_wait(uint64_t* barrier, int parity, Site site) {
+void mbarrier_wait(uint64_t* barrier, int parity, bool cluster, Site site) {
   Mbarrier& b = find(barrier, site);
   if (parity != 0 && parity != 1) fault("mbarrier", site, "parity %d, expected 0 or 1", parity);
   running->mbarrier = barrier;
@@ -84,6 +100,8 @@ void mbarrier_wait(uint64_t* barrier, int parity, Site site) {
     b.waiting.push_back(running);
     park(AT_MBARRIER, site);
   }
+  if (b.completed_by_other_blocks && !cluster)
+    fault("mbarrier", site, "what another block did is not seen by a wait without cluster scope");
   b.waited = b.phase;
   acquire(running, b.complete);
 }
@@ -97,16 +115,21 @@ std::string mbarrier_state(const uint64_t* barrier) {
 // ---- copies ----------------------------------------------------------------------------------------------
 
 Moment begin_copy(uint64_t* barrier, Site site) {
+  Block& block = block_of(barrier);
+  if (&block != running->block) use_block(block, site);
   Mbarrier& b = find(barrier, site);
-  if (!b.fenced) fault("mbarrier", site, "no mbarrier_init_fence by thread %d, which initialised it", b.thread);
+  check_fenced(b, site);
   b.copies_in_flight++;
   b.last_copy = b.phase + 1;
   b.last_copy_place = place_of(site);
-  return moment_of(b.agent, b.last_copy);
+  const Moment when = moment_of(b.agent, b.last_copy);
+  if (&block != running->block) note_remote(block, when, b.last_copy_place, "copy by " + who(moment_of(running)));
+  return when;
 }
 
-void complete_copy(uint64_t* barrier, int bytes, Place place) {
+void complete_copy(uint64_t* barrier, const Block* from, int bytes, Place place) {
   Mbarrier& b = mbarriers[barrier];
+  b.from_other_blocks |= from != &block_of(barrier);
   b.copies_in_flight--;
   b.bytes -= bytes;
   complete_phase_if_done(b, place);
