@@ -46,24 +46,14 @@ PRIM uint32_t cluster_address(const void* p, int rank) {
   return address;
 }
 PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
                : "memory");
 }
 PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(
                    cluster_address(barrier, rank)),
                "r"(bytes)
                : "memory");
-}
-// For barriers at which other blocks arrive, or for which their copies count.
-PRIM void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
-  uint32_t done = 0;
-  while (!done)
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
 }
 // Copies `bytes`, a multiple of 16, to the block's shared memory; they count for its barrier. Whoever wrote `from`
 // calls async_proxy_fence before; `from` may be overwritten when one who waited at the barrier has said so.
