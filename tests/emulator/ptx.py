@@ -112,6 +112,15 @@ class Entry(HopperInstructions):
         yield f'extern "C" int emulator_cluster_{self.name}() {{ return {self.cluster}; }}'
 
 
+def cluster_size(directives: str) -> int:
+    """Return the number of blocks in a cluster of an entry, from the text before its body."""
+    m = re.search(r"\.reqnctapercluster\s+(.*)", directives)
+    size = re.fullmatch(r"([1248])(, 1, 1)?", m[1].strip()) if m else None
+    if m and not size:
+        raise UnknownInstruction(m[0])
+    return int(size[1]) if size else 1
+
+
 def translate(ptx: str) -> str:
     """Return C++ for every entry of a PTX module."""
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))
@@ -122,9 +131,8 @@ def translate(ptx: str) -> str:
         while depth:
             depth += {"{": 1, "}": -1}.get(ptx[end], 0)
             end += 1
-        cluster = re.search(r"\.reqnctapercluster\s+(\d+)", m[3])
         body = ptx[m.end() : end - 1]
-        lines += Entry(m[1], m[2], body, files, int(cluster[1]) if cluster else 1).function()
+        lines += Entry(m[1], m[2], body, files, cluster_size(m[3])).function()
     return "\n".join(lines) + "\n"
 
 

@@ -6,16 +6,9 @@ from ptx_instructions import Instructions, UnknownInstruction, elements
 
 TMA_LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA_STORE = "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group"
-TMA_MULTICAST = f"{TMA_LOAD}.multicast::cluster"
 SEND = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
 ARRIVALS = {
-    f"{name}{where}"
-    for name in ("arrive", "arrive.expect_tx")
-    for where in (".shared::cta", ".release.cluster.shared::cluster")
-}
-WAITS = {
-    "try_wait.parity.shared::cta": "false",
-    "try_wait.parity.acquire.cluster.shared::cta": "true",
+    f"{name}.shared::{space}" for name in ("arrive", "arrive.expect_tx") for space in ("cta", "cluster")
 }
 CLUSTER_BARRIER = {
     "barrier.cluster.arrive.release": "cluster_arrive",
@@ -35,7 +28,7 @@ class HopperInstructions(Instructions):
 
     def cluster_pointer(self, operand):
         """An address in the shared memory of some block, ``[%r1]``."""
-        return f"cluster_pointer({self.value(operand[1:-1].strip(), 'u32')}, {self.site})"
+        return f"cluster_pointer({self.value(operand[1:-1].strip(), 'u32')})"
 
     def op_mbarrier(self, opcode, parts, a):
         name = opcode.removeprefix("mbarrier.").removesuffix(".b64")
@@ -48,17 +41,16 @@ class HopperInstructions(Instructions):
             return f"mbarrier_init({barrier}, {number}, {self.site});"
         if name in ARRIVALS and a[0] == "_":
             return f"mbarrier_arrive({barrier}, {number}, {self.site});"
-        if name in WAITS:  # and never gives up here
-            wait = f"mbarrier_wait({barrier}, {number}, {WAITS[name]}, {self.site});"
+        if name == "try_wait.parity.shared::cta":  # and never gives up here
+            wait = f"mbarrier_wait({barrier}, {number}, {self.site});"
             return f"{wait} {self.put(a[0], 'true', 'pred')}"
         raise UnknownInstruction(opcode)
 
     def op_mapa(self, opcode, parts, a):
         if opcode != "mapa.shared::cluster.u32":
             raise UnknownInstruction(opcode)
-        return self.put(
-            a[0], f"map_shared({self.value(a[1], 'u32')}, {self.value(a[2], 'u32')})", "u32"
-        )
+        address, rank = self.value(a[1], "u32"), self.value(a[2], "s32")
+        return self.put(a[0], f"map_shared({address}, {rank}, {self.site})", "u32")
 
     def op_barrier(self, opcode, parts, a):
         if opcode in CLUSTER_BARRIER:
@@ -75,14 +67,6 @@ class HopperInstructions(Instructions):
             map_, at = self.box(a[1])
             to, barrier = self.pointer(a[0], "shared"), self.pointer(a[2], "shared")
             return f"tma_load({to}, {map_}, (uint64_t*){barrier}, {at}, {self.site});"
-        if opcode == TMA_MULTICAST:
-            map_, at = self.box(a[1])
-            to, barrier = self.pointer(a[0], "shared"), self.pointer(a[2], "shared")
-            mask = self.value(a[3], "u16")
-            return (
-                f"tma_load_multicast({to}, {map_}, (uint64_t*){barrier}, {mask}, {at}, "
-                f"{self.site});"
-            )
         if opcode == SEND:
             to, barrier = self.cluster_pointer(a[0]), self.cluster_pointer(a[3])
             bytes_ = self.value(a[2], "s32")

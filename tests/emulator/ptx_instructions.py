@@ -21,7 +21,6 @@ SPECIAL = {
 } | {
     "%laneid": "current->lane",
     "%cluster_ctarank": "current->cluster_rank",
-    "%cluster_nctarank": "current->cluster_size",
 }
 COMPARISONS = {
     "eq": "==",

@@ -17,10 +17,13 @@
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
 #define __grid_constant__
-// A kernel's section says how many blocks its clusters have, along x.
-#define __cluster_dims__(x, y, z) EMULATOR_CLUSTER_##y##_##z(x)
-#define EMULATOR_CLUSTER_1_1(x) EMULATOR_SECTION(x)
-#define EMULATOR_SECTION(x) __attribute__((section("cluster_of_" #x)))
+// A kernel's section says how many blocks its clusters have. Other sizes than these do not compile.
+#define __cluster_dims__(x, y, z) EMULATOR_CLUSTER(x, y, z)
+#define EMULATOR_CLUSTER(x, y, z) CLUSTERS_OF_##x##_##y##_##z
+#define CLUSTERS_OF_1_1_1
+#define CLUSTERS_OF_2_1_1 __attribute__((section("clusters_of_2")))
+#define CLUSTERS_OF_4_1_1 __attribute__((section("clusters_of_4")))
+#define CLUSTERS_OF_8_1_1 __attribute__((section("clusters_of_8")))
 #define __shared__ USE_DynSmem_INSTEAD_OF___shared__
 
 struct uint3 {
@@ -62,7 +65,7 @@ struct Site {
 struct ThreadIndex {
   uint3 thread, block, block_size, grid_size;
   int lane, warp, linear;
-  int cluster_rank, cluster_size;
+  int cluster_rank;
 };
 extern ThreadIndex* current;
 
@@ -84,13 +87,12 @@ void atomic_access(const void* p, size_t bytes, Site);
 uint32_t shared_address(const void* p, Site);
 void mbarrier_init(uint64_t* barrier, int arrivals, Site);
 void mbarrier_init_fence();
-void mbarrier_arrive(uint64_t* barrier, int bytes, Site);               // which it expects besides
-void mbarrier_wait(uint64_t* barrier, int parity, bool cluster, Site);  // cluster: to learn of its other blocks too
+void mbarrier_arrive(uint64_t* barrier, int bytes, Site);  // which it expects besides
+void mbarrier_wait(uint64_t* barrier, int parity, Site);
 struct Coordinates {
   int x, y, z, w;
 };
 void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates, Site);
-void tma_load_multicast(void* to, const void* map, uint64_t* barrier, uint32_t mask, Coordinates, Site);
 void tma_store(const void* map, const void* from, Coordinates, Site);
 void tma_store_commit();
 void tma_store_wait_read(int pending);
@@ -116,7 +118,6 @@ void wgmma_wait(int pending, Site);
 void shared_all(const char* name, Site);
 void* shared_start();
 uint8_t* shared_window();
-uint8_t* shared_window(int rank, Site);
 void memory_access(const void* p, size_t bytes, bool write, Site);
 
 template <class... A, size_t... I>
@@ -136,18 +137,16 @@ inline int sizes(void (*)(A...), int* out) {
 }  // namespace emulator
 
 #define EMULATOR_CLUSTER_RANGE(n) \
-  extern "C" __attribute__((weak, visibility("hidden"))) const char __start_cluster_of_##n[], __stop_cluster_of_##n[];
+  extern "C" __attribute__((weak, visibility("hidden"))) const char __start_clusters_of_##n[], __stop_clusters_of_##n[];
 EMULATOR_CLUSTER_RANGE(2)
 EMULATOR_CLUSTER_RANGE(4)
 EMULATOR_CLUSTER_RANGE(8)
 namespace emulator {
 inline int cluster_size(const void* kernel) {
-  auto in = [&](const char* start, const char* stop) {
-    return (const char*)kernel >= start && (const char*)kernel < stop;
-  };
-  if (in(__start_cluster_of_2, __stop_cluster_of_2)) return 2;
-  if (in(__start_cluster_of_4, __stop_cluster_of_4)) return 4;
-  return in(__start_cluster_of_8, __stop_cluster_of_8) ? 8 : 1;
+  auto within = [&](const char* start, const char* stop) { return kernel >= start && kernel < stop; };
+  if (within(__start_clusters_of_2, __stop_clusters_of_2)) return 2;
+  if (within(__start_clusters_of_4, __stop_clusters_of_4)) return 4;
+  return within(__start_clusters_of_8, __stop_clusters_of_8) ? 8 : 1;
 }
 }  // namespace emulator
 

@@ -7,14 +7,10 @@ PRIM void mbarrier_arrive(uint64_t* barrier, SITE) { emulator::mbarrier_arrive(b
 PRIM void mbarrier_arrive_expect(uint64_t* barrier, int bytes, SITE) {
   emulator::mbarrier_arrive(barrier, bytes, HERE);
 }
-PRIM void mbarrier_wait(uint64_t* barrier, int parity, SITE) { emulator::mbarrier_wait(barrier, parity, false, HERE); }
+PRIM void mbarrier_wait(uint64_t* barrier, int parity, SITE) { emulator::mbarrier_wait(barrier, parity, HERE); }
 
 PRIM void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int x, int y, int z, int w, SITE) {
   emulator::tma_load(to, map, barrier, {x, y, z, w}, HERE);
-}
-PRIM void tma_load_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t blocks, int x, int y, int z,
-                             int w, SITE) {
-  emulator::tma_load_multicast(to, map, barrier, blocks, {x, y, z, w}, HERE);
 }
 PRIM void tma_store(const TensorMap* map, const void* from, int x, int y, int z, int w, SITE) {
   emulator::tma_store(map, from, {x, y, z, w}, HERE);
@@ -27,7 +23,6 @@ PRIM void tma_store_wait_read() {
 PRIM void async_proxy_fence() { emulator::async_proxy_fence(); }
 
 PRIM int cluster_rank() { return emulator::current->cluster_rank; }
-PRIM int cluster_size() { return emulator::current->cluster_size; }
 PRIM void cluster_sync(SITE) {
   emulator::cluster_arrive(HERE);
   emulator::cluster_wait(HERE);
@@ -37,9 +32,6 @@ PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank, SITE) {
 }
 PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank, SITE) {
   emulator::mbarrier_arrive((uint64_t*)emulator::in_block(barrier, rank, HERE), bytes, HERE);
-}
-PRIM void mbarrier_wait_cluster(uint64_t* barrier, int parity, SITE) {
-  emulator::mbarrier_wait(barrier, parity, true, HERE);
 }
 PRIM void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, int rank, SITE) {
   emulator::cluster_send(emulator::in_block(to, rank, HERE), from, bytes,

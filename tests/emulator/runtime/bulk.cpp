@@ -29,7 +29,6 @@ struct Load {
   Box box;
   uint64_t* barrier;
   Place place;
-  const Block* from;
 };
 struct Send {
   void* to;
@@ -63,8 +62,8 @@ static Box make_box(const void* map, Coordinates at, const void* shared, Site si
   if (box.map.magic != MAGIC) fault("bad-address", site, "no tensor map");
   box.at = at;
   box.shared = (uint8_t*)shared;
-  if ((uintptr_t)shared % 1024)
-    fault("misaligned", site, "tile at %s, at no multiple of 1024", locate((uintptr_t)shared).c_str());
+  uint32_t address = shared_address(shared, site);
+  if (address % 1024) fault("misaligned", site, "tile at shared address %u, no multiple of 1024", address);
   return box;
 }
 
@@ -108,12 +107,12 @@ static void perform(const Load& load) {
     if (part.global) memcpy(row + part.low, part.global, part.high - part.low);
     for (int i = 0; i < ROW / PIECE; i++) memcpy(piece(load.box.shared + at, i), row + i * PIECE, PIECE);
   });
-  complete_copy(load.barrier, load.from, load.box.map.bytes(), load.place);
+  complete_copy(load.barrier, load.box.map.bytes(), load.place);
 }
 
 static void perform(const Send& send) {
   memcpy(send.to, send.from, send.bytes);
-  complete_copy(send.barrier, &block_of(send.from), send.bytes, send.place);
+  complete_copy(send.barrier, send.bytes, send.place);
 }
 
 static bool early() { return options.completion == EARLY || (options.completion == EITHER && random_bits() & 1); }
@@ -126,35 +125,16 @@ static void start(const Copy& copy) {
     copies.push_back(copy);
 }
 
-static void read_box(const Box& box, Place place) {
-  each_row(box, [&](int, Part part) {
+void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates at, Site site) {
+  Place place = place_of(site);
+  Load load{make_box(map, at, to, site), barrier, place};
+  each_row(load.box, [&](int, Part part) {
     if (part.global) access(running, part.global, part.high - part.low, false, place, "tma_load ");
   });
-}
-
-static void land(const Box& box, uint64_t* barrier, Site site) {
-  Place place = place_of(site);
   Moment when = begin_copy(barrier, site);
-  async_access(running, when, box.shared, box.map.bytes(), true, place, "tma_load ");
-  memset(box.shared, 0xff, box.map.bytes());
-  start(Load{box, barrier, place, running->block});
-}
-
-void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates at, Site site) {
-  Box box = make_box(map, at, to, site);
-  read_box(box, place_of(site));
-  land(box, barrier, site);
-}
-
-void tma_load_multicast(void* to, const void* map, uint64_t* barrier, uint32_t mask, Coordinates at, Site site) {
-  Box box = make_box(map, at, to, site);
-  if (!mask || mask >> blocks.size()) fault("cluster", site, "blocks %#x of a cluster of %zu", mask, blocks.size());
-  read_box(box, place_of(site));
-  for (int rank = 0; rank < (int)blocks.size(); rank++) {
-    if (!(mask >> rank & 1)) continue;
-    box.shared = (uint8_t*)in_block(to, rank, site);
-    land(box, (uint64_t*)in_block(barrier, rank, site), site);
-  }
+  async_access(running, when, to, load.box.map.bytes(), true, place, "tma_load ");
+  memset(to, 0xff, load.box.map.bytes());
+  start(load);
 }
 
 void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, Site site) {
@@ -163,11 +143,13 @@ void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, Site
   if ((uintptr_t)to % 16 || shared_address(from, site) % 16)
     fault("misaligned", site, "cluster_send from %s to %s, expected multiples of 16", locate((uintptr_t)from).c_str(),
           locate((uintptr_t)to).c_str());
-  if (&block_of(to) != &block_of(barrier)) fault("cluster", site, "a copy and its mbarrier in different blocks");
+  Block& block = block_of(to, site);
+  if (&block != &block_of(barrier, site)) fault("cluster", site, "a copy and its mbarrier in different blocks");
   Moment when = begin_copy(barrier, site);
-  async_access(running, when, from, bytes, false, place, "cluster_send ");
+  use_until(when, block, site, "cluster_send");
+  use_until(when, *running->block, site, "cluster_send");
   async_access(running, when, to, bytes, true, place, "cluster_send ");
-  note_remote(*running->block, when, place, "cluster_send of this block");
+  async_access(running, when, from, bytes, false, place, "cluster_send ");
   memset(to, 0xff, bytes);
   start(Send{to, from, bytes, barrier, place});
 }

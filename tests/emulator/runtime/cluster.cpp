@@ -1,5 +1,4 @@
-// Clusters: the barrier of all their threads, and that no block exits before what others do to its shared memory, and
-// engines with it, is over.
+// Clusters: the barrier of all their threads, and that no block exits while others, or copies, use its shared memory.
 #include "runtime.h"
 
 namespace emulator {
@@ -50,19 +49,16 @@ void cluster_wait(Site site) {
 
 // ---- what ends when a block exits --------------------------------------------------------------------------------
 
-void use_block(Block& block, Site site) {
-  if (block.exited == block.threads) fault("cluster", site, "block %u has exited", block.index.x);
-}
-
-void note_remote(Block& block, Moment when, Place place, const std::string& what) {
-  if (options.check) block.remote.push_back({when, place, what});
+void use_until(Moment when, Block& block, Site site, const char* what) {
+  if (block.exited == block.threads) fault("cluster", site, "%s, and block %u has exited", what, block.index.x);
+  if (options.check) block.remote.push_back({when, place_of(site), what});
 }
 
 static void check_remote(const Block& block) {
   for (const Remote& r : block.remote) {
     if (!happened_before_exit(r.when, block))
       fault("cluster", r.place,
-            "block " + std::to_string(block.index.x) + " exits and has not heard that the " + r.what + " is over,");
+            format("block %u exits, unordered with the %s by ", block.index.x, r.what) + who(r.when));
   }
 }
 

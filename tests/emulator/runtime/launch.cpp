@@ -51,7 +51,7 @@ int emulator_launch(void* kernel, unsigned cluster, unsigned grid, unsigned thre
     return 1;
   }
   if (cluster < 1 || cluster > MAX_CLUSTER || grid % cluster) {
-    fault_text = format("bad-launch: a grid of %u blocks, clusters of %u", grid, cluster);
+    fault_text = format("bad-launch: %u blocks in clusters of %u", grid, cluster);
     return 1;
   }
   begin_launch();

@@ -12,8 +12,8 @@ struct Mbarrier {
   uint32_t phase = 0, waited = 0;  // how many are complete, and how many of them a thread has waited for
   int thread, agent;               // that initialised it; of its copies
   Moment initialised;
-  bool fenced = false;                                                // the copy engine and other blocks see it
-  bool from_other_blocks = false, completed_by_other_blocks = false;  // in this phase, in the last
+  Block* block;
+  bool fenced = false;  // the copy engine and other blocks see it
   int copies_in_flight = 0;
   uint32_t last_copy = 0;  // when it is over: the step
   Place last_copy_place = 0;
@@ -44,6 +44,7 @@ void mbarrier_init(uint64_t* barrier, int arrivals, Site site) {
   Mbarrier& b = mbarriers[barrier];
   b.arrivals = b.missing = arrivals;
   b.thread = running->number;
+  b.block = running->block;
   b.agent = new_agent("copies for the mbarrier " + locate((uintptr_t)barrier));
   b.initialised = moment_of(running);
 }
@@ -62,8 +63,6 @@ static void complete_phase_if_done(Mbarrier& b, Place place) {
   b.arriving.seen[b.agent] = b.phase;
   b.complete = std::make_shared<const Knowledge>(std::move(b.arriving));
   b.arriving = Knowledge();
-  b.completed_by_other_blocks = b.from_other_blocks;
-  b.from_other_blocks = false;
   for (Fiber* f : b.waiting) wake(f);
   b.waiting.clear();
 }
@@ -74,14 +73,10 @@ static void check_fenced(const Mbarrier& b, Site site) {
 }
 
 void mbarrier_arrive(uint64_t* barrier, int bytes, Site site) {
-  Block& block = block_of(barrier);
-  const bool remote = &block != running->block;
-  if (remote) use_block(block, site);
   Mbarrier& b = find(barrier, site);
-  if (remote) {
+  if (b.block != running->block) {
     check_fenced(b, site);
-    note_remote(block, moment_of(running), place_of(site), "arrival by " + who(moment_of(running)));
-    b.from_other_blocks = true;
+    use_until(moment_of(running), *b.block, site, "arrival");
   }
   if (!b.missing) fault("mbarrier", site, "more than the %d arrivals of a phase", b.arrivals);
   if (bytes < 0) fault("mbarrier", site, "%d bytes expected", bytes);
@@ -92,7 +87,7 @@ void mbarrier_arrive(uint64_t* barrier, int bytes, Site site) {
   if (options.schedule == RANDOM) reschedule();
 }
 
-void mbarrier_wait(uint64_t* barrier, int parity, bool cluster, Site site) {
+void mbarrier_wait(uint64_t* barrier, int parity, Site site) {
   Mbarrier& b = find(barrier, site);
   if (parity != 0 && parity != 1) fault("mbarrier", site, "parity %d, expected 0 or 1", parity);
   running->mbarrier = barrier;
@@ -100,8 +95,6 @@ void mbarrier_wait(uint64_t* barrier, int parity, bool cluster, Site site) {
     b.waiting.push_back(running);
     park(AT_MBARRIER, site);
   }
-  if (b.completed_by_other_blocks && !cluster)
-    fault("mbarrier", site, "what another block did is not seen by a wait without cluster scope");
   b.waited = b.phase;
   acquire(running, b.complete);
 }
@@ -115,21 +108,16 @@ std::string mbarrier_state(const uint64_t* barrier) {
 // ---- copies ----------------------------------------------------------------------------------------------
 
 Moment begin_copy(uint64_t* barrier, Site site) {
-  Block& block = block_of(barrier);
-  if (&block != running->block) use_block(block, site);
   Mbarrier& b = find(barrier, site);
   check_fenced(b, site);
   b.copies_in_flight++;
   b.last_copy = b.phase + 1;
   b.last_copy_place = place_of(site);
-  const Moment when = moment_of(b.agent, b.last_copy);
-  if (&block != running->block) note_remote(block, when, b.last_copy_place, "copy by " + who(moment_of(running)));
-  return when;
+  return moment_of(b.agent, b.last_copy);
 }
 
-void complete_copy(uint64_t* barrier, const Block* from, int bytes, Place place) {
+void complete_copy(uint64_t* barrier, int bytes, Place place) {
   Mbarrier& b = mbarriers[barrier];
-  b.from_other_blocks |= from != &block_of(barrier);
   b.copies_in_flight--;
   b.bytes -= bytes;
   complete_phase_if_done(b, place);

@@ -9,7 +9,6 @@ std::vector<Block> blocks;
 static std::map<uintptr_t, std::unique_ptr<Region>> buffers;  // by the end of the mapping
 static Region windows;                                        // of a cluster's blocks, one after the other
 static std::vector<uint8_t> owner;                            // of each byte of them: 1 + array number, 0 for red zones
-static std::vector<size_t> unclean;                           // bytes of each window since it was last cleared
 static size_t dynamic_bytes;
 
 // ---- global buffers ---------------------------------------------------------------------------------------
@@ -49,6 +48,13 @@ static Region* find(uintptr_t a) {
 
 // ---- shared memory ------------------------------------------------------------------------------------------
 
+static void clear_window(size_t i, size_t bytes) {
+  const size_t start = i * SHARED_WINDOW;
+  memset((uint8_t*)windows.low + start, 0xff, bytes);  // NaN in every format
+  std::fill_n(windows.cells.begin() + start / GRANULE, bytes / GRANULE, Cell());
+  std::fill_n(owner.begin() + start, bytes, 0);
+}
+
 void begin_cluster_memory(int size, size_t bytes) {
   if (!windows.low) {
     windows.name = "shared memory";
@@ -57,21 +63,14 @@ void begin_cluster_memory(int size, size_t bytes) {
     windows.low = (mapping + SHARED_WINDOW - 1) / SHARED_WINDOW * SHARED_WINDOW;
   }
   windows.high = windows.low + size * SHARED_WINDOW;
-  if ((int)unclean.size() < size) {
-    windows.cells.resize(size * SHARED_WINDOW / GRANULE);
-    owner.resize(size * SHARED_WINDOW);
-    unclean.resize(size, SHARED_WINDOW);
+  for (size_t i = 0; i < blocks.size(); i++) clear_window(i, blocks[i].window_end);
+  for (size_t bytes_known = owner.size(); bytes_known < size * SHARED_WINDOW; bytes_known = owner.size()) {
+    owner.resize(bytes_known + SHARED_WINDOW);
+    windows.cells.resize(owner.size() / GRANULE);
+    clear_window(bytes_known / SHARED_WINDOW, SHARED_WINDOW);
   }
-  for (size_t i = 0; i < blocks.size(); i++) unclean[i] = std::max(unclean[i], blocks[i].window_end);
   blocks.assign(size, Block());
-  for (int i = 0; i < size; i++) {
-    const size_t start = i * SHARED_WINDOW, end = start + unclean[i];
-    blocks[i].window = (uint8_t*)windows.low + start;
-    memset(blocks[i].window, 0xff, unclean[i]);  // NaN in every format
-    std::fill(windows.cells.begin() + start / GRANULE, windows.cells.begin() + end / GRANULE, Cell());
-    std::fill(owner.begin() + start, owner.begin() + end, 0);
-    unclean[i] = 0;
-  }
+  for (int i = 0; i < size; i++) blocks[i].window = (uint8_t*)windows.low + i * SHARED_WINDOW;
   dynamic_bytes = bytes;
 }
 
@@ -109,22 +108,24 @@ void* shared_start() {
 
 uint8_t* shared_window() { return running->block->window; }
 
-uint8_t* shared_window(int rank, Site site) {
-  if (rank < 0 || rank >= (int)blocks.size())
-    fault("cluster", site, "rank %d in a cluster of size %zu", rank, blocks.size());
-  return blocks[rank].window;
-}
-
 uint32_t shared_address(const void* p, Site site) {
   if (!is_shared(p)) fault("bad-address", site, "%p is not in shared memory", p);
   return (uint32_t)((uint8_t*)p - shared_window());
 }
 
-void* in_block(const void* p, int rank, Site site) { return shared_window(rank, site) + shared_address(p, site); }
+void* in_block(const void* p, int rank, Site site) {
+  if (rank < 0 || rank >= (int)blocks.size()) fault("cluster", site, "rank %d in a cluster of %zu", rank, blocks.size());
+  return blocks[rank].window + shared_address(p, site);
+}
 
 bool is_shared(const void* p) { return (uintptr_t)p - (uintptr_t)shared_window() < SHARED_WINDOW; }
 
-Block& block_of(const void* p) { return blocks[((uintptr_t)p - windows.low) / SHARED_WINDOW]; }
+static Block& block_at(uintptr_t a) { return blocks[(a - windows.low) / SHARED_WINDOW]; }
+
+Block& block_of(const void* p, Site site) {
+  if (find((uintptr_t)p) != &windows) fault("bad-address", site, "%p is not in the cluster's shared memory", p);
+  return block_at((uintptr_t)p);
+}
 
 std::string of_block(const Block& block) {
   return in_cluster() ? " of block " + std::to_string(block.index.x) : std::string();
@@ -141,7 +142,7 @@ std::string locate(uintptr_t a) {
     if (a < r->low) return format("%zu bytes before '%s'", r->low - a, r->name.c_str());
     return format("'%s' byte %zu", r->name.c_str(), a - r->low);
   }
-  const Block& block = block_of((void*)a);
+  const Block& block = block_at(a);
   const Array* before = nullptr;
   for (const Array& array : block.arrays) {
     if ((uintptr_t)array.at > a) break;
@@ -159,7 +160,7 @@ static bool inside(const Region* r, uintptr_t a, size_t bytes) {
   if (a < r->low || a + bytes > r->high) return false;
   if (r != &windows) return true;
   uint8_t first = owner[a - windows.low];
-  return first && first == owner[a + bytes - 1 - windows.low];
+  return first && first == owner[a + bytes - 1 - windows.low] && &block_at(a) == &block_at(a + bytes - 1);
 }
 
 template <class F>

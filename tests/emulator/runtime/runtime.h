@@ -102,10 +102,10 @@ struct Array {  // of shared memory, as carved by the kernel
   size_t bytes, align;
   uint8_t* at;
 };
-struct Remote {  // what another block did here, or an engine does for it
+struct Remote {  // an arrival here from another block, or a copy from or to here
   Moment when;
   Place place;
-  std::string what;
+  const char* what;
 };
 struct Block {
   uint3 index;
@@ -179,7 +179,7 @@ void async_access(Fiber*, Moment when, const void*, size_t bytes, bool write, Pl
 void mark_copy(const void* p, size_t bytes, bool in_flight, Place);
 std::string locate(uintptr_t address);
 bool is_shared(const void*);  // of the running thread's block
-Block& block_of(const void* shared);
+Block& block_of(const void* shared, Site);
 std::string of_block(const Block&);  // for messages, if the cluster has several
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t SHARED_WINDOW = 256 << 10;  // what the descriptors of wgmma can address
@@ -192,7 +192,7 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7)
 void reset_mbarriers();
 std::string mbarrier_state(const uint64_t*);
 Moment begin_copy(uint64_t* barrier, Site);  // returns when it will be over
-void complete_copy(uint64_t* barrier, const Block* from, int bytes, Place);
+void complete_copy(uint64_t* barrier, int bytes, Place);
 void check_loads_at_end();
 bool complete_a_load();      // false: none is in flight
 void complete_some_loads();  // if chance is to decide when
@@ -202,8 +202,7 @@ void reset_products();
 void check_products_at_exit();
 void check_products_at_end();
 void reset_cluster();
-void use_block(Block&, Site);  // faults if it may have exited or cannot be known to have started
-void note_remote(Block&, Moment, Place, const std::string& what);
+void use_until(Moment, Block&, Site, const char* what);  // faults if the block exits earlier
 void check_cluster_at_exit();
 float from_half(uint16_t);
 

@@ -130,9 +130,8 @@ static void fiber_main() {
 
 static void make_fiber(int number, Block& block, int t, unsigned block_size, unsigned grid_size) {
   Fiber& f = fibers[number];
-  const int rank = int(&block - blocks.data()), size = (int)blocks.size(),
-            warps_per_block = (int)(block_size + 31) / 32;
-  f.index = {{(unsigned)t, 0, 0}, block.index, {block_size, 1, 1}, {grid_size, 1, 1}, t & 31, t / 32, t, rank, size};
+  const int rank = int(&block - blocks.data()), warps_per_block = (int)(block_size + 31) / 32;
+  f.index = {{(unsigned)t, 0, 0}, block.index, {block_size, 1, 1}, {grid_size, 1, 1}, t & 31, t / 32, t, rank};
   f.block = &block;
   f.number = number;
   f.warp = rank * ((warps_per_block + 3) / 4 * 4) + t / 32;  // whole warpgroups, also of several blocks
