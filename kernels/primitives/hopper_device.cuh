@@ -43,12 +43,10 @@ PRIM uint32_t cluster_address(const void* p, int rank) {
   return address;
 }
 PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                   cluster_address(barrier, rank)),
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(cluster_address(barrier, rank)),
                "r"(bytes)
                : "memory");
 }

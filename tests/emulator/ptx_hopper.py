@@ -8,7 +8,9 @@ TMA_LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx
 TMA_STORE = "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group"
 SEND = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
 ARRIVALS = {
-    f"{name}.shared::{space}" for name in ("arrive", "arrive.expect_tx") for space in ("cta", "cluster")
+    f"{name}.shared::{space}"
+    for name in ("arrive", "arrive.expect_tx")
+    for space in ("cta", "cluster")
 }
 CLUSTER_BARRIER = {
     "barrier.cluster.arrive.release": "cluster_arrive",

@@ -19,11 +19,11 @@
 #define __grid_constant__
 // A kernel's section says how many blocks its clusters have. Other sizes than these do not compile.
 #define __cluster_dims__(x, y, z) EMULATOR_CLUSTER(x, y, z)
-#define EMULATOR_CLUSTER(x, y, z) CLUSTERS_OF_##x##_##y##_##z
-#define CLUSTERS_OF_1_1_1
-#define CLUSTERS_OF_2_1_1 __attribute__((section("clusters_of_2")))
-#define CLUSTERS_OF_4_1_1 __attribute__((section("clusters_of_4")))
-#define CLUSTERS_OF_8_1_1 __attribute__((section("clusters_of_8")))
+#define EMULATOR_CLUSTER(x, y, z) __attribute__((section(CLUSTERS_OF_##x##_##y##_##z)))
+#define CLUSTERS_OF_1_1_1 "clusters_of_1"
+#define CLUSTERS_OF_2_1_1 "clusters_of_2"
+#define CLUSTERS_OF_4_1_1 "clusters_of_4"
+#define CLUSTERS_OF_8_1_1 "clusters_of_8"
 #define __shared__ USE_DynSmem_INSTEAD_OF___shared__
 
 struct uint3 {

@@ -2,9 +2,9 @@
 //
 //   y_b = sum over t of x_c,t, where block c comes before b in the ring of their cluster
 //
-// In round t each block sends row t of its x to the next block, whose threads add it up and then free the sender's copy.
-// With BUG_X defined the mistake X is made; the line that must be blamed carries the comment "blame X". Grid: clusters
-// of CLUSTER blocks of 64 threads. Shared memory: 544 bytes.
+// In round t each block sends row t of its x to the next block, whose threads add it up and then free the sender's
+// copy. With BUG_X defined the mistake X is made; the line that must be blamed carries the comment "blame X". Grid:
+// clusters of CLUSTER blocks of 64 threads. Shared memory: 544 bytes.
 #include "primitives/hopper.cuh"
 
 constexpr int THREADS = 64, ROW_BYTES = THREADS * 4;
@@ -63,11 +63,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #elif defined(BUG_BYTES)
       cluster_send(received, sent, ROW_BYTES - 8, full, next);  // blame BYTES
 #else
-      cluster_send(received, sent, ROW_BYTES, full, next);  // blame NO_PROXY_FENCE EARLY_FREE
+      cluster_send(received, sent, ROW_BYTES, full, next);  // blame NO_PROXY_FENCE EARLY_FREE NO_LAST_SYNC
 #endif
     }
 #ifdef BUG_NO_FULL_WAIT
-    if (rank == 0)
+    if (rank == 1)
 #endif
       mbarrier_wait(full, t % 2);  // blame MANY_BYTES
 #ifdef BUG_EARLY_FREE
@@ -75,7 +75,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
     sum += received[thread];  // blame NO_FULL_WAIT EARLY_FREE
 #ifndef BUG_EARLY_FREE
-    mbarrier_arrive_remote(free, before);  // blame NO_LAST_SYNC
+    mbarrier_arrive_remote(free, before);
 #endif
   }
   y[blockIdx.x * THREADS + thread] = sum;

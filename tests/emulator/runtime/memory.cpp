@@ -114,7 +114,8 @@ uint32_t shared_address(const void* p, Site site) {
 }
 
 void* in_block(const void* p, int rank, Site site) {
-  if (rank < 0 || rank >= (int)blocks.size()) fault("cluster", site, "rank %d in a cluster of %zu", rank, blocks.size());
+  if (rank < 0 || rank >= (int)blocks.size())
+    fault("cluster", site, "rank %d in a cluster of %zu", rank, blocks.size());
   return blocks[rank].window + shared_address(p, site);
 }
 
