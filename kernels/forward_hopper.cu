@@ -17,6 +17,8 @@
 // in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain from state to state passes nothing
 // through shared memory. The last SOLVERS warpgroups take turns to make T11, M21, T22 and P, a chunk or more ahead.
 // mbarriers hand tiles over; every warp says for itself that it is done with one.
+// With CLUSTER > 1 the blocks of a cluster, slices of one head, solve the chunks in turn and send each other the
+// factors.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, R, N, P and what T
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.

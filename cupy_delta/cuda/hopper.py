@@ -18,8 +18,8 @@ BARRIER = 8
 A_STAGES = 2
 # Microseconds on an H200: per chunk of a walk with one or two slices per block and of a transfer;
 # of cutting and joining, and more per segment and head that is joined.
-WALK = {1: 1.85, 2: 2.52}
-TRANSFER = {1: 1.25, 2: 1.72}
+WALK = {1: 1.66, 2: 2.52}
+TRANSFER = {1: 1.1, 2: 1.36}
 JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
 # Buffers of K, of Q and V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.

@@ -27,16 +27,13 @@ PRIM void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 
 // ---- clusters: blocks that reach into each other's shared memory; `rank` of one, and addresses as in this block ----
+//
+// Arrivals have no scope: .release.cluster here, with .acquire.cluster in the wait, would flush caches each time.
 
 PRIM int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
-}
-PRIM int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
 }
 // All threads of the cluster: after their mbarriers are initialised, and before a block exits that others still use.
 PRIM void cluster_sync() { asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory"); }
@@ -46,12 +43,10 @@ PRIM uint32_t cluster_address(const void* p, int rank) {
   return address;
 }
 PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                   cluster_address(barrier, rank)),
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(cluster_address(barrier, rank)),
                "r"(bytes)
                : "memory");
 }
@@ -71,15 +66,6 @@ PRIM void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int x, int
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
-      : "memory");
-}
-// To the same place in each block whose bit is set; the bytes count for the barrier there.
-PRIM void tma_load_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t blocks, int x, int y, int z,
-                             int w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%4, "
-      "%5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "h"(blocks), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
 PRIM void tma_store(const TensorMap* map, const void* from, int x, int y, int z, int w) {

@@ -142,6 +142,7 @@ def runtime() -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.c_uint,
         ctypes.c_uint,
+        ctypes.c_uint,
         ctypes.c_size_t,
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -195,6 +196,7 @@ class Kernel:
         sizes = (ctypes.c_int * 64)()
         count = getattr(self.library, f"emulator_sizes_{entry}")(sizes)
         self.sizes = list(sizes[:count])
+        self.cluster = getattr(self.library, f"emulator_cluster_{entry}")()
 
     def launch(self, grid: int, block: int, shared: int, arguments: list, run: Run = Run()) -> dict:
         """Run the kernel on device arrays and NumPy scalars; return counts of what it did."""
@@ -215,7 +217,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
         options = run.options()
         failed = runtime().emulator_launch(
-            self._function, grid, block, shared, pointers, ctypes.byref(options)
+            self._function, self.cluster, grid, block, shared, pointers, ctypes.byref(options)
         )
         counts = (ctypes.c_uint64 * 6)()
         runtime().emulator_statistics(counts)

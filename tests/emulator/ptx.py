@@ -29,10 +29,12 @@ class Entry(HopperInstructions):
         Parts of the entry's text.
     files : dict
         Names of source files by their number in ``.loc``.
+    cluster : int
+        Blocks per cluster.
     """
 
-    def __init__(self, name: str, parameters: str, body: str, files: dict):
-        self.name, self.files = name, files
+    def __init__(self, name: str, parameters: str, body: str, files: dict, cluster: int):
+        self.name, self.files, self.cluster = name, files, cluster
         self.parameters: dict[str, int] = {}
         self.sizes: list[int] = []
         for text in filter(None, (p.strip() for p in parameters.split(","))):
@@ -107,6 +109,16 @@ class Entry(HopperInstructions):
         yield f'extern "C" int emulator_sizes_{self.name}(int* sizes) {{'
         yield f"  const int known[] = {{{', '.join(map(str, self.sizes)) or 0}}};"
         yield f"  memcpy(sizes, known, sizeof known);\n  return {len(self.sizes)};\n}}"
+        yield f'extern "C" int emulator_cluster_{self.name}() {{ return {self.cluster}; }}'
+
+
+def cluster_size(directives: str) -> int:
+    """Return the number of blocks in a cluster of an entry, from the text before its body."""
+    m = re.search(r"\.reqnctapercluster\s+(.*)", directives)
+    size = re.fullmatch(r"([1248])(, 1, 1)?", m[1].strip()) if m else None
+    if m and not size:
+        raise UnknownInstruction(m[0])
+    return int(size[1]) if size else 1
 
 
 def translate(ptx: str) -> str:
@@ -114,12 +126,13 @@ def translate(ptx: str) -> str:
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))
     ptx = re.sub(r"/\*.*?\*/|//[^\n]*", "", ptx, flags=re.S)
     lines = ['#include "ptx_on_cpu.h"', "using namespace emulator;"]
-    for m in re.finditer(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)[^{]*\{", ptx, re.S):
+    for m in re.finditer(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.S):
         end, depth = m.end(), 1
         while depth:
             depth += {"{": 1, "}": -1}.get(ptx[end], 0)
             end += 1
-        lines += Entry(m[1], m[2], ptx[m.end() : end - 1], files).function()
+        body = ptx[m.end() : end - 1]
+        lines += Entry(m[1], m[2], body, files, cluster_size(m[3])).function()
     return "\n".join(lines) + "\n"
 
 

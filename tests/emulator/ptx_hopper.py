@@ -6,6 +6,16 @@ from ptx_instructions import Instructions, UnknownInstruction, elements
 
 TMA_LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA_STORE = "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group"
+SEND = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+ARRIVALS = {
+    f"{name}.shared::{space}"
+    for name in ("arrive", "arrive.expect_tx")
+    for space in ("cta", "cluster")
+}
+CLUSTER_BARRIER = {
+    "barrier.cluster.arrive.release": "cluster_arrive",
+    "barrier.cluster.wait.acquire": "cluster_wait",
+}
 FENCES = {
     "fence.mbarrier_init.release.cluster": "mbarrier_init_fence();",
     "fence.proxy.async.shared::cta": "async_proxy_fence();",
@@ -18,19 +28,36 @@ WGMMA = re.compile(
 class HopperInstructions(Instructions):
     """Methods op_<name>, as in `Instructions`."""
 
+    def cluster_pointer(self, operand):
+        """An address in the shared memory of some block, ``[%r1]``."""
+        return f"cluster_pointer({self.value(operand[1:-1].strip(), 'u32')})"
+
     def op_mbarrier(self, opcode, parts, a):
-        name = opcode.removeprefix("mbarrier.").removesuffix(".shared::cta.b64")
-        address = a[0] if name == "init" else a[1]
-        barrier = f"(uint64_t*){self.pointer(address, 'shared')}"
+        name = opcode.removeprefix("mbarrier.").removesuffix(".b64")
+        address = a[0] if parts[1] == "init" else a[1]
+        remote = name.endswith("shared::cluster")
+        at = self.cluster_pointer(address) if remote else self.pointer(address, "shared")
+        barrier = f"(uint64_t*){at}"
         number = self.value(a[-1], "s32") if a[-1] != address else "0"
-        if name == "init":
+        if name == "init.shared::cta":
             return f"mbarrier_init({barrier}, {number}, {self.site});"
-        if name in ("arrive", "arrive.expect_tx") and a[0] == "_":
+        if name in ARRIVALS and a[0] == "_":
             return f"mbarrier_arrive({barrier}, {number}, {self.site});"
-        if name == "try_wait.parity":  # which never gives up here
+        if name == "try_wait.parity.shared::cta":  # and never gives up here
             wait = f"mbarrier_wait({barrier}, {number}, {self.site});"
             return f"{wait} {self.put(a[0], 'true', 'pred')}"
         raise UnknownInstruction(opcode)
+
+    def op_mapa(self, opcode, parts, a):
+        if opcode != "mapa.shared::cluster.u32":
+            raise UnknownInstruction(opcode)
+        address, rank = self.value(a[1], "u32"), self.value(a[2], "s32")
+        return self.put(a[0], f"map_shared({address}, {rank}, {self.site})", "u32")
+
+    def op_barrier(self, opcode, parts, a):
+        if opcode in CLUSTER_BARRIER:
+            return f"{CLUSTER_BARRIER[opcode]}({self.site});"
+        return super().op_barrier(opcode, parts, a)
 
     def box(self, operand):
         """The map and the coordinates of a tensor operand, ``[%rd1, {%r1, %r2, %r3, %r4}]``."""
@@ -42,6 +69,13 @@ class HopperInstructions(Instructions):
             map_, at = self.box(a[1])
             to, barrier = self.pointer(a[0], "shared"), self.pointer(a[2], "shared")
             return f"tma_load({to}, {map_}, (uint64_t*){barrier}, {at}, {self.site});"
+        if opcode == SEND:
+            to, barrier = self.cluster_pointer(a[0]), self.cluster_pointer(a[3])
+            bytes_ = self.value(a[2], "s32")
+            return (
+                f"emulator::cluster_send({to}, {self.pointer(a[1], 'shared')}, {bytes_}, "
+                f"(uint64_t*){barrier}, {self.site});"
+            )
         if opcode == TMA_STORE:
             map_, at = self.box(a[0])
             return f"tma_store({map_}, {self.pointer(a[1], 'shared')}, {at}, {self.site});"

@@ -18,7 +18,10 @@ SPECIAL = {
         ("nctaid", "grid_size"),
     )
     for d in "xyz"
-} | {"%laneid": "current->lane"}
+} | {
+    "%laneid": "current->lane",
+    "%cluster_ctarank": "current->cluster_rank",
+}
 COMPARISONS = {
     "eq": "==",
     "ne": "!=",

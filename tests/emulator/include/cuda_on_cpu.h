@@ -17,6 +17,13 @@
 #define __restrict__ __restrict
 #define __align__(n) alignas(n)
 #define __grid_constant__
+// A kernel's section says how many blocks its clusters have. Other sizes than these do not compile.
+#define __cluster_dims__(x, y, z) EMULATOR_CLUSTER(x, y, z)
+#define EMULATOR_CLUSTER(x, y, z) __attribute__((section(CLUSTERS_OF_##x##_##y##_##z)))
+#define CLUSTERS_OF_1_1_1 "clusters_of_1"
+#define CLUSTERS_OF_2_1_1 "clusters_of_2"
+#define CLUSTERS_OF_4_1_1 "clusters_of_4"
+#define CLUSTERS_OF_8_1_1 "clusters_of_8"
 #define __shared__ USE_DynSmem_INSTEAD_OF___shared__
 
 struct uint3 {
@@ -58,6 +65,7 @@ struct Site {
 struct ThreadIndex {
   uint3 thread, block, block_size, grid_size;
   int lane, warp, linear;
+  int cluster_rank;
 };
 extern ThreadIndex* current;
 
@@ -89,6 +97,10 @@ void tma_store(const void* map, const void* from, Coordinates, Site);
 void tma_store_commit();
 void tma_store_wait_read(int pending);
 void async_proxy_fence();
+void cluster_arrive(Site);
+void cluster_wait(Site);
+void* in_block(const void* p, int rank, Site);  // the same place in the shared memory of another block of the cluster
+void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, Site);  // to and barrier of one block
 void stmatrix(void* row, const uint32_t* r, bool transposed, Site);
 struct Wgmma {
   MmaKind kind;
@@ -124,9 +136,24 @@ inline int sizes(void (*)(A...), int* out) {
 }
 }  // namespace emulator
 
+#define EMULATOR_CLUSTER_RANGE(n) \
+  extern "C" __attribute__((weak, visibility("hidden"))) const char __start_clusters_of_##n[], __stop_clusters_of_##n[];
+EMULATOR_CLUSTER_RANGE(2)
+EMULATOR_CLUSTER_RANGE(4)
+EMULATOR_CLUSTER_RANGE(8)
+namespace emulator {
+inline int cluster_size(const void* kernel) {
+  auto within = [&](const char* start, const char* stop) { return kernel >= start && kernel < stop; };
+  if (within(__start_clusters_of_2, __stop_clusters_of_2)) return 2;
+  if (within(__start_clusters_of_4, __stop_clusters_of_4)) return 4;
+  return within(__start_clusters_of_8, __stop_clusters_of_8) ? 8 : 1;
+}
+}  // namespace emulator
+
 #define EMULATOR_EXPORT(name)                                                                      \
   extern "C" void emulator_kernel_##name(void** arguments) { ::emulator::call(&name, arguments); } \
-  extern "C" int emulator_sizes_##name(int* out) { return ::emulator::sizes(&name, out); }
+  extern "C" int emulator_sizes_##name(int* out) { return ::emulator::sizes(&name, out); }         \
+  extern "C" int emulator_cluster_##name() { return ::emulator::cluster_size((const void*)&name); }
 
 #define threadIdx (::emulator::current->thread)
 #define blockIdx (::emulator::current->block)

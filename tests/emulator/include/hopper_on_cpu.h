@@ -22,6 +22,22 @@ PRIM void tma_store_wait_read() {
 }
 PRIM void async_proxy_fence() { emulator::async_proxy_fence(); }
 
+PRIM int cluster_rank() { return emulator::current->cluster_rank; }
+PRIM void cluster_sync(SITE) {
+  emulator::cluster_arrive(HERE);
+  emulator::cluster_wait(HERE);
+}
+PRIM void mbarrier_arrive_remote(uint64_t* barrier, int rank, SITE) {
+  emulator::mbarrier_arrive((uint64_t*)emulator::in_block(barrier, rank, HERE), 0, HERE);
+}
+PRIM void mbarrier_arrive_expect_remote(uint64_t* barrier, int bytes, int rank, SITE) {
+  emulator::mbarrier_arrive((uint64_t*)emulator::in_block(barrier, rank, HERE), bytes, HERE);
+}
+PRIM void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, int rank, SITE) {
+  emulator::cluster_send(emulator::in_block(to, rank, HERE), from, bytes,
+                         (uint64_t*)emulator::in_block(barrier, rank, HERE), HERE);
+}
+
 // Registers are not modelled, but what the instruction takes is known.
 template <int N>
 PRIM void more_registers() {

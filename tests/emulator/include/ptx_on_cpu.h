@@ -30,6 +30,11 @@ inline uint64_t shared_to_generic(uint64_t address) { return (uint64_t)shared_wi
 inline uint64_t generic_to_shared(uint64_t address) { return address - (uint64_t)shared_window(); }
 inline uint64_t dynamic_shared_start() { return shared_start() ? generic_to_shared((uint64_t)shared_start()) : 0; }
 inline uint8_t* shared_pointer(uint64_t address) { return (uint8_t*)shared_to_generic(address); }
+// Those of other blocks of the cluster too: from this block's window, so that its own addresses stay as they are.
+inline uint32_t map_shared(uint32_t address, int rank, Site site) {
+  return (uint32_t)generic_to_shared((uint64_t)in_block(shared_pointer(address), rank, site));
+}
+inline uint8_t* cluster_pointer(uint32_t address) { return shared_window() + (int32_t)address; }
 inline uint8_t* generic_pointer(uint64_t address) { return (uint8_t*)address; }
 
 template <class T>

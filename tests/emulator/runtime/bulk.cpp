@@ -1,4 +1,7 @@
-// TMA: boxes of arrays copied between global and swizzled shared memory, beside the threads.
+// TMA: boxes of arrays copied between global and swizzled shared memory, and bytes between the shared memories of a
+// cluster, beside the threads.
+#include <variant>
+
 #include "runtime.h"
 
 namespace emulator {
@@ -27,6 +30,13 @@ struct Load {
   uint64_t* barrier;
   Place place;
 };
+struct Send {
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t* barrier;
+  Place place;
+};
 struct Store {
   Box box;
   bool done;
@@ -38,11 +48,11 @@ struct Stores {  // of a thread
   std::deque<std::vector<Store>> groups;
 };
 }  // namespace
-static std::deque<Load> loads;  // in flight
+static std::deque<std::variant<Load, Send>> copies;  // in flight
 static std::map<int, Stores> stores;
 
 void reset_bulk_copies() {
-  loads.clear();
+  copies.clear();
   stores.clear();
 }
 
@@ -85,10 +95,11 @@ static void each_row(const Box& box, F body) {
 }
 
 static uint8_t* piece(uint8_t* row, int i) {
-  return shared_window() + swizzled((uint32_t)(row - shared_window()) + i * PIECE);
+  uint8_t* p = row + i * PIECE;
+  return p - (uintptr_t)p % SHARED_WINDOW + swizzled((uintptr_t)p % SHARED_WINDOW);
 }
 
-// ---- loads: complete late, when nobody else can run, or early, or when chance wills ------------------------
+// ---- loads and sends: complete late, when nobody else can run, or early, or when chance wills ----------------
 
 static void perform(const Load& load) {
   each_row(load.box, [&](int at, Part part) {
@@ -99,7 +110,20 @@ static void perform(const Load& load) {
   complete_copy(load.barrier, load.box.map.bytes(), load.place);
 }
 
+static void perform(const Send& send) {
+  memcpy(send.to, send.from, send.bytes);
+  complete_copy(send.barrier, send.bytes, send.place);
+}
+
 static bool early() { return options.completion == EARLY || (options.completion == EITHER && random_bits() & 1); }
+
+template <class Copy>
+static void start(const Copy& copy) {
+  if (early())
+    perform(copy);
+  else
+    copies.push_back(copy);
+}
 
 void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates at, Site site) {
   Place place = place_of(site);
@@ -110,31 +134,45 @@ void tma_load(void* to, const void* map, uint64_t* barrier, Coordinates at, Site
   Moment when = begin_copy(barrier, site);
   async_access(running, when, to, load.box.map.bytes(), true, place, "tma_load ");
   memset(to, 0xff, load.box.map.bytes());
-  if (early())
-    perform(load);
-  else
-    loads.push_back(load);
+  start(load);
+}
+
+void cluster_send(void* to, const void* from, int bytes, uint64_t* barrier, Site site) {
+  Place place = place_of(site);
+  if (bytes <= 0 || bytes % 16) fault("misaligned", site, "cluster_send of %d bytes, no multiple of 16", bytes);
+  if ((uintptr_t)to % 16 || shared_address(from, site) % 16)
+    fault("misaligned", site, "cluster_send from %s to %s, expected multiples of 16", locate((uintptr_t)from).c_str(),
+          locate((uintptr_t)to).c_str());
+  Block& block = block_of(to, site);
+  if (&block != &block_of(barrier, site)) fault("cluster", site, "a copy and its mbarrier in different blocks");
+  Moment when = begin_copy(barrier, site);
+  use_until(when, block, site, "cluster_send");
+  use_until(when, *running->block, site, "cluster_send");
+  async_access(running, when, to, bytes, true, place, "cluster_send ");
+  async_access(running, when, from, bytes, false, place, "cluster_send ");
+  memset(to, 0xff, bytes);
+  start(Send{to, from, bytes, barrier, place});
 }
 
 bool complete_a_load() {
-  if (loads.empty()) return false;
-  auto next = loads.begin();
-  if (options.completion == EITHER) next += random_bits() % loads.size();
-  Load load = *next;
-  loads.erase(next);
-  perform(load);
+  if (copies.empty()) return false;
+  auto next = copies.begin();
+  if (options.completion == EITHER) next += random_bits() % copies.size();
+  auto copy = *next;
+  copies.erase(next);
+  std::visit([](const auto& c) { perform(c); }, copy);
   return true;
 }
 
 void complete_some_loads() {
-  if (options.completion == EITHER && !loads.empty() && random_bits() % 8 == 0) complete_a_load();
+  if (options.completion == EITHER && !copies.empty() && random_bits() % 8 == 0) complete_a_load();
 }
 
 // ---- stores: read shared memory until the wait --------------------------------------------------------------
 
 static Stores& stores_of(Fiber* f) {
-  auto [entry, is_new] = stores.try_emplace(f->index.linear);
-  if (is_new) entry->second.agent = new_agent("tma_store of thread " + std::to_string(f->index.linear));
+  auto [entry, is_new] = stores.try_emplace(f->number);
+  if (is_new) entry->second.agent = new_agent("tma_store of " + who(moment_of(f)));
   return entry->second;
 }
 
@@ -182,7 +220,7 @@ void tma_store_wait_read(int pending) {
 }
 
 void check_stores_at_exit() {
-  auto found = stores.find(running->index.linear);
+  auto found = stores.find(running->number);
   if (found == stores.end()) return;
   const Stores& mine = found->second;
   if (!mine.open.empty() || !mine.groups.empty())

@@ -15,12 +15,12 @@ uint64_t random_bits() {
   return random_state ^= random_state << 17;
 }
 
-static std::vector<unsigned> block_order(unsigned blocks) {
-  std::vector<unsigned> order(blocks);
+static std::vector<unsigned> launch_order(unsigned count) {
+  std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0u);
   if (options.schedule == DESCENDING) std::reverse(order.begin(), order.end());
   if (options.schedule == RANDOM) {
-    for (unsigned i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_bits() % i]);
+    for (unsigned i = count; i > 1; i--) std::swap(order[i - 1], order[random_bits() % i]);
   }
   return order;
 }
@@ -34,8 +34,8 @@ const char* emulator_fault() { return fault_text.c_str(); }
 void emulator_statistics(uint64_t* out) { memcpy(out, &statistics, sizeof statistics); }
 
 // Runs a kernel; returns 0, or 1 with the fault's text in emulator_fault().
-int emulator_launch(void* kernel, unsigned grid, unsigned threads, size_t shared_bytes, void** arguments,
-                    const Options* chosen) {
+int emulator_launch(void* kernel, unsigned cluster, unsigned grid, unsigned threads, size_t shared_bytes,
+                    void** arguments, const Options* chosen) {
   static bool ready = (install_signal_handlers(), true);
   (void)ready;
   options = *chosen;
@@ -50,14 +50,18 @@ int emulator_launch(void* kernel, unsigned grid, unsigned threads, size_t shared
     fault_text = format("bad-launch: %u threads per block, expected 1 to 1024", threads);
     return 1;
   }
+  if (cluster < 1 || cluster > MAX_CLUSTER || grid % cluster) {
+    fault_text = format("bad-launch: %u blocks in clusters of %u", grid, cluster);
+    return 1;
+  }
   begin_launch();
-  for (unsigned block : block_order(grid)) {
-    begin_block_memory(shared_bytes);
-    reset_barriers();
+  for (unsigned i : launch_order(grid / cluster)) {
+    begin_cluster_memory((int)cluster, shared_bytes);
+    reset_cluster();
     reset_mbarriers();
     reset_bulk_copies();
     reset_products();
-    run_block({block, 0, 0}, {threads, 1, 1}, {grid, 1, 1}, (void (*)(void**))kernel, arguments);
+    run_cluster(i * cluster, threads, grid, (void (*)(void**))kernel, arguments);
     if (!fault_text.empty()) return 1;
   }
   return 0;

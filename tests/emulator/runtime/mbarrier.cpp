@@ -12,7 +12,8 @@ struct Mbarrier {
   uint32_t phase = 0, waited = 0;  // how many are complete, and how many of them a thread has waited for
   int thread, agent;               // that initialised it; of its copies
   Moment initialised;
-  bool fenced = false;  // the copy engine sees it
+  Block* block;
+  bool fenced = false;  // the copy engine and other blocks see it
   int copies_in_flight = 0;
   uint32_t last_copy = 0;  // when it is over: the step
   Place last_copy_place = 0;
@@ -30,7 +31,7 @@ static Mbarrier& find(const uint64_t* barrier, Site site) {
   if (found == mbarriers.end())
     fault("mbarrier", site, "no mbarrier was initialised at %s", locate((uintptr_t)barrier).c_str());
   if (options.check && !happened_before(found->second.initialised, running))
-    fault("mbarrier", site, "unordered with the mbarrier_init by thread %d", found->second.thread);
+    fault("mbarrier", site, "unordered with the mbarrier_init by %s", who(found->second.initialised).c_str());
   return found->second;
 }
 
@@ -42,13 +43,14 @@ void mbarrier_init(uint64_t* barrier, int arrivals, Site site) {
   access(running, barrier, sizeof *barrier, true, place_of(site), "mbarrier_init ");
   Mbarrier& b = mbarriers[barrier];
   b.arrivals = b.missing = arrivals;
-  b.thread = running->index.linear;
+  b.thread = running->number;
+  b.block = running->block;
   b.agent = new_agent("copies for the mbarrier " + locate((uintptr_t)barrier));
   b.initialised = moment_of(running);
 }
 
 void mbarrier_init_fence() {
-  for (auto& [address, b] : mbarriers) b.fenced |= b.thread == running->index.linear;
+  for (auto& [address, b] : mbarriers) b.fenced |= b.thread == running->number;
 }
 
 static void complete_phase_if_done(Mbarrier& b, Place place) {
@@ -65,8 +67,17 @@ static void complete_phase_if_done(Mbarrier& b, Place place) {
   b.waiting.clear();
 }
 
+static void check_fenced(const Mbarrier& b, Site site) {
+  if (!b.fenced)
+    fault("mbarrier", site, "no mbarrier_init_fence by %s, which initialised it", who(b.initialised).c_str());
+}
+
 void mbarrier_arrive(uint64_t* barrier, int bytes, Site site) {
   Mbarrier& b = find(barrier, site);
+  if (b.block != running->block) {
+    check_fenced(b, site);
+    use_until(moment_of(running), *b.block, site, "arrival");
+  }
   if (!b.missing) fault("mbarrier", site, "more than the %d arrivals of a phase", b.arrivals);
   if (bytes < 0) fault("mbarrier", site, "%d bytes expected", bytes);
   b.bytes += bytes;
@@ -98,7 +109,7 @@ std::string mbarrier_state(const uint64_t* barrier) {
 
 Moment begin_copy(uint64_t* barrier, Site site) {
   Mbarrier& b = find(barrier, site);
-  if (!b.fenced) fault("mbarrier", site, "no mbarrier_init_fence by thread %d, which initialised it", b.thread);
+  check_fenced(b, site);
   b.copies_in_flight++;
   b.last_copy = b.phase + 1;
   b.last_copy_place = place_of(site);

@@ -1,15 +1,15 @@
-// Memory: global buffers between guard pages, the shared-memory window, and the shadow of both.
+// Memory: global buffers between guard pages, the windows of shared memory, and the shadow of all.
 #include <sys/mman.h>
 
 #include "runtime.h"
 
 namespace emulator {
 
-std::vector<Array> shared_arrays;
+std::vector<Block> blocks;
 static std::map<uintptr_t, std::unique_ptr<Region>> buffers;  // by the end of the mapping
-static Region window;
-static std::vector<uint8_t> owner;  // of each byte of the window: 1 + array number, 0 for red zones
-static size_t dynamic_bytes, device_end, window_end;
+static Region windows;                                        // of a cluster's blocks, one after the other
+static std::vector<uint8_t> owner;                            // of each byte of them: 1 + array number, 0 for red zones
+static size_t dynamic_bytes;
 
 // ---- global buffers ---------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ extern "C" void emulator_free(void* low) {
 }
 
 static Region* find(uintptr_t a) {
-  if (a >= window.low && a < window.high) return &window;
+  if (a >= windows.low && a < windows.high) return &windows;
   auto found = buffers.upper_bound(a);
   if (found == buffers.end() || a < (uintptr_t)found->second->mapping) return nullptr;
   return found->second.get();
@@ -48,89 +48,120 @@ static Region* find(uintptr_t a) {
 
 // ---- shared memory ------------------------------------------------------------------------------------------
 
-void begin_block_memory(size_t bytes) {
-  if (!window.low) {
-    window.name = "shared memory";
-    // Aligned to its size, so that the bits of addresses are those of offsets.
-    auto mapping = (uintptr_t)map_pages(2 * SHARED_WINDOW, PROT_READ | PROT_WRITE);
-    window.low = (mapping + SHARED_WINDOW - 1) / SHARED_WINDOW * SHARED_WINDOW;
-    window.high = window.low + SHARED_WINDOW;
-    window.cells.resize(SHARED_WINDOW / GRANULE);
-    owner.assign(SHARED_WINDOW, 0);
-    window_end = SHARED_WINDOW;
+static void clear_window(size_t i, size_t bytes) {
+  const size_t start = i * SHARED_WINDOW;
+  memset((uint8_t*)windows.low + start, 0xff, bytes);  // NaN in every format
+  std::fill_n(windows.cells.begin() + start / GRANULE, bytes / GRANULE, Cell());
+  std::fill_n(owner.begin() + start, bytes, 0);
+}
+
+void begin_cluster_memory(int size, size_t bytes) {
+  if (!windows.low) {
+    windows.name = "shared memory";
+    // Aligned to the size of one, so that the bits of addresses are those of offsets.
+    auto mapping = (uintptr_t)map_pages((MAX_CLUSTER + 1) * SHARED_WINDOW, PROT_READ | PROT_WRITE);
+    windows.low = (mapping + SHARED_WINDOW - 1) / SHARED_WINDOW * SHARED_WINDOW;
   }
-  memset((void*)window.low, 0xff, window_end);  // NaN in every format
-  std::fill(window.cells.begin(), window.cells.begin() + window_end / GRANULE, Cell());
-  std::fill(owner.begin(), owner.begin() + window_end, 0);
-  shared_arrays.clear();
+  windows.high = windows.low + size * SHARED_WINDOW;
+  for (size_t i = 0; i < blocks.size(); i++) clear_window(i, blocks[i].window_end);
+  for (size_t bytes_known = owner.size(); bytes_known < size * SHARED_WINDOW; bytes_known = owner.size()) {
+    owner.resize(bytes_known + SHARED_WINDOW);
+    windows.cells.resize(owner.size() / GRANULE);
+    clear_window(bytes_known / SHARED_WINDOW, SHARED_WINDOW);
+  }
+  blocks.assign(size, Block());
+  for (int i = 0; i < size; i++) blocks[i].window = (uint8_t*)windows.low + i * SHARED_WINDOW;
   dynamic_bytes = bytes;
-  device_end = window_end = 0;
 }
 
 void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
+  Block& block = *running->block;
   size_t number = running->arrays_taken++;
-  if (number < shared_arrays.size()) {
-    const Array& a = shared_arrays[number];
+  if (number < block.arrays.size()) {
+    const Array& a = block.arrays[number];
     if (a.bytes != bytes || a.align != align || a.name != name)
       fault("shared-layout", site, "threads carve shared memory differently: '%s' and '%s'", a.name.c_str(), name);
     return a.at;
   }
-  device_end = (device_end + align - 1) / align * align + bytes;
-  if (device_end > dynamic_bytes)
-    fault("shared-layout", site, "'%s' ends at byte %zu, the launch gave %zu bytes", name, device_end, dynamic_bytes);
+  block.device_end = (block.device_end + align - 1) / align * align + bytes;
+  if (block.device_end > dynamic_bytes)
+    fault("shared-layout", site, "'%s' ends at byte %zu, the launch gave %zu bytes", name, block.device_end,
+          dynamic_bytes);
   // A red zone before each array, and the same alignment as on the device.
-  size_t start = (window_end + 64 + align - 1) / align * align;
-  window_end = (start + bytes + 63) / 64 * 64;
-  if (window_end + 64 > SHARED_WINDOW || shared_arrays.size() == 254)
+  size_t start = (block.window_end + 64 + align - 1) / align * align;
+  block.window_end = (start + bytes + 63) / 64 * 64;
+  if (block.window_end + 64 > SHARED_WINDOW || block.arrays.size() == 254)
     fault("shared-layout", site, "more shared memory than the emulator has");
-  shared_arrays.push_back({name, bytes, align, (uint8_t*)window.low + start});
-  memset(&owner[start], (int)shared_arrays.size(), bytes);
-  return shared_arrays.back().at;
+  block.arrays.push_back({name, bytes, align, block.window + start});
+  memset(&owner[block.window + start - (uint8_t*)windows.low], (int)block.arrays.size(), bytes);
+  return block.arrays.back().at;
 }
 
 void shared_all(const char* name, Site site) {
   if (dynamic_bytes) shared_take(dynamic_bytes, 1024, name, site);
 }
 
-void* shared_start() { return shared_arrays.empty() ? nullptr : shared_arrays[0].at; }
+void* shared_start() {
+  const std::vector<Array>& arrays = running->block->arrays;
+  return arrays.empty() ? nullptr : arrays[0].at;
+}
 
-uint8_t* shared_window() { return (uint8_t*)window.low; }
+uint8_t* shared_window() { return running->block->window; }
 
 uint32_t shared_address(const void* p, Site site) {
   if (!is_shared(p)) fault("bad-address", site, "%p is not in shared memory", p);
-  return (uint32_t)((uintptr_t)p - window.low);
+  return (uint32_t)((uint8_t*)p - shared_window());
 }
 
-bool is_shared(const void* p) { return (uintptr_t)p >= window.low && (uintptr_t)p < window.high; }
+void* in_block(const void* p, int rank, Site site) {
+  if (rank < 0 || rank >= (int)blocks.size())
+    fault("cluster", site, "rank %d in a cluster of %zu", rank, blocks.size());
+  return blocks[rank].window + shared_address(p, site);
+}
+
+bool is_shared(const void* p) { return (uintptr_t)p - (uintptr_t)shared_window() < SHARED_WINDOW; }
+
+static Block& block_at(uintptr_t a) { return blocks[(a - windows.low) / SHARED_WINDOW]; }
+
+Block& block_of(const void* p, Site site) {
+  if (find((uintptr_t)p) != &windows) fault("bad-address", site, "%p is not in the cluster's shared memory", p);
+  return block_at((uintptr_t)p);
+}
+
+std::string of_block(const Block& block) {
+  return in_cluster() ? " of block " + std::to_string(block.index.x) : std::string();
+}
 
 // ---- accesses -------------------------------------------------------------------------------------------------
 
 std::string locate(uintptr_t a) {
   const Region* r = find(a);
   if (!r) return "outside every array";
-  if (r != &window) {
+  if (r != &windows) {
     if (a >= r->high)
       return format("%zu bytes past the end of '%s' (%zu bytes)", a - r->high, r->name.c_str(), r->high - r->low);
     if (a < r->low) return format("%zu bytes before '%s'", r->low - a, r->name.c_str());
     return format("'%s' byte %zu", r->name.c_str(), a - r->low);
   }
+  const Block& block = block_at(a);
   const Array* before = nullptr;
-  for (const Array& array : shared_arrays) {
+  for (const Array& array : block.arrays) {
     if ((uintptr_t)array.at > a) break;
     before = &array;
   }
-  if (!before) return "before every shared array";
+  if (!before) return "before every shared array" + of_block(block);
   size_t offset = a - (uintptr_t)before->at;
-  if (offset < before->bytes) return format("shared '%s' byte %zu", before->name.c_str(), offset);
+  if (offset < before->bytes) return format("shared '%s' byte %zu", before->name.c_str(), offset) + of_block(block);
   return format("%zu bytes past the end of shared '%s' (%zu bytes)", offset - before->bytes, before->name.c_str(),
-                before->bytes);
+                before->bytes) +
+         of_block(block);
 }
 
 static bool inside(const Region* r, uintptr_t a, size_t bytes) {
   if (a < r->low || a + bytes > r->high) return false;
-  if (r != &window) return true;
-  uint8_t first = owner[a - window.low];
-  return first && first == owner[a + bytes - 1 - window.low];
+  if (r != &windows) return true;
+  uint8_t first = owner[a - windows.low];
+  return first && first == owner[a + bytes - 1 - windows.low] && &block_at(a) == &block_at(a + bytes - 1);
 }
 
 template <class F>
@@ -220,7 +251,7 @@ void async_access(Fiber* f, Moment when, const void* p, size_t bytes, bool write
 
 void mark_copy(const void* p, size_t bytes, bool in_flight, Place place) {
   if (!options.check) return;
-  each_cell(&window, (uintptr_t)p, bytes, [&](Cell& c) {
+  each_cell(&windows, (uintptr_t)p, bytes, [&](Cell& c) {
     c.copy_in_flight = in_flight;
     if (in_flight)
       c.write_place = place;

@@ -5,12 +5,12 @@
 
 namespace emulator {
 
-static std::vector<std::string> agents;                        // of this block, by name
+static std::vector<std::string> agents;                        // of this cluster, by name
 static uint64_t next_thread = 1, launch_thread, first_thread;  // numbers never used twice
 
 void begin_launch() { launch_thread = next_thread; }
 
-void begin_block_order() {
+void begin_cluster_order() {
   agents.clear();
   first_thread = next_thread;
   next_thread += fibers.size();
@@ -24,11 +24,11 @@ int new_agent(const std::string& name) {
 
 // ---- moments ------------------------------------------------------------------------------------------
 
-Moment moment_of(Fiber* f) { return (first_thread + f->index.linear) << 32 | f->clock; }
+Moment moment_of(Fiber* f) { return (first_thread + f->number) << 32 | f->clock; }
 
 Moment moment_of(int agent, uint32_t step) { return (first_thread + agent) << 32 | step; }
 
-// The index in a clock; of another block it is larger than any.
+// The index in a clock; of another cluster it is larger than any.
 static uint64_t index_of(Moment m) { return (m >> 32) - first_thread; }
 
 static bool covers(const Clock& clock, Moment m) {
@@ -39,7 +39,12 @@ bool is_agent(Moment m) { return index_of(m) >= fibers.size() && index_of(m) < f
 
 bool happened_before(Moment m, const Fiber* f) {
   if (m >> 32 < launch_thread) return true;  // an earlier launch
-  return index_of(m) == (uint64_t)f->index.linear || (f->knows && covers(f->knows->seen, m));
+  return index_of(m) == (uint64_t)f->number || (f->knows && covers(f->knows->seen, m));
+}
+
+bool happened_before_exit(Moment m, const Block& block) {
+  return std::any_of(fibers.begin(), fibers.end(),
+                     [&](const Fiber& f) { return f.block == &block && happened_before(m, &f); });
 }
 
 bool shown_to_async(Moment m, const Fiber* f) {
@@ -53,7 +58,9 @@ std::string who(const Fiber* f) {
 
 std::string who(Moment m) {
   if (is_agent(m)) return agents[index_of(m) - fibers.size()];
-  return index_of(m) < fibers.size() ? "thread " + std::to_string(index_of(m)) : "a thread of another block";
+  if (index_of(m) >= fibers.size()) return "a thread of another block";
+  const Fiber& f = fibers[index_of(m)];
+  return "thread " + std::to_string(f.index.linear) + of_block(*f.block);
 }
 
 // ---- knowledge: of all whose events happened before, handed on when threads meet or wait ---------------
@@ -82,14 +89,14 @@ void join_all(const std::vector<Fiber*>& threads) {
     if (f->knows.get() != last) merge(*joined, f->knows);
     last = f->knows.get();
   }
-  for (Fiber* f : threads) set(joined->seen, f->index.linear, f->clock++);
+  for (Fiber* f : threads) set(joined->seen, f->number, f->clock++);
   for (Fiber* f : threads) f->knows = joined;
 }
 
 void release(Knowledge& into, Fiber* f) {
   if (!options.check) return;
   merge(into, f->knows);
-  set(into.seen, f->index.linear, f->clock++);
+  set(into.seen, f->number, f->clock++);
 }
 
 template <class Change>
@@ -129,7 +136,7 @@ void async_proxy_fence() {
   if (!options.check) return;
   f->knows = with(f->knows, [&](Knowledge& k) {
     merge(k.fenced, k.seen);
-    set(k.fenced, f->index.linear, f->clock++);
+    set(k.fenced, f->number, f->clock++);
   });
 }
 }  // namespace emulator

@@ -9,7 +9,6 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Fiber* running;
 ThreadIndex* current;
-int exited_threads;
 Statistics statistics;
 
 static std::vector<uint8_t*> stacks;
@@ -62,10 +61,12 @@ static int next_lane(unsigned runnable) {
 }
 
 std::string thread_states() {
-  static const char* names[] = {"runnable", "in a warp operation", "at a barrier", "at an mbarrier", "exited"};
+  static const char* names[] = {"runnable",       "in a warp operation", "at a barrier",
+                                "at an mbarrier", "at cluster_sync",     "exited"};
   std::map<std::string, int> counts;
   for (const Fiber& f : fibers) {
     std::string state = names[f.state];
+    if (f.state != EXITED) state += of_block(*f.block);
     if (f.state != RUNNABLE && f.state != EXITED) state += " at " + describe(place_of(f.waits_at));
     if (f.state == AT_MBARRIER) state += " (" + mbarrier_state(f.mbarrier) + ")";
     counts[state]++;
@@ -75,7 +76,7 @@ std::string thread_states() {
   return text;
 }
 
-static void check_block_end();
+static void check_end();
 
 void reschedule() {
   if (++statistics.switches > options.max_steps) fault("livelock", (Place)0, thread_states());
@@ -83,8 +84,9 @@ void reschedule() {
   Warp* warp = next_warp();
   while (!warp && complete_a_load()) warp = next_warp();
   if (!warp) {
-    if (exited_threads < (int)fibers.size()) fault("deadlock", (Place)0, thread_states());
-    check_block_end();
+    auto has_exited = [](const Fiber& f) { return f.state == EXITED; };
+    if (!std::all_of(fibers.begin(), fibers.end(), has_exited)) fault("deadlock", (Place)0, thread_states());
+    check_end();
     leave_launch();
   }
   Fiber *next = warp->lanes[next_lane(warp->runnable)], *last = running;
@@ -121,12 +123,35 @@ static void fiber_main() {
   f->state = EXITED;
   warp_of(f).runnable &= ~(1u << f->index.lane);
   warp_of(f).exited |= 1u << f->index.lane;
-  exited_threads++;
+  f->block->exited++;
+  check_cluster_at_exit();
   reschedule();
 }
 
-void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(void**), void** arguments) {
-  int threads = block_size.x * block_size.y * block_size.z;
+static void make_fiber(int number, Block& block, int t, unsigned block_size, unsigned grid_size) {
+  Fiber& f = fibers[number];
+  const int rank = int(&block - blocks.data()), warps_per_block = (int)(block_size + 31) / 32;
+  f.index = {{(unsigned)t, 0, 0}, block.index, {block_size, 1, 1}, {grid_size, 1, 1}, t & 31, t / 32, t, rank};
+  f.block = &block;
+  f.number = number;
+  f.warp = rank * ((warps_per_block + 3) / 4 * 4) + t / 32;  // whole warpgroups, also of several blocks
+  f.stack = stacks[number];
+  f.clock = 1;
+  // Staggered tops keep the stacks out of each other's cache sets.
+  auto* top = (uint64_t*)(f.stack + STACK_BYTES - 64 - (t % 32) * 64);
+  *--top = 0;
+  *--top = (uint64_t)(void*)fiber_main;
+  for (int i = 0; i < 6; i++) *--top = 0;
+  f.stack_pointer = top;
+  if ((int)warps.size() <= f.warp) warps.resize(f.warp + 1);
+  Warp& w = warps[f.warp];
+  w.lanes[t & 31] = &f;
+  w.exists |= 1u << (t & 31);
+}
+
+void run_cluster(unsigned first_block, unsigned block_size, unsigned grid_size, void (*entry)(void**),
+                 void** arguments) {
+  const int threads = (int)(block_size * blocks.size());
   while ((int)stacks.size() < threads) {
     auto* m = (uint8_t*)mmap(nullptr, STACK_BYTES + 4096, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -135,26 +160,15 @@ void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(voi
   }
   kernel = entry;
   kernel_arguments = arguments;
-  exited_threads = 0;
-  warps.assign((threads + 31) / 32, Warp());
+  warps.clear();
   fibers.clear();
   fibers.resize(threads);
-  begin_block_order();
-  for (int t = 0; t < threads; t++) {
-    Fiber& f = fibers[t];
-    unsigned x = t % block_size.x, y = t / block_size.x % block_size.y, z = t / block_size.x / block_size.y;
-    f.index = {{x, y, z}, block, block_size, grid_size, t & 31, t / 32, t};
-    f.stack = stacks[t];
-    f.clock = 1;
-    // Staggered tops keep the stacks out of each other's cache sets.
-    auto* top = (uint64_t*)(f.stack + STACK_BYTES - 64 - (t % 32) * 64);
-    *--top = 0;
-    *--top = (uint64_t)(void*)fiber_main;
-    for (int i = 0; i < 6; i++) *--top = 0;
-    f.stack_pointer = top;
-    Warp& w = warps[t / 32];
-    w.lanes[t & 31] = &f;
-    w.exists |= 1u << (t & 31);
+  begin_cluster_order();
+  int number = 0;
+  for (Block& block : blocks) {
+    block.index = {first_block++, 0, 0};
+    block.threads = (int)block_size;
+    for (unsigned t = 0; t < block_size; t++) make_fiber(number++, block, (int)t, block_size, grid_size);
   }
   for (Warp& w : warps) w.runnable = w.exists;
   turn = options.schedule == DESCENDING ? (int)warps.size() - 1 : 0;
@@ -168,25 +182,14 @@ void run_block(uint3 block, uint3 block_size, uint3 grid_size, void (*entry)(voi
 
 // ---- barriers -------------------------------------------------------------------------------------------
 
-struct Barrier {
-  int expected = 0;
-  Site site{};
-  std::vector<Fiber*> arrived;
-};
-static Barrier barriers[16];
-
-void reset_barriers() {
-  for (Barrier& b : barriers) b = Barrier();
-}
-
 void block_barrier(int id, int threads, Site site) {
   Fiber* f = running;
   bool whole_block = threads == 0;
-  int expected = whole_block ? (int)fibers.size() : threads;
+  int expected = whole_block ? f->block->threads : threads;
   if (id < 0 || id > 15) fault("bad-barrier", site, "barrier id %d, expected 0 to 15", id);
   if (!whole_block && (threads % 32 || threads < 0))
     fault("bad-barrier", site, "%d threads, no multiple of 32", threads);
-  Barrier& b = barriers[id];
+  Barrier& b = f->block->barriers[id];
   if (b.arrived.empty()) {
     b.expected = expected;
     b.site = site;
@@ -196,7 +199,8 @@ void block_barrier(int id, int threads, Site site) {
     fault("divergent-barrier", site, "threads of one block wait at __syncthreads of lines %d and %d", b.site.line,
           site.line);
   }
-  if (whole_block && exited_threads) fault("divergent-barrier", site, "%d threads have already exited", exited_threads);
+  if (whole_block && f->block->exited)
+    fault("divergent-barrier", site, "%d threads have already exited", f->block->exited);
   b.arrived.push_back(f);
   if ((int)b.arrived.size() < b.expected) {
     park(AT_BARRIER, site);
@@ -276,13 +280,13 @@ void check_exit() {
     if (m.arrived && (m.mask >> f->index.lane & 1))
       fault("divergence", m.site, "lane %d exits while its warp waits for it", f->index.lane);
   }
-  const Barrier& b = barriers[0];
+  const Barrier& b = f->block->barriers[0];
   if (!b.arrived.empty())
     fault("divergent-barrier", b.site, "thread %d exits while %zu threads wait at __syncthreads", f->index.linear,
           b.arrived.size());
 }
 
-static void check_block_end() {
+static void check_end() {
   check_loads_at_end();
   check_products_at_end();
 }

@@ -168,15 +168,17 @@ static PoisonedSums* poison(Products& mine, void** arguments, Fiber* const* lane
 }
 
 static void issue(void** arguments, unsigned) {
-  const int warp = running->index.warp;
+  const int warp = running->warp;
   Fiber* const* lanes = warps[warp].lanes;
   Products& mine = products_of(warp);
   auto* first = (Request*)arguments[0];
   const Wgmma& w = *first->w;
   Site site = first->site;
-  if ((warp | 3) >= (int)warps.size()) fault("divergence", site, "wgmma by fewer than the four warps of a warpgroup");
+  if ((warp | 3) >= (int)warps.size() || !warps[warp | 3].exists)
+    fault("divergence", site, "wgmma by fewer than the four warps of a warpgroup");
   if (!mine.fenced) fault("wgmma", site, "no wgmma_fence since the kernel's start or the last wgmma_wait");
-  if (mine.agent < 0) mine.agent = new_agent("wgmma of warp " + std::to_string(warp));
+  if (mine.agent < 0)
+    mine.agent = new_agent("wgmma of warp " + std::to_string(running->index.warp) + of_block(*running->block));
   mine.issued++;
   Moment when = moment_of(mine.agent, mine.complete + mine.groups.size() + 1);
   std::vector<Fiber*> by = readers(lanes);
@@ -205,12 +207,12 @@ void wgmma(float* d, const Wgmma& w, Site site) {
 }
 
 void wgmma_fence(Site site) {
-  warp_collective(31, ~0u, nullptr, [](void**, unsigned) { products_of(running->index.warp).fenced = true; }, site);
+  warp_collective(31, ~0u, nullptr, [](void**, unsigned) { products_of(running->warp).fenced = true; }, site);
 }
 
 void wgmma_commit(Site site) {
   auto body = [](void**, unsigned) {
-    Products& mine = products_of(running->index.warp);
+    Products& mine = products_of(running->warp);
     mine.groups.push_back(std::move(mine.open));
     mine.open.clear();
   };
@@ -236,7 +238,7 @@ struct Wait {
 
 static void wait(void** arguments, unsigned) {
   const auto* wait = (Wait*)arguments[0];
-  const int warp = running->index.warp;
+  const int warp = running->warp;
   Fiber* const* lanes = warps[warp].lanes;
   Products& mine = products_of(warp);
   mine.fenced = false;
@@ -261,7 +263,7 @@ void wgmma_wait(int pending, Site site) {
 // ---- ends -------------------------------------------------------------------------------------------------------
 
 void check_products_at_exit() {
-  const Products& mine = products_of(running->index.warp);
+  const Products& mine = products_of(running->warp);
   if (!mine.open.empty() || !mine.groups.empty())
     fault("async-hazard", (Place)0, "the thread exits without wgmma_wait for the wgmmas of its warp");
 }
@@ -270,8 +272,8 @@ void check_products_at_end() {
   for (size_t warp = 0; warp < products.size(); warp++) {
     if (products[warp].issued != products[warp / 4 * 4].issued)
       fault("divergence", (Place)0,
-            format("warps %zu and %zu of one warpgroup issued %d and %d wgmmas", warp / 4 * 4, warp,
-                   products[warp / 4 * 4].issued, products[warp].issued));
+            format("warps %d and %d of one warpgroup issued %d and %d wgmmas", warps[warp / 4 * 4].lanes[0]->index.warp,
+                   warps[warp].lanes[0]->index.warp, products[warp / 4 * 4].issued, products[warp].issued));
   }
 }
 }  // namespace emulator
