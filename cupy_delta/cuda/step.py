@@ -1,4 +1,4 @@
-"""The launch of a decoding step: how the threads of `step.cu` share a state."""
+"""The launch of a decoding step: how the threads of `decode.cu` share a state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def power_of_two(least: int) -> int:
 
 
 def step_tile(problem: Problem) -> dict:
-    """Return the macros of `step.cu` that say which part of a state a thread has.
+    """Return the macros of `decode.cu` that say which part of a state a thread has.
 
     A (V, K) state: PARTS threads side by side have a row of keys, and several rows. A (K, V) state:
     a thread has one vector of some keys, ACROSS threads are side by side, and PARTS share the keys.
@@ -62,8 +62,8 @@ def step_launch(problem: Problem) -> Launch:
         BETA_PER_VALUE=int(problem.beta_per_value),
     )
     return Launch(
-        "step.cu",
-        "step",
+        "decode.cu",
+        "decode",
         tuple((defines | tile).items()),
         problem.N * problem.HV * -(-problem.V // tile["CHANNELS"]) if problem.T else 0,
         tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"],

@@ -83,7 +83,7 @@ struct Token {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    step(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g, const int64_t* indices,
+    decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g, const int64_t* indices,
          STATE_DTYPE* pool, DTYPE* o, real scale, int T, int H, int HV, int slots) {
   const int thread = threadIdx.x, slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES;
   const int n = head / HV, hv = head % HV, h = hv / (HV / H);
