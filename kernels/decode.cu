@@ -3,19 +3,20 @@
 //
 //   n = beta (v - d S^T k),   o = scale (d S^T q + (k . q) n),   S <- d S + k n^T
 //
-// Memory bounds it: a thread asks for all of its tile of S in vectors before it reads anything else, so that many are on
-// their way at once, and holds the tile until it stores it. Blocks share nothing; nothing passes through shared memory.
+// Memory bounds it: a thread asks for all of its tile of S in vectors before it reads anything else, so that many are
+// on their way at once, and holds the tile until it stores it. Blocks share nothing; nothing passes through shared
+// memory.
 //
 // Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order and then
 // over PARTS threads in a fixed tree; the state is rounded to STATE_DTYPE once, at the end. q and k are normalised in
 // the same precision with L2NORM.
 //
-// Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, STATE_VK, L2NORM, BETA_PER_VALUE. VECTOR: elements of S per
+// Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, STATE_VK, L2NORM. VECTOR: elements of S per
 // access, along the contiguous axis, whose size it divides. VALUES: value channels per thread; VECTOR unless STATE_VK.
 // PARTS: threads of a warp that share a value channel's keys. ACROSS: neighbouring lanes that take neighbouring value
-// channels; 1 with STATE_VK. All of them powers of two, VALUES <= PARTS, ACROSS PARTS <= 32. CHANNELS: value channels per
-// block, such that its threads are whole warps.
-// Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS threads. Shared memory: none.
+// channels; 1 with STATE_VK. All of them powers of two, VALUES <= PARTS, ACROSS PARTS <= 32. CHANNELS: value channels
+// per block, such that its threads are whole warps. Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES
+// * PARTS threads. Shared memory: none.
 #include "primitives/primitives.cuh"
 
 typedef Sum<DTYPE>::type real;
@@ -84,7 +85,7 @@ struct Token {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g, const int64_t* indices,
-         STATE_DTYPE* pool, DTYPE* o, real scale, int T, int H, int HV, int slots) {
+           STATE_DTYPE* pool, DTYPE* o, real scale, int T, int H, int HV, int slots) {
   const int thread = threadIdx.x, slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES;
   const int n = head / HV, hv = head % HV, h = hv / (HV / H);
   const int part = thread / ACROSS % PARTS, group = thread / (ACROSS * PARTS) * ACROSS + thread % ACROSS;
@@ -118,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (has_own) {
       token.v = v[value_row * HEAD_V + own];
-      token.beta = beta[BETA_PER_VALUE ? value_row * HEAD_V + own : value_row];
+      token.beta = beta[value_row];
     }
     if (HAS_GATE) token.g = g[value_row];
     return token;
@@ -171,8 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for_vectors(part, channel, [&](int i, int j, int offset) {
     Access x;
 #pragma unroll
-    for (int e = 0; e < VECTOR; e++)
-      x.element[e] = narrow<STATE_DTYPE>(STATE_VK ? S[i + e][j] : S[i][j + e]);
+    for (int e = 0; e < VECTOR; e++) x.element[e] = narrow<STATE_DTYPE>(STATE_VK ? S[i + e][j] : S[i][j + e]);
     *(Access*)&state[offset] = x;
   });
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from ..problem import Problem
 from .kernels import C_TYPES, Launch, i32
 
@@ -59,7 +57,6 @@ def step_launch(problem: Problem) -> Launch:
         HAS_GATE=int(problem.g is not None),
         STATE_VK=int(problem.state_layout == "vk"),
         L2NORM=int(problem.qk_l2norm),
-        BETA_PER_VALUE=int(problem.beta_per_value),
     )
     return Launch(
         "decode.cu",
