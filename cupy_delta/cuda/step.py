@@ -7,8 +7,10 @@ import math
 from ..problem import Problem
 from .kernels import C_TYPES, Launch, i32
 
-# Measured on an H200. Registers for a thread's tile of the state, and threads per block.
-TILE_BYTES = 256
+# Bytes of registers for a thread's part of a state, by layout and bytes per element of the state,
+# and threads per block: the fastest of those measured on an H200, see docs/performance.md.
+TILE_BYTES = {("kv", 4): 512, ("vk", 4): 128}
+OTHER_TILE_BYTES = 256
 THREADS = 128
 VECTOR_BYTES = 16
 SECTOR_BYTES = 32  # of a line of the caches: what an access to memory moves at least
@@ -27,7 +29,8 @@ def step_tile(problem: Problem) -> dict:
     a thread has one vector of some keys, ACROSS threads are side by side, and PARTS share the keys.
     """
     K, V, itemsize = problem.K, problem.V, problem.state.dtype.itemsize
-    tile = TILE_BYTES // problem.compute_dtype.itemsize
+    tile = TILE_BYTES.get((problem.state_layout, itemsize), OTHER_TILE_BYTES)
+    tile //= problem.compute_dtype.itemsize
     if problem.state_layout == "vk":
         vector = math.gcd(K, VECTOR_BYTES // itemsize)
         parts = min(WARP, power_of_two(K // vector))
