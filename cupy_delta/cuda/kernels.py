@@ -5,7 +5,6 @@ Pure Python; shared memory is counted as the kernels carve it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +12,9 @@ import numpy as np
 from ..problem import Problem
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
-# Threads per block of the walk by tokens, and state elements that a thread of a step holds.
+# Of the walk by tokens: threads per block, and key channels per thread.
 TOKEN_THREADS = 128
-STEP_TILE = 128
+TOKEN_KEYS = 32
 # Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
 SEGMENT_CHUNKS = 64
 
@@ -430,33 +429,17 @@ def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Lau
     )
 
 
-def token_tile(problem: Problem, step: bool) -> tuple[int, int, int]:
-    """Return value channels per thread, threads that share their keys, value channels per block.
-
-    Steps are bound by memory: a thread takes as many neighbours of a (K, V) state as 16 bytes hold.
-    """
-    values = 1
-    if step and problem.state_layout == "kv":
-        values = math.gcd(problem.V, 16 // problem.state.dtype.itemsize)
-    keys = min(32, STEP_TILE // values)
-    parts = values
-    while parts * keys < problem.K:
+def token_launch(problem: Problem) -> Launch:
+    """The walk token by token."""
+    real = problem.compute_dtype
+    # Threads that share a value channel's keys, up to TOKEN_KEYS each; value channels per block.
+    parts = 1
+    while parts * TOKEN_KEYS < problem.K:
         parts *= 2
-    whole_warps = max(values, 32 * values // parts)
-    channels = max(whole_warps, TOKEN_THREADS * values // parts)
-    return values, parts, min(channels, -(-problem.V // whole_warps) * whole_warps)
-
-
-def token_launch(problem: Problem, step: bool) -> Launch:
-    """The walk token by token; with `step` on the slots of a pool, in place."""
-    real = "double" if problem.dtype.name == "float64" else "float"
-    state = C_TYPES[problem.state.dtype.name] if step else real
-    values, parts, channels = token_tile(problem, step)
-    slices = -(-problem.V // channels)
-    itemsize = 8 if real == "double" else 4
+    per_warp = 32 // parts
+    channels = min(TOKEN_THREADS // parts, -(-problem.V // per_warp) * per_warp)
     defines = dict(
         DTYPE=C_TYPES[problem.dtype.name],
-        STATE_DTYPE=state,
         HEAD_K=problem.K,
         HEAD_V=problem.V,
         HAS_GATE=int(problem.g is not None),
@@ -464,35 +447,30 @@ def token_launch(problem: Problem, step: bool) -> Launch:
         STATE_VK=int(problem.state_layout == "vk"),
         L2NORM=int(problem.qk_l2norm),
         BETA_PER_VALUE=int(problem.beta_per_value),
-        STEP=int(step),
         PARTS=parts,
-        VALUES=values,
         CHANNELS=channels,
     )
-    scale = np.float64(problem.scale) if real == "double" else np.float32(problem.scale)
     return Launch(
         "recurrent.cu",
         "recurrent",
         tuple(defines.items()),
-        problem.N * problem.HV * slices,
-        channels * parts // values,
-        4 * problem.K * itemsize,
+        problem.N * problem.HV * -(-problem.V // channels),
+        channels * parts,
+        4 * problem.K * real.itemsize,
         (
             "q",
             "k",
             "v",
             "beta",
             "g",
-            "state" if step else "initial_state",
+            "initial_state",
             "cu_seqlens",
-            "state_indices" if step else None,
             "o",
-            "state" if step else "final_state",
-            scale,
+            "final_state",
+            real.type(problem.scale),
             i32(problem.T),
             i32(problem.H),
             i32(problem.HV),
-            i32(problem.state.shape[0] if step else problem.N),
         ),
     )
 

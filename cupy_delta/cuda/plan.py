@@ -28,6 +28,7 @@ from .kernels import (
     walk_launch,
     wy_factors_launch,
 )
+from .step import step_launch
 
 MAX_HEAD = 256
 KEPT_PLANS = 256
@@ -316,7 +317,7 @@ def plan_tokens(problem: Problem, step: bool) -> Plan:
     outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
     if not step:
         outputs["final_state"] = (problem.state_shape, problem.state_dtype)
-    return Plan((token_launch(problem, step),), outputs)
+    return Plan((step_launch(problem) if step else token_launch(problem),), outputs)
 
 
 @lru_cache(KEPT_PLANS)

@@ -194,6 +194,23 @@ def test_step_head_sizes(emulated, on_reference, sizes, layout, pool):
     assert deviation(*states) < bound
 
 
+# A row in pieces, one vector per row, a head of one value, states that do not fill a warp.
+@pytest.mark.parametrize("sizes", [(40, 24), (100, 1), (8, 3)])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_step_with_every_option(emulated, on_reference, sizes, layout):
+    options = dict(zip("KV", sizes, strict=True)) | dict(gate="scalar")
+    args, kw = make_inputs(2, B=3, H=2, G=2, dtype=BF16, layout=layout, initial=True, **options)
+    start = kw["initial_state"].astype(BF16)
+    states = [start.copy(), start.copy()]
+    step = dict(state_indices=np.array([2, -1, 0]), state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=states[0], **step)
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], **step)
+    assert deviation(o, expected) < 1e-2
+    assert not o[1].any()
+    assert error(states[0], states[1]) < 1e-3
+    assert np.array_equal(states[0][1], start[1])
+
+
 def test_step_in_float64_with_gate(emulated, on_reference):
     args, kw = make_inputs(2, B=3, H=2, K=33, V=5, gate="scalar", initial=True)
     states = [kw["initial_state"].copy() for _ in range(2)]

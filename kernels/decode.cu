@@ -1,0 +1,178 @@
+// Decoding: the new tokens of every sequence, on states in the slots of a pool, in place. Token by token, with the
+// decay d = e^g, the equations of recurrent.cu in one pass over S:
+//
+//   n = beta (v - d S^T k),   o = scale (d S^T q + (k . q) n),   S <- d S + k n^T
+//
+// Memory bounds it: a thread asks for all of its tile of S in vectors before it reads anything else, so that many are
+// on their way at once, and holds the tile until it stores it. Blocks share nothing; nothing passes through shared
+// memory.
+//
+// Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order and then
+// over PARTS threads in a fixed tree; the state is rounded to STATE_DTYPE once, at the end. q and k are normalised in
+// the same precision with L2NORM.
+//
+// Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, STATE_VK, L2NORM. VECTOR: elements of S per
+// access, along the contiguous axis, whose size it divides. VALUES: value channels per thread; VECTOR unless STATE_VK.
+// PARTS: threads of a warp that share a value channel's keys. ACROSS: neighbouring lanes that take neighbouring value
+// channels; 1 with STATE_VK. All of them powers of two, VALUES <= PARTS, ACROSS PARTS <= 32. CHANNELS: value channels
+// per block, such that its threads are whole warps. Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES
+// * PARTS threads. Shared memory: none.
+#include "primitives/primitives.cuh"
+
+typedef Sum<DTYPE>::type real;
+constexpr int THREADS = CHANNELS / VALUES * PARTS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
+constexpr int KEY_VECTOR = STATE_VK ? VECTOR : 1, VALUE_VECTOR = STATE_VK ? 1 : VECTOR;
+// A thread's keys: KEYS of them, in runs of neighbours.
+constexpr int KEYS = (HEAD_K + PARTS * KEY_VECTOR - 1) / (PARTS * KEY_VECTOR) * KEY_VECTOR;
+constexpr int RUN = STATE_VK ? VECTOR : KEYS;
+
+PRIM constexpr int largest_vector(int size, int run) {
+  return run % size == 0 && HEAD_K % size == 0 ? size : largest_vector(size / 2, run);
+}
+constexpr int ROW_VECTOR = largest_vector(16 / (int)sizeof(DTYPE), RUN);  // of q and k
+
+template <class T, int SIZE>
+struct alignas(SIZE * sizeof(T)) Vector {
+  T element[SIZE];
+};
+
+PRIM float root(float x) { return rsqrtf(x); }
+PRIM double root(double x) { return rsqrt(x); }
+PRIM float power(float x) { return expf(x); }
+PRIM double power(double x) { return exp(x); }
+
+PRIM int key_at(int part, int i) { return (i / RUN * PARTS + part) * RUN + i % RUN; }
+
+// Calls f(i, j, offset) for every vector of a tile: S[i][j] is its first element, `offset` where it is in the state.
+template <class F>
+PRIM void for_vectors(int part, int channel, F f) {
+#pragma unroll
+  for (int i = 0; i < KEYS; i += KEY_VECTOR)
+#pragma unroll
+    for (int j = 0; j < VALUES; j += VALUE_VECTOR) {
+      const int key = key_at(part, i), value = channel + j;
+      if (key < HEAD_K && value < HEAD_V) f(i, j, STATE_VK ? value * HEAD_K + key : key * HEAD_V + value);
+    }
+}
+
+PRIM real sum_over_parts(real x) {
+#pragma unroll
+  for (int bits = PARTS / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(~0u, x, bits * ACROSS);
+  return x;
+}
+// The sum over all parts of x[part % VALUES]: at every level a thread gives away the half that it does not keep.
+PRIM real sum_of_own_value(real (&x)[VALUES], int part) {
+#pragma unroll
+  for (int half = VALUES / 2; half > 0; half /= 2) {
+    const bool upper = part & half;
+#pragma unroll
+    for (int j = 0; j < half; j++) {
+      const real given = upper ? x[j] : x[j + half], kept = upper ? x[j + half] : x[j];
+      x[j] = kept + __shfl_xor_sync(~0u, given, half * ACROSS);
+    }
+  }
+#pragma unroll
+  for (int bits = VALUES; bits < PARTS; bits *= 2) x[0] += __shfl_xor_sync(~0u, x[0], bits * ACROSS);
+  return x[0];
+}
+
+// What a thread needs of a token: its keys of q and k, and the rest for its own value channel.
+struct Token {
+  Vector<DTYPE, ROW_VECTOR> q[KEYS / ROW_VECTOR], k[KEYS / ROW_VECTOR];
+  DTYPE v;
+  real beta, g;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g, const int64_t* indices,
+           STATE_DTYPE* pool, DTYPE* o, real scale, int T, int H, int HV, int slots) {
+  const int thread = threadIdx.x, slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES;
+  const int n = head / HV, hv = head % HV, h = hv / (HV / H);
+  const int part = thread / ACROSS % PARTS, group = thread / (ACROSS * PARTS) * ACROSS + thread % ACROSS;
+  // The first value channel of this thread's tile, and the one whose v and o are its own.
+  const int channel = slice * CHANNELS + group * VALUES, own = channel + part % VALUES;
+  const bool has_own = own < HEAD_V, writes_o = has_own && part < VALUES;
+
+  const int64_t slot = indices == nullptr ? n : indices[n];
+  if (slot < 0 || slot >= slots) {  // padding
+    for (int t = 0; t < T; t++)
+      if (writes_o) o[(((int64_t)n * T + t) * HV + hv) * HEAD_V + own] = narrow<DTYPE>(0);
+    return;
+  }
+  STATE_DTYPE* state = pool + (slot * HV + hv) * (HEAD_K * HEAD_V);
+
+  typedef Vector<STATE_DTYPE, VECTOR> Access;
+  Access loaded[KEYS / KEY_VECTOR][VALUES / VALUE_VECTOR] = {};
+  for_vectors(part, channel, [&](int i, int j, int offset) {
+    loaded[i / KEY_VECTOR][j / VALUE_VECTOR] = *(const Access*)&state[offset];
+  });
+
+  auto load_token = [&](int t) {
+    Token token = {};
+    const int64_t row = (int64_t)n * T + t, value_row = row * HV + hv, key_row = (row * H + h) * HEAD_K;
+#pragma unroll
+    for (int i = 0; i < KEYS; i += ROW_VECTOR) {
+      const int key = key_at(part, i);
+      if (key >= HEAD_K) continue;
+      token.q[i / ROW_VECTOR] = *(const Vector<DTYPE, ROW_VECTOR>*)&q[key_row + key];
+      token.k[i / ROW_VECTOR] = *(const Vector<DTYPE, ROW_VECTOR>*)&k[key_row + key];
+    }
+    if (has_own) {
+      token.v = v[value_row * HEAD_V + own];
+      token.beta = beta[value_row];
+    }
+    if (HAS_GATE) token.g = g[value_row];
+    return token;
+  };
+  Token token = load_token(0);
+
+  real S[KEYS][VALUES];
+#pragma unroll
+  for (int i = 0; i < KEYS; i++)
+#pragma unroll
+    for (int j = 0; j < VALUES; j++)
+      S[i][j] = widen(loaded[i / KEY_VECTOR][j / VALUE_VECTOR].element[i % KEY_VECTOR + j % VALUE_VECTOR]);
+
+  for (int t = 0; t < T; t++) {
+    real k_sums[VALUES] = {}, q_sums[VALUES] = {}, k_squares = 0, q_squares = 0, k_q = 0;
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const real k_i = widen(token.k[i / ROW_VECTOR].element[i % ROW_VECTOR]);
+      const real q_i = widen(token.q[i / ROW_VECTOR].element[i % ROW_VECTOR]);
+      k_squares += k_i * k_i;
+      q_squares += q_i * q_i;
+      k_q += k_i * q_i;
+#pragma unroll
+      for (int j = 0; j < VALUES; j++) {
+        k_sums[j] += S[i][j] * k_i;
+        q_sums[j] += S[i][j] * q_i;
+      }
+    }
+    const real decay = HAS_GATE ? power(token.g) : (real)1;
+    const real k_factor = L2NORM ? root(sum_over_parts(k_squares) + (real)1e-6) : (real)1;
+    const real q_factor = L2NORM ? scale * root(sum_over_parts(q_squares) + (real)1e-6) : scale;
+    const real recalled = decay * k_factor * sum_of_own_value(k_sums, part);
+    const real written = token.beta * (widen(token.v) - recalled) * k_factor;
+    const real out = q_factor * (decay * sum_of_own_value(q_sums, part) + sum_over_parts(k_q) * written);
+    if (writes_o) o[(((int64_t)n * T + t) * HV + hv) * HEAD_V + own] = narrow<DTYPE>(out);
+
+    real all_written[VALUES];
+#pragma unroll
+    for (int j = 0; j < VALUES; j++)
+      all_written[j] = __shfl_sync(~0u, written, j * ACROSS + thread % ACROSS, PARTS * ACROSS);
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const real k_i = widen(token.k[i / ROW_VECTOR].element[i % ROW_VECTOR]);
+#pragma unroll
+      for (int j = 0; j < VALUES; j++) S[i][j] = decay * S[i][j] + k_i * all_written[j];
+    }
+    if (t + 1 < T) token = load_token(t + 1);
+  }
+
+  for_vectors(part, channel, [&](int i, int j, int offset) {
+    Access x;
+#pragma unroll
+    for (int e = 0; e < VECTOR; e++) x.element[e] = narrow<STATE_DTYPE>(STATE_VK ? S[i + e][j] : S[i][j + e]);
+    *(Access*)&state[offset] = x;
+  });
+}
