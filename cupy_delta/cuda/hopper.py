@@ -24,7 +24,7 @@ JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
 # Buffers of K, of Q and V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (4, 3, 3), 2: (3, 3, 2)}
-# Blocks of a transfer that solve chunks for each other, where their number allows; and their buffers.
+# Blocks of a transfer that solve chunks for each other, where their number allows; their buffers.
 CLUSTER, CLUSTER_STAGES = 2, (4, 2, 4)
 
 
