@@ -119,8 +119,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    send_rows(g_rows, G, s.rows + (ring.stage * MATH + warpgroup) * TILE, work, c, work.tokens(c), value,  1 + warpgroup, HV,
-              thread);
+    send_rows(g_rows, G, s.rows + (ring.stage * MATH + warpgroup) * TILE, work, c, work.tokens(c), value, 1 + warpgroup,
+              HV, thread);
 #endif
     wgmma_wait<1>();
     pin(D);

@@ -46,7 +46,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
-    send_rows(o, out, o_box, work, c, tokens, value,  1 + warpgroup, HV, thread);
+    send_rows(o, out, o_box, work, c, tokens, value, 1 + warpgroup, HV, thread);
   };
   load_values(ring);
   for (int c = 0; c < work.chunks; c++) {
@@ -101,7 +101,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_commit();
     wgmma_wait<2>();
     stage_state(state_boxes, state, lane);
-    send_rows(corrections, N, rows(ring.stage), work, c, work.tokens(c), value,  1 + warpgroup, HV, thread);
+    send_rows(corrections, N, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
     if (lane == 0) send_state(states, state_boxes, work, value, c);
     // The last chunk has no next one, and reads in vain.
     const int before = ring.stage;
