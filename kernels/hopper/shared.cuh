@@ -27,6 +27,9 @@ constexpr int WARPGROUPS = 1 + MATH + SOLVERS;
 constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
 constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;
 constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
+static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
+                  512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
+              "a warpgroup would wait for registers for ever");
 constexpr int MATH_BARRIER = 1, SOLVER_BARRIER = MATH_BARRIER + MATH;  // named barriers, one per warpgroup
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
