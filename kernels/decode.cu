@@ -17,7 +17,7 @@
 // channels; 1 with STATE_VK. All of them powers of two, VALUES <= PARTS, ACROSS PARTS <= 32. CHANNELS: value channels
 // per block, such that its threads are whole warps. Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES
 // * PARTS threads. Shared memory: none.
-#include "primitives/primitives.cuh"
+#include "tiles/token.cuh"
 
 typedef Sum<DTYPE>::type real;
 constexpr int THREADS = CHANNELS / VALUES * PARTS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
@@ -35,11 +35,6 @@ template <class T, int SIZE>
 struct alignas(SIZE * sizeof(T)) Vector {
   T element[SIZE];
 };
-
-PRIM float root(float x) { return rsqrtf(x); }
-PRIM double root(double x) { return rsqrt(x); }
-PRIM float power(float x) { return expf(x); }
-PRIM double power(double x) { return exp(x); }
 
 PRIM int key_at(int part, int i) { return (i / RUN * PARTS + part) * RUN + i % RUN; }
 

@@ -24,9 +24,9 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks), KEY_STAGES, ROW_STAGES, FACTOR_STAGES.
-// Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value
-// channels. Shared memory: rings of K, of Q and V, of T and P, and of A; O on its way out; see
+// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, ROW_STAGES,
+// FACTOR_STAGES. Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH
+// value channels. Shared memory: rings of K, of Q and V, of T and P, and of A; O on its way out; see
 // cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/load.cuh"
@@ -299,7 +299,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     for (int i = 0; i < KEY_STAGES; i++)
       mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4 * solves(i));
     for (int i = 0; i < ROW_STAGES; i++)
-      mbarrier_init(s.rows_full + i, 1), mbarrier_init(s.rows_free + i, 4 * MATH + 4 * (WITH_OUTPUT && solves(i)));
+      mbarrier_init(s.rows_full + i, 1), mbarrier_init(s.rows_free + i, 4 * MATH + 4 * WITH_OUTPUT);
     for (int i = 0; i < FACTOR_STAGES; i++) {
       mbarrier_init(s.factors_full + i, !solves(i) ? 1 : WITH_INVERTERS ? 4 + 2 : 4);
       mbarrier_init(s.factors_free + i, 4 * MATH * CLUSTER);

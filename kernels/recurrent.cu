@@ -10,16 +10,12 @@
 // Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS * PARTS threads, one value channel each.
 // Shared memory: q and k of a token, HEAD_K values each, twice (one set is read while the other is written).
 #include "tiles/sequence.cuh"
+#include "tiles/token.cuh"
 
 typedef Sum<DTYPE>::type real;
 constexpr int THREADS = CHANNELS * PARTS;
 constexpr int SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 constexpr int KEYS = (HEAD_K + PARTS - 1) / PARTS;
-
-PRIM float root(float x) { return rsqrtf(x); }
-PRIM double root(double x) { return rsqrt(x); }
-PRIM float power(float x) { return expf(x); }
-PRIM double power(double x) { return exp(x); }
 
 PRIM real sum_over_parts(real x) {
 #pragma unroll

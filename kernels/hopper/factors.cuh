@@ -84,9 +84,9 @@ PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
 }
 
 #if CLUSTER > 1
-// This block's factors to the others of the cluster, by one thread.
+// T of this block's chunks, and columns, to the others of the cluster, by one thread.
 PRIM void send(const Shared& s, const Work& work) {
-  constexpr int COLUMN = CHUNK * 4, BYTES = (1 + WITH_OUTPUT) * TILE * 2 + (1 + 2 * HAS_GATE) * COLUMN;
+  constexpr int COLUMN = CHUNK * 4, BYTES = TILE * 2 + (1 + 2 * HAS_GATE) * COLUMN;
   for (int c = work.rank; c < work.chunks; c += CLUSTER) {
     const int stage = c % FACTOR_STAGES;
     uint64_t* full = s.factors_full + stage;
@@ -97,9 +97,6 @@ PRIM void send(const Shared& s, const Work& work) {
       mbarrier_arrive_expect_remote(full, BYTES, rank);
       send_to_rank(s.t + stage * TILE, TILE * 2);
       send_to_rank(s.beta + stage * CHUNK, COLUMN);
-#if WITH_OUTPUT
-      send_to_rank(s.p + stage * TILE, TILE * 2);
-#endif
 #if HAS_GATE
       send_to_rank(s.decay + stage * CHUNK, COLUMN);
       send_to_rank(s.rest + stage * CHUNK, COLUMN);

@@ -16,14 +16,13 @@
 #endif
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
-constexpr int THREADS = 128 * (1 + MATH + SOLVERS), SLICE = 64 * MATH;
+constexpr int WARPGROUPS = 1 + MATH + SOLVERS, THREADS = 128 * WARPGROUPS, SLICE = 64 * MATH;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
 constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
 constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
 // Registers per thread: 65536 in all.
-constexpr int WARPGROUPS = 1 + MATH + SOLVERS;
 constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
 constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;
 constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
@@ -33,8 +32,9 @@ static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGIST
 constexpr int MATH_BARRIER = 1, SOLVER_BARRIER = MATH_BARRIER + MATH;  // named barriers, one per warpgroup
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
+static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
-static_assert(KEY_STAGES % CLUSTER == 0 && ROW_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
+static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
 static_assert(KEY_STAGES >= ROW_STAGES && ROW_STAGES >= CLUSTER * SOLVERS, "no solver begins in a ring's second round");
 

@@ -141,14 +141,24 @@ def test_segments(divided, math, cu_seqlens, B):
     check(divided, args, kw)
 
 
-@pytest.mark.parametrize("math", [1, 2])
-def test_any_order_of_events_gives_the_same_bits(divided, math):
+# The slices of a transfer make clusters of two; or, as there are three of them, none.
+@pytest.mark.parametrize("V", [72, 64])
+@pytest.mark.parametrize("decay", [0.3, 30])
+def test_segments_with_a_gate(divided, V, decay):
+    divided(1, 3)
+    options = dict(gate="scalar", decay=decay, beta=(0, 2), dtype=BF16, initial=True)
+    args, kw = make_inputs(300, K=128, V=V, **options)
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize(("math", "segments"), [(1, 1), (2, 1), (1, 2)])
+def test_any_order_of_events_gives_the_same_bits(divided, math, segments):
     args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
     runs = [Run(), Run(schedule="descending", completion="early")]
     runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
     results = []
     for run in runs:
-        divided(math, run=run)
+        divided(math, segments, run=run)
         results.append(cd.chunk_delta_rule(*args, **kw))
     for result in results[1:]:
         assert np.array_equal(result.o.view("u2"), results[0].o.view("u2"))

@@ -1,13 +1,12 @@
 """What the primitives of compute capability 9.0 do, on both legs and in any order of events."""
 
-import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import nvrtc
 import pytest
 from emulator import EmulatorFault, Kernel, Run, copy_in, empty
+from planted import plant_in_primitives
 from tensor_map import tensor_map
 
 SOURCE = Path(__file__).resolve().parent / "kernels" / "hopper.cu"
@@ -190,13 +189,8 @@ WRONG_TEXT = {
 @pytest.mark.parametrize("mistake", WRONG_TEXT)
 def test_wrong_inline_ptx_is_seen(tmp_path, monkeypatch, mistake):
     right, wrong, results, kind = WRONG_TEXT[mistake]
-    shutil.copytree(nvrtc.KERNELS, tmp_path / "kernels")
-    device = tmp_path / "kernels" / "primitives" / "hopper_device.cuh"
-    text = device.read_text()
-    assert right in text
-    device.write_text(text.replace(right, wrong))
     expected = results(leg="source")
-    monkeypatch.setattr(nvrtc, "KERNELS", tmp_path / "kernels")
+    plant_in_primitives(monkeypatch, tmp_path, right, wrong)
     if kind:
         with pytest.raises(EmulatorFault, match=kind):
             results(leg="ptx")

@@ -10,7 +10,7 @@
 
 constexpr int TILE = 64 * 64, TILE_BYTES = TILE * 2, BOX = 32 * 64, THREADS = 128, STAGES = 2;
 
-PRIM void load_tiles(bf16* stages, uint64_t* full, uint64_t* empty, const TensorMap* x_map, int tiles) {
+PRIM void load_tiles(bf16* stages, uint64_t* full, uint64_t* empty, const TensorMap* x_map, float* sums, int tiles) {
 #ifdef BUG_LOAD_AT_END
   tiles++;
 #endif
@@ -35,7 +35,11 @@ PRIM void load_tiles(bf16* stages, uint64_t* full, uint64_t* empty, const Tensor
 #else
     mbarrier_arrive_expect(barrier, TILE_BYTES);
 #endif
+#ifdef BUG_NOT_SHARED
+    tma_load(sums, x_map, barrier, 0, 0, 64 * t, 0);  // blame NOT_SHARED
+#else
     tma_load(tile, x_map, barrier, 0, 0, 64 * t, 0);  // blame NO_INIT_FENCE MISALIGNED_BOX EARLY_RELEASE FEW_BYTES
+#endif
     tma_load(tile + BOX, x_map, barrier, 0, 0, 64 * t + 32, 0);  // blame LOAD_AT_END BOX_OVERRUN
   }
 }
@@ -68,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS)
   __syncthreads();
 #endif
   if (threadIdx.x < THREADS) {
-    if (thread == 0) load_tiles(stages, full, empty, &x_map, tiles);
+    if (thread == 0) load_tiles(stages, full, empty, &x_map, sums, tiles);
     return;
   }
 
