@@ -24,9 +24,9 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, ROW_STAGES,
+// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, VALUE_STAGES,
 // FACTOR_STAGES. Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH
-// value channels. Shared memory: rings of K, of Q and V, of T and P, and of A; O on its way out; see
+// value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
 // cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/load.cuh"
@@ -72,20 +72,30 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
   pin(d);
 }
 
-// 16 value channels of the tokens of a chunk, on their way through this warp's `staging` to rows of (token, value
-// head): rows of 32 bytes, whose halves change places every four.
-PRIM DTYPE* staged(DTYPE* staging, int token, int half) { return staging + token * 16 + (half ^ token / 4 % 2) * 8; }
-PRIM void write_channels(DTYPE* out, int64_t stride, const uint32_t (&a)[4][4], DTYPE* staging, int tokens, int width,
-                         int lane) {
-  __syncwarp();
+// The 16 value channels of a warp for the tokens of a chunk, in a box of its own: rows of 32 bytes, swizzled.
+PRIM DTYPE* staged(DTYPE* box, int token, int half) { return box + token * 16 + (half ^ token / 4 % 2) * 8; }
+// To rows of (token, value head) through the box: by TMA, or one by one where what follows in memory is another
+// sequence's.
+PRIM void send_channels(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int value,
+                        int HV, int lane) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(staging, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
+  for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(box, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
+  async_proxy_fence();
   __syncwarp();
+  const int tokens = work.tokens(c);
+  if (!VARLEN || tokens == CHUNK) {
+    if (lane == 0) {
+      tma_store(out.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
+      tma_store_commit();
+    }
+    return;
+  }
+  DTYPE* rows = out.rows + ((work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv) * HEAD_V + value;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int token = i * 16 + lane / 2, half = lane % 2;
-    if (token < tokens && half * 8 < width)
-      *(uint4*)&out[token * stride + half * 8] = *(const uint4*)staged(staging, token, half);
+    if (token < tokens && value + half * 8 < HEAD_V)
+      *(uint4*)&rows[token * (int64_t)HV * HEAD_V + half * 8] = *(const uint4*)staged(box, token, half);
   }
 }
 
@@ -96,31 +106,25 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
   uint32_t out[4][4];                                           // of the chunk before
   auto send = [&](int c) {
-#if MATH == 1
-    // Through one of two boxes, the other of which may still be on its way.
-    if (thread == 0) tma_store_wait_read<0>();
-    send_rows(o, out, s.o + c % 2 * TILE, work, c, work.tokens(c), value, MATH_BARRIER, HV, thread);
-#else
-    // A barrier among the warps would cost more here than TMA gains.
-    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
-    write_channels(o.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, out, s.o + (warpgroup * 4 + warp) * CHUNK * 16,
-                   work.tokens(c), HEAD_V - value, lane);
-#endif
+    // Warps send for themselves: a barrier among them would cost more here than wider boxes gain.
+    if (lane == 0) tma_store_wait_read<0>();
+    __syncwarp();
+    send_channels(o, out, s.o + (warpgroup * 4 + warp) * CHUNK * 16, work, c, value, HV, lane);
   };
 #endif
   Ring<KEY_STAGES> keys;
-  Ring<ROW_STAGES> rows;
+  Ring<VALUE_STAGES> values;
   Ring<FACTOR_STAGES> factors;
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
   for (int c = 0; c < work.chunks; c++) {
-    const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
+    const DTYPE* k = s.k + keys.stage * KEYS;
     const DTYPE* t = s.t + factors.stage * TILE;
     // R = V - e^G K S; without a gate V is where the sums start.
     float R[8][4];
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    const DTYPE* v = s.v + (rows.stage * MATH + warpgroup) * TILE;
-    if (WITH_OUTPUT || work.values) mbarrier_wait(s.rows_full + rows.stage, rows.parity);
+    const DTYPE* v = s.v + (values.stage * MATH + warpgroup) * TILE;
+    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
 #if !HAS_GATE
     clear(R);
     if (work.values) {
@@ -133,14 +137,15 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false, true>(R, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
+      wgmma<DTYPE, false, true>(R, state[step], step_along_rows<KEY_PITCH>(k, step), !HAS_GATE || step > 0);
     wgmma_commit();
 #if WITH_OUTPUT
-    const DTYPE *q = s.q + rows.stage * K_BOXES * TILE, *p = s.p + factors.stage * TILE;
+    const DTYPE *q = s.q + keys.stage * KEYS, *p = s.p + factors.stage * TILE;
     float O[8][4];
 #if EARLY_OUTPUT
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
     wgmma_commit();
 #endif
 #endif
@@ -168,8 +173,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
       for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
     scale_columns(N1, b, lane);
     multiply_half(N1, R1, t, nullptr, a[0], a[1]);
-    __syncwarp();  // V is read; and Q S is done, where it is early
-    if (lane == 0 && (EARLY_OUTPUT || (TRANSFER && work.values))) mbarrier_arrive(s.rows_free + rows.stage);
+    __syncwarp();  // V is read
+    if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
     multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1]);
 #pragma unroll
     for (int j = 0; j < 4; j++)
@@ -186,7 +191,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     pin(state);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
     wgmma_commit();
     wgmma_wait<0>();
 #endif
@@ -218,14 +224,15 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #endif
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, carried[step], step_of_rows(k, step), true);
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, carried[step], step_of_rows<KEY_PITCH>(k, step), true);
 #if WITH_OUTPUT
 #if EARLY_OUTPUT
     wgmma_commit();
 #endif
 #if !HAS_GATE && !EARLY_OUTPUT
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
 #endif
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
@@ -247,7 +254,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     __syncwarp();
     if (lane == 0) {
       mbarrier_arrive(s.keys_free + keys.stage);
-      if (WITH_OUTPUT && !EARLY_OUTPUT) mbarrier_arrive(s.rows_free + rows.stage);
 #if CLUSTER > 1
       mbarrier_arrive_remote(s.factors_free + factors.stage, c % CLUSTER);
 #else
@@ -265,11 +271,11 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
 #endif
-    keys.advance(), rows.advance(), factors.advance();
+    keys.advance(), values.advance(), factors.advance();
   }
 #if WITH_OUTPUT
   if (work.chunks > 0) send(work.chunks - 1);
-  if (thread == 0) tma_store_wait_read<0>();
+  if (lane == 0) tma_store_wait_read<0>();
 #endif
 }
 
@@ -298,8 +304,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     auto solves = [&](int stage) { return stage % CLUSTER == work.rank; };
     for (int i = 0; i < KEY_STAGES; i++)
       mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4 * solves(i));
-    for (int i = 0; i < ROW_STAGES; i++)
-      mbarrier_init(s.rows_full + i, 1), mbarrier_init(s.rows_free + i, 4 * MATH + 4 * WITH_OUTPUT);
+    for (int i = 0; i < VALUE_STAGES; i++)
+      mbarrier_init(s.values_full + i, 1), mbarrier_init(s.values_free + i, 4 * MATH);
     for (int i = 0; i < FACTOR_STAGES; i++) {
       mbarrier_init(s.factors_full + i, !solves(i) ? 1 : WITH_INVERTERS ? 4 + 2 : 4);
       mbarrier_init(s.factors_free + i, 4 * MATH * CLUSTER);

@@ -12,6 +12,7 @@ from .kernels import DeviceFacts, Launch, TensorBox, carve, i32, normal, variant
 
 CHUNK = 64
 BOX = 64  # elements of 16 bits in a row of a swizzled tile
+WARP_CHANNELS = 16  # of the output that a warp sends
 TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER = 8
@@ -22,8 +23,8 @@ WALK = {1: 1.66, 2: 2.52}
 TRANSFER = {1: 1.1, 2: 1.36}
 JOIN, JOIN_SEGMENT = 15.0, 0.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 8)
-# Buffers of K, of Q and V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
-STAGES = {1: (4, 3, 3), 2: (3, 3, 2)}
+# Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
+STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
 # Blocks of a transfer that solve chunks for each other, where their number allows; their buffers.
 CLUSTER, CLUSTER_STAGES = 2, (4, 2, 4)
 
@@ -49,9 +50,9 @@ def available(problem: Problem, facts: DeviceFacts) -> bool:
     )
 
 
-def box(name: str, shape: tuple) -> TensorBox:
-    """64 tokens of one head and 64 of its channels."""
-    return TensorBox(name, tuple(shape), (1, CHUNK, 1, BOX))
+def box(name: str, shape: tuple, channels: int = BOX) -> TensorBox:
+    """64 tokens of one head and some of its channels."""
+    return TensorBox(name, tuple(shape), (1, CHUNK, 1, channels))
 
 
 def division(problem: Problem, facts: DeviceFacts) -> Division:
@@ -83,19 +84,18 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
 
 def walk_shared(K: int, math: int, solvers: int, gate: bool, output: bool, stages: tuple) -> int:
     """Return the bytes of shared memory of a walk, as forward_hopper.cu carves them."""
-    keys, rows, factors = stages
+    keys, values, factors = stages
     count, size = TILE
     boxes = -(-K // BOX)
-    tiles = [(keys * boxes * count, size)]
+    tiles = [(keys * boxes * (1 + output) * count, size)]
     if output:
-        tiles += [(rows * boxes * count, size), (2 * count, size), (factors * count, size)]
-    tiles += [(rows * math * count, size), (factors * count, size)]
+        tiles += [(math * count, size), (factors * count, size)]
+    tiles += [(values * math * count, size), (factors * count, size)]
     rest = [(A_STAGES * INVERSE, 4), (factors * CHUNK, 4)]
     if gate:
         rest += [(factors * CHUNK, 4), (factors * CHUNK, 4), (solvers * CHUNK, 8)]
-    barriers = (keys, keys, rows, rows, factors, factors, A_STAGES, A_STAGES, 2)
-    rest += [(count, BARRIER) for count in barriers]
-    return carve(*rest, start=carve(*tiles, align=1024))
+    barriers = 2 * (keys + values + factors + A_STAGES) + 2
+    return carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
 
 
 def walk_launch(
@@ -129,7 +129,7 @@ def walk_launch(
         SOLVERS=solvers,
         CLUSTER=cluster,
         KEY_STAGES=stages[0],
-        ROW_STAGES=stages[1],
+        VALUE_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
@@ -137,7 +137,7 @@ def walk_launch(
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("v", values),
-        box("o", values),
+        box("o", values, WARP_CHANNELS),
         "beta",
         "g",
         initial,

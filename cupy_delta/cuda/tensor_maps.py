@@ -9,8 +9,10 @@ from functools import cache, lru_cache
 import numpy as np
 
 MAP_BYTES = 128
-# Values of the driver's enums: 16-bit elements, 128-byte swizzle, 256-byte promotion into L2.
-UINT16, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZERO = 1, 0, 3, 3, 0
+# Values of the driver's enums: 16-bit elements, 256-byte promotion into L2; swizzle by the elements
+# of a box's rows.
+UINT16, NO_INTERLEAVE, PROMOTE_256B, FILL_ZERO = 1, 0, 3, 0
+SWIZZLE = {16: 1, 32: 2, 64: 3}
 
 
 @cache
@@ -27,7 +29,8 @@ def tensor_map(address: int, shape: tuple, box: tuple) -> np.ndarray:
     address : int
         Of the first element in device memory, a multiple of 16.
     shape, box : tuple of int
-        Sizes of the C-contiguous array and of a box of it, outermost axis first.
+        Sizes of the C-contiguous array and of a box of it, outermost axis first. A box is 16, 32
+        or 64 elements wide, and swizzled over that width.
 
     Returns
     -------
@@ -49,7 +52,7 @@ def tensor_map(address: int, shape: tuple, box: tuple) -> np.ndarray:
         (ctypes.c_uint32 * rank)(*box[::-1]),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(NO_INTERLEAVE),
-        ctypes.c_int(SWIZZLE_128B),
+        ctypes.c_int(SWIZZLE[box[-1]]),
         ctypes.c_int(PROMOTE_256B),
         ctypes.c_int(FILL_ZERO),
     )

@@ -132,9 +132,10 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
   const int id = SOLVER_BARRIER + solver;
   double* G = s.G + solver * CHUNK;
   const int64_t first = work.sequence.first * HV + work.hv;  // row of (token, value head)
+  // b of the 16 rows of A that a warp has.
   auto beta_of = [&](int c) {
-    const int t = c * CHUNK + thread_in_warpgroup;
-    return thread_in_warpgroup < CHUNK && t < work.sequence.tokens ? beta[first + (int64_t)t * HV] : 0.0f;
+    const int t = c * CHUNK + thread_in_warpgroup / 32 * 16 + thread_in_warpgroup % 16;
+    return t < work.sequence.tokens ? beta[first + (int64_t)t * HV] : 0.0f;
   };
 #if HAS_GATE
   auto gates_of = [&](int c) {
@@ -147,102 +148,85 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
   float2 next_gates = gates_of(work.rank + CLUSTER * solver);
 #endif
   Ring<KEY_STAGES> keys;
-  Ring<ROW_STAGES> q_rows;
   Ring<FACTOR_STAGES> factors;
   Ring<A_STAGES> stages;
-  auto advance = [&](int solved) {
-    for (int i = 0; i < CLUSTER * solved; i++) keys.advance(), q_rows.advance(), factors.advance();
+  auto advance = [&](int chunks, int solved) {
+    for (int i = 0; i < chunks; i++) keys.advance(), factors.advance();
     for (int i = 0; i < solved; i++) stages.advance();
   };
   const int first_chunk = work.rank + CLUSTER * solver;
-  for (int i = 0; i < first_chunk; i++) keys.advance(), q_rows.advance(), factors.advance();
-  for (int i = 0; i < solver; i++) stages.advance();
+  advance(first_chunk, solver);
   float next_beta = beta_of(first_chunk);
   for (int c = first_chunk; c < work.chunks; c += CLUSTER * SOLVERS) {
     const int thread = opaque(thread_in_warpgroup), warp = thread / 32, lane = thread % 32;
     DTYPE* t = s.t + factors.stage * TILE;
-    const DTYPE* k = s.k + keys.stage * K_BOXES * TILE;
+    const DTYPE* k = s.k + keys.stage * KEYS;
+    // K K^T, and K Q^T beside it: products of 64 x 64 with both operands in shared memory would need all of its
+    // bandwidth, one of 64 x 128 does not, and leaves the registers to its sums.
+    float products[8 * (1 + WITH_OUTPUT)][4];
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    // From registers, since a left operand from shared memory would leave none of its bandwidth to others.
-    uint32_t rows[K_STEPS][4];
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      ldmatrix_x4(rows[step], k + step / 4 * TILE + swizzled(warp * 16 + lane % 16, step % 4 * 16 + lane / 16 * 8));
-    float kk[8][4];
-    pin(rows);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(kk, rows[step], step_along_rows(k, step), step > 0);
+    for (int step = 0; step < K_STEPS; step++) {
+      const uint64_t rows = step_along_rows<KEY_PITCH>(k, step);
+      wgmma<DTYPE, false, false>(products, rows, rows, step > 0);
+    }
     wgmma_commit();
     mbarrier_wait(s.factors_free + factors.stage, factors.parity ^ 1);
 #if WITH_INVERTERS
     mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
-#else
-    named_barrier(id, 128);  // everyone is done with the A of the chunk before
+#endif
+#if HAS_GATE || !WITH_INVERTERS
+    named_barrier(id, 128);  // everyone is done with the A and the G of the chunk before
 #endif
     float *a = s.a + stages.stage * CHUNK * INVERSE_PITCH, *b = s.beta + factors.stage * CHUNK;
-#if HAS_GATE
-    named_barrier(id, 128);  // everyone is done with the G of the chunk before
-#endif
-    if (thread < CHUNK) b[thread] = next_beta;
+    if (lane < 16) b[warp * 16 + lane] = next_beta;
+    const float b_low = __shfl_sync(~0u, next_beta, lane / 4), b_high = __shfl_sync(~0u, next_beta, lane / 4 + 8);
 #if HAS_GATE
     if (warp == 0) sum_gates(s, G, factors.stage, next_gates, lane);
-#endif
     named_barrier(id, 128);
+#endif
     wgmma_wait<0>();
-    pin(kk);
-    const float b_low = b[warp * 16 + lane / 4], b_high = b[warp * 16 + lane / 4 + 8];
+    pin(products);
+    if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
+    // The blocks of A to be inverted, which takes longest, then M21, then P.
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      if (j / 2 > warp) continue;
-      weigh<false>(kk[j], kk[j + 1], G, warp * 16, j * 8, lane);
-      if (j / 4 < warp / 2) {
-        write_box(t, kk[j], kk[j + 1], warp * 16, j * 8, lane);
-        keep_rest(kk[j]);
-        keep_rest(kk[j + 1]);
-        write_box(t, kk[j], kk[j + 1], warp * 16 - 32, j * 8 + 32, lane);
-        continue;
-      }
-      if (j / 2 == warp) cut_above_diagonal(kk[j], kk[j + 1], lane);
+      if (j / 2 > warp || j / 4 < warp / 2) continue;
+      weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
+      if (j / 2 == warp) cut_above_diagonal(products[j], products[j + 1], lane);
       float* at = a + (warp * 16 + lane / 4) * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
-      *(float2*)at = make_float2(b_low * kk[j][0], b_low * kk[j][1]);
-      *(float2*)(at + 8) = make_float2(b_low * kk[j + 1][0], b_low * kk[j + 1][1]);
+      *(float2*)at = make_float2(b_low * products[j][0], b_low * products[j][1]);
+      *(float2*)(at + 8) = make_float2(b_low * products[j + 1][0], b_low * products[j + 1][1]);
       at += 8 * INVERSE_PITCH;
-      *(float2*)at = make_float2(b_high * kk[j][2], b_high * kk[j][3]);
-      *(float2*)(at + 8) = make_float2(b_high * kk[j + 1][2], b_high * kk[j + 1][3]);
+      *(float2*)at = make_float2(b_high * products[j][2], b_high * products[j][3]);
+      *(float2*)(at + 8) = make_float2(b_high * products[j + 1][2], b_high * products[j + 1][3]);
     }
-#if WITH_OUTPUT
-    const DTYPE* q = s.q + q_rows.stage * K_BOXES * TILE;
-    DTYPE* p = s.p + factors.stage * TILE;
-    float kq[8][4];  // P transposed
-    mbarrier_wait(s.rows_full + q_rows.stage, q_rows.parity);
-    pin(rows);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(kq, rows[step], step_along_rows(q, step), step > 0);
-    wgmma_commit();
-#endif
 #if WITH_INVERTERS
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.a_full + stages.stage);
 #endif
+    if (warp >= 2) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
+        write_box(t, products[j], products[j + 1], warp * 16, j * 8, lane);
+        keep_rest(products[j]);
+        keep_rest(products[j + 1]);
+        write_box(t, products[j], products[j + 1], warp * 16 - 32, j * 8 + 32, lane);
+      }
+    }
 #if WITH_OUTPUT
-    wgmma_wait<0>();
-    pin(kq);
+    DTYPE* p = s.p + factors.stage * TILE;
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
-      weigh<true>(kq[j], kq[j + 1], G, warp * 16, j * 8, lane);
-      if (j / 2 == warp) cut_below_diagonal(kq[j], kq[j + 1], lane);
-      write_box_transposed(p, kq[j], kq[j + 1], j * 8, warp * 16, lane);
+      float (&p0)[4] = products[8 + j], (&p1)[4] = products[9 + j];  // of P transposed
+      weigh<true>(p0, p1, G, warp * 16, j * 8, lane);
+      if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
+      write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
 #endif
-    if (lane == 0) {
-      mbarrier_arrive(s.keys_free + keys.stage);
-#if WITH_OUTPUT
-      mbarrier_arrive(s.rows_free + q_rows.stage);
-#endif
-    }
 #if !WITH_INVERTERS
     named_barrier(id, 128);  // A is there
     if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
@@ -254,6 +238,6 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #if HAS_GATE
     next_gates = gates_of(c + CLUSTER * SOLVERS);
 #endif
-    advance(SOLVERS);
+    advance(CLUSTER * SOLVERS, SOLVERS);
   }
 }

@@ -22,6 +22,8 @@ constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
 constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
+// K's boxes, with Q's each behind one of them, so that one product takes both; from a box of K to the next.
+constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;  // and what a buffer has
 // Registers per thread: 65536 in all.
 constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
 constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;
@@ -29,31 +31,32 @@ constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
               "a warpgroup would wait for registers for ever");
-constexpr int MATH_BARRIER = 1, SOLVER_BARRIER = MATH_BARRIER + MATH;  // named barriers, one per warpgroup
+constexpr int SOLVER_BARRIER = 1;  // and next: named barriers, one per solver
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
 static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
-static_assert(KEY_STAGES >= ROW_STAGES && ROW_STAGES >= CLUSTER * SOLVERS, "no solver begins in a ring's second round");
+static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
+              "no solver begins in a ring's second round");
 
 struct Shared {
   DTYPE *k, *q, *v, *o, *t, *p;
   float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
   double* G;
-  uint64_t *keys_full, *keys_free, *rows_full, *rows_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+  uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
   Shared s = {};
-  s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
+  s.k = smem.take<DTYPE>(KEY_STAGES * KEYS, "k and q", 1024);
 #if WITH_OUTPUT
-  s.q = smem.take<DTYPE>(ROW_STAGES * K_BOXES * TILE, "q", 1024);
-  s.o = smem.take<DTYPE>(2 * TILE, "o", 1024);
+  s.q = s.k + TILE;
+  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
   s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
 #endif
-  s.v = smem.take<DTYPE>(ROW_STAGES * MATH * TILE, "v", 1024);
+  s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
   s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
   s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
   s.beta = smem.take<float>(FACTOR_STAGES * CHUNK, "beta");
@@ -62,15 +65,16 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.rest = smem.take<float>(FACTOR_STAGES * CHUNK, "rest");
   s.G = smem.take<double>(SOLVERS * CHUNK, "G");
 #endif
-  s.keys_full = smem.take<uint64_t>(KEY_STAGES, "keys full");
-  s.keys_free = smem.take<uint64_t>(KEY_STAGES, "keys free");
-  s.rows_full = smem.take<uint64_t>(ROW_STAGES, "rows full");
-  s.rows_free = smem.take<uint64_t>(ROW_STAGES, "rows free");
-  s.factors_full = smem.take<uint64_t>(FACTOR_STAGES, "factors full");
-  s.factors_free = smem.take<uint64_t>(FACTOR_STAGES, "factors free");
-  s.a_full = smem.take<uint64_t>(A_STAGES, "a full");
-  s.a_free = smem.take<uint64_t>(A_STAGES, "a free");
-  s.landed = smem.take<uint64_t>(2, "last chunk landed");
+  auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
+  s.keys_full = barriers(KEY_STAGES, "keys full");
+  s.keys_free = barriers(KEY_STAGES, "keys free");
+  s.values_full = barriers(VALUE_STAGES, "values full");
+  s.values_free = barriers(VALUE_STAGES, "values free");
+  s.factors_full = barriers(FACTOR_STAGES, "factors full");
+  s.factors_free = barriers(FACTOR_STAGES, "factors free");
+  s.a_full = barriers(A_STAGES, "a full");
+  s.a_free = barriers(A_STAGES, "a free");
+  s.landed = barriers(2, "last chunk landed");
   return s;
 }
 

@@ -8,15 +8,15 @@ constexpr int BOX = 64;  // elements of 16 bits in a row of 128 bytes
 // Element (row, column) of a box; eight elements from a multiple of eight on lie together.
 PRIM int swizzled(int row, int column) { return row * BOX + ((column / 8 ^ row % 8) * 8 + column % 8); }
 
-// Descriptors of the k-th 16-element step of tiles of 64 rows: an operand whose rows run along k, and one whose rows
-// are k.
-template <class T>
+// Descriptors of the k-th 16-element step of tiles of 64 rows, PITCH elements from box to box: an operand whose rows
+// run along k, and one whose rows are k.
+template <int PITCH = 64 * BOX, class T>
 PRIM uint64_t step_along_rows(const T* tile, int step) {
-  return tile_descriptor(tile + step / 4 * 64 * BOX, 16, 1024) + step % 4 * 2;
+  return tile_descriptor(tile + step / 4 * PITCH, 16, 1024) + step % 4 * 2;
 }
-template <class T>
+template <int PITCH = 64 * BOX, class T>
 PRIM uint64_t step_of_rows(const T* tile, int step) {
-  return tile_descriptor(tile, 64 * BOX * 2, 1024) + step * 128;
+  return tile_descriptor(tile, PITCH * 2, 1024) + step * 128;
 }
 
 // Two accumulator tiles d(i, n) = box[n][i] for 16 rows n from `row` and 16 columns i from `column`.

@@ -24,7 +24,8 @@ def tensor_map(x: np.ndarray, shape: tuple, box: tuple) -> np.void:
     x : ndarray
         In emulated memory, C-contiguous; it must outlive the launches.
     shape, box : tuple of 4 int
-        Outermost axis first. A box is 64 elements wide, and 1 to 256 along the other axes.
+        Outermost axis first. A box is 16, 32 or 64 elements wide, which is how far its swizzle
+        reaches, and 1 to 256 along the other axes.
 
     Returns
     -------
@@ -33,7 +34,8 @@ def tensor_map(x: np.ndarray, shape: tuple, box: tuple) -> np.void:
     """
     if not x.flags.c_contiguous or x.itemsize != 2 or x.size != np.prod(shape):
         raise ValueError(f"{x.dtype} array of shape {x.shape} is no contiguous one of {shape}")
-    if len(shape) != 4 or len(box) != 4 or box[-1] != 64 or not all(1 <= n <= 256 for n in box):
+    sizes = len(shape) == len(box) == 4 and all(1 <= n <= 256 for n in box)
+    if not sizes or box[-1] not in (16, 32, 64):
         raise ValueError(f"a box of {box} in {shape}")
     if x.ctypes.data % 16 or shape[-1] % 8:
         raise ValueError("TMA needs rows at multiples of 16 bytes")

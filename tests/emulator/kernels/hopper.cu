@@ -10,8 +10,11 @@
 
 constexpr int TILE = 64 * 64, TILE_BYTES = TILE * 2, THREADS = 128;
 
-// Where element (row, column) of a swizzled tile of rows of 64 lies.
-PRIM int swizzled_element(int row, int column) { return row * 64 + ((column / 8 ^ row % 8) * 8 + column % 8); }
+// Where element (row, column) of a swizzled tile of rows of WIDTH (16, 32 or 64) lies.
+template <int WIDTH = 64>
+PRIM int swizzled_element(int row, int column) {
+  return row * WIDTH + ((column / 8 ^ row * WIDTH / 64 % (WIDTH / 8)) * 8 + column % 8);
+}
 
 // ---- products: d = A B and then d += A B, A and B of one tile per 64 columns or rows -----------------------------
 
@@ -166,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(32)
   }
   __syncwarp();
   mbarrier_wait(full, 0);
-  for (int i = lane; i < elements; i += 32) seen[i] = box[swizzled_element(i / 64, i % 64)];
+  for (int i = lane; i < elements; i += 32) seen[i] = box[swizzled_element<BOX_WIDTH>(i / BOX_WIDTH, i % BOX_WIDTH)];
   __syncwarp();
   if (lane == 0) {
     tma_store(&to, box, at[4], at[5], at[6], at[7]);

@@ -7,7 +7,7 @@
 namespace emulator {
 
 namespace {
-constexpr int ROW = 128, PIECE = 16;  // bytes of a swizzled row and of what the swizzle moves
+constexpr int LONGEST_ROW = 128, PIECE = 16;  // bytes of a swizzled row and of what the swizzle moves
 constexpr uint64_t MAGIC = 0x70616d726f736e74;
 
 // What EmulatorDevice.tensor_map encodes: an array and the box to copy, innermost axis first.
@@ -18,6 +18,7 @@ struct Map {
   int32_t sizes[4], box[4];
   int32_t element;  // bytes
 
+  int row() const { return box[0] * element; }
   int bytes() const { return box[0] * box[1] * box[2] * box[3] * element; }
 };
 struct Box {
@@ -63,7 +64,8 @@ static Box make_box(const void* map, Coordinates at, const void* shared, Site si
   box.at = at;
   box.shared = (uint8_t*)shared;
   uint32_t address = shared_address(shared, site);
-  if (address % 1024) fault("misaligned", site, "tile at shared address %u, no multiple of 1024", address);
+  const uint32_t period = 8 * box.map.row();
+  if (address % period) fault("misaligned", site, "tile at shared address %u, no multiple of %u", address, period);
   return box;
 }
 
@@ -80,7 +82,7 @@ static void each_row(const Box& box, F body) {
   int at = 0;
   for (int w = box.at.w; w < box.at.w + m.box[3]; w++) {
     for (int z = box.at.z; z < box.at.z + m.box[2]; z++) {
-      for (int y = box.at.y; y < box.at.y + m.box[1]; y++, at += ROW) {
+      for (int y = box.at.y; y < box.at.y + m.box[1]; y++, at += m.row()) {
         bool inside = y >= 0 && y < m.sizes[1] && z >= 0 && z < m.sizes[2] && w >= 0 && w < m.sizes[3];
         int low = std::min(std::max(-box.at.x, 0), m.box[0]), high = std::min(m.box[0], m.sizes[0] - box.at.x);
         if (!inside || low >= high) {
@@ -94,18 +96,19 @@ static void each_row(const Box& box, F body) {
   }
 }
 
-static uint8_t* piece(uint8_t* row, int i) {
-  uint8_t* p = row + i * PIECE;
-  return p - (uintptr_t)p % SHARED_WINDOW + swizzled((uintptr_t)p % SHARED_WINDOW);
+// The i-th piece of the row that begins `at` bytes after the box.
+static uint8_t* piece(const Box& box, int at, int i) {
+  uint8_t* p = box.shared + at + i * PIECE;
+  return p - (uintptr_t)p % SHARED_WINDOW + swizzled((uintptr_t)p % SHARED_WINDOW, box.map.row());
 }
 
 // ---- loads and sends: complete late, when nobody else can run, or early, or when chance wills ----------------
 
 static void perform(const Load& load) {
   each_row(load.box, [&](int at, Part part) {
-    uint8_t row[ROW] = {};
+    uint8_t row[LONGEST_ROW] = {};
     if (part.global) memcpy(row + part.low, part.global, part.high - part.low);
-    for (int i = 0; i < ROW / PIECE; i++) memcpy(piece(load.box.shared + at, i), row + i * PIECE, PIECE);
+    for (int i = 0; i < load.box.map.row() / PIECE; i++) memcpy(piece(load.box, at, i), row + i * PIECE, PIECE);
   });
   complete_copy(load.barrier, load.box.map.bytes(), load.place);
 }
@@ -179,8 +182,8 @@ static Stores& stores_of(Fiber* f) {
 static void perform(const Box& box) {
   each_row(box, [&](int at, Part part) {
     if (!part.global) return;
-    uint8_t row[ROW];
-    for (int i = 0; i < ROW / PIECE; i++) memcpy(row + i * PIECE, piece(box.shared + at, i), PIECE);
+    uint8_t row[LONGEST_ROW];
+    for (int i = 0; i < box.map.row() / PIECE; i++) memcpy(row + i * PIECE, piece(box, at, i), PIECE);
     memcpy(part.global, row + part.low, part.high - part.low);
   });
 }

@@ -185,8 +185,8 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t SHARED_WINDOW = 256 << 10;  // what the descriptors of wgmma can address
 constexpr int MAX_CLUSTER = 8;
 
-// The byte of a tile swizzled by rows of 128 bytes that lies at a shared address.
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// The byte of a tile swizzled by rows of 32, 64 or 128 bytes that lies at a shared address.
+inline uint32_t swizzled(uint32_t address, int row = 128) { return address ^ (address >> 7 & (row / 16 - 1)) << 4; }
 
 // ---- mbarriers, TMA and wgmma ----------------------------------------------------------------------------
 void reset_mbarriers();
