@@ -4,26 +4,29 @@
 //   n = beta (v - d S^T k),   o = scale (d S^T q + (k . q) n),   S <- d S + k n^T
 //
 // Memory bounds it: a thread asks for all of its tile of S in vectors before it reads anything else, so that many are
-// on their way at once, and holds the tile until it stores it. Blocks share nothing; nothing passes through shared
-// memory.
+// on their way at once, and holds the tile until it stores it; with one new token as it came, in fewer registers, so
+// that more threads are on the way. Blocks share nothing. In a (V, K) state a row of keys lies with neighbouring lanes
+// and sums pass through shuffles, in a (K, V) state with WARPS warps, and through shared memory.
 //
-// Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order and then
-// over PARTS threads in a fixed tree; the state is rounded to STATE_DTYPE once, at the end. q and k are normalised in
-// the same precision with L2NORM.
+// Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order, then over
+// PARTS threads of a warp in a fixed tree, then over warps in ascending order; the state is rounded to STATE_DTYPE
+// once, at the end. q and k are normalised in the same precision with L2NORM.
 //
-// Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, STATE_VK, L2NORM. VECTOR: elements of S per
+// Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, HAS_GATE, STATE_VK, L2NORM, ONE_TOKEN (T is 1). VECTOR: elements of S per
 // access, along the contiguous axis, whose size it divides. VALUES: value channels per thread; VECTOR unless STATE_VK.
-// PARTS: threads of a warp that share a value channel's keys. ACROSS: neighbouring lanes that take neighbouring value
-// channels; 1 with STATE_VK. All of them powers of two, VALUES <= PARTS, ACROSS PARTS <= 32. CHANNELS: value channels
-// per block, such that its threads are whole warps. Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES
-// * PARTS threads. Shared memory: none.
+// PARTS: threads of a warp that share a value channel's keys; with STATE_VK at least VALUES. ACROSS: neighbouring lanes
+// that take neighbouring value channels, and WARPS: warps that share keys; both 1 with STATE_VK, else ACROSS PARTS
+// = 32. All of them powers of two. CHANNELS: value channels per block; ACROSS VALUES unless STATE_VK, there such that
+// threads are whole warps. Grid: B * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS * WARPS threads.
+// Shared memory: sums of each warp and what is written, for (K, V).
 #include "tiles/token.cuh"
 
 typedef Sum<DTYPE>::type real;
-constexpr int THREADS = CHANNELS / VALUES * PARTS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
+constexpr int SHARERS = PARTS * WARPS;  // threads that share a value channel's keys
+constexpr int THREADS = CHANNELS / VALUES * SHARERS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 constexpr int KEY_VECTOR = STATE_VK ? VECTOR : 1, VALUE_VECTOR = STATE_VK ? 1 : VECTOR;
 // A thread's keys: KEYS of them, in runs of neighbours.
-constexpr int KEYS = (HEAD_K + PARTS * KEY_VECTOR - 1) / (PARTS * KEY_VECTOR) * KEY_VECTOR;
+constexpr int KEYS = (HEAD_K + SHARERS * KEY_VECTOR - 1) / (SHARERS * KEY_VECTOR) * KEY_VECTOR;
 constexpr int RUN = STATE_VK ? VECTOR : KEYS;
 
 PRIM constexpr int largest_vector(int size, int run) {
@@ -36,7 +39,7 @@ struct alignas(SIZE * sizeof(T)) Vector {
   T element[SIZE];
 };
 
-PRIM int key_at(int part, int i) { return (i / RUN * PARTS + part) * RUN + i % RUN; }
+PRIM int key_at(int part, int i) { return (i / RUN * SHARERS + part) * RUN + i % RUN; }
 
 // Calls f(i, j, offset) for every vector of a tile: S[i][j] is its first element, `offset` where it is in the state.
 template <class F>
@@ -56,6 +59,7 @@ PRIM real sum_over_parts(real x) {
   return x;
 }
 // The sum over all parts of x[part % VALUES]: at every level a thread gives away the half that it does not keep.
+#if STATE_VK
 PRIM real sum_of_own_value(real (&x)[VALUES], int part) {
 #pragma unroll
   for (int half = VALUES / 2; half > 0; half /= 2) {
@@ -63,13 +67,35 @@ PRIM real sum_of_own_value(real (&x)[VALUES], int part) {
 #pragma unroll
     for (int j = 0; j < half; j++) {
       const real given = upper ? x[j] : x[j + half], kept = upper ? x[j + half] : x[j];
-      x[j] = kept + __shfl_xor_sync(~0u, given, half * ACROSS);
+      x[j] = kept + __shfl_xor_sync(~0u, given, half);
     }
   }
 #pragma unroll
-  for (int bits = VALUES; bits < PARTS; bits *= 2) x[0] += __shfl_xor_sync(~0u, x[0], bits * ACROSS);
+  for (int bits = VALUES; bits < PARTS; bits *= 2) x[0] += __shfl_xor_sync(~0u, x[0], bits);
   return x[0];
 }
+#endif
+
+// A thread's tile of S, rounded, to where it came from.
+typedef Vector<STATE_DTYPE, VECTOR> Access;
+template <class F>
+PRIM void store(STATE_DTYPE* state, int part, int channel, F S) {
+  for_vectors(part, channel, [&](int i, int j, int offset) {
+    Access x;
+#pragma unroll
+    for (int e = 0; e < VECTOR; e++) x.element[e] = narrow<STATE_DTYPE>(STATE_VK ? S(i + e, j) : S(i, j + e));
+    *(Access*)&state[offset] = x;
+  });
+}
+
+// What warps pass to each other: S^T k, S^T q and the products of k and q over the keys of each, and n for all.
+struct Products {
+  real k_k, q_q, k_q, padding;
+};
+struct Passed {
+  real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS];
+  Products products[WARPS];
+};
 
 // What a thread needs of a token: its keys of q and k, and the rest for its own value channel.
 struct Token {
@@ -83,10 +109,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
            STATE_DTYPE* pool, DTYPE* o, real scale, int T, int H, int HV, int slots) {
   const int thread = threadIdx.x, slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES;
   const int n = head / HV, hv = head % HV, h = hv / (HV / H);
-  const int part = thread / ACROSS % PARTS, group = thread / (ACROSS * PARTS) * ACROSS + thread % ACROSS;
+#if STATE_VK
+  const int part = thread % PARTS, group = thread / PARTS;
   // The first value channel of this thread's tile, and the one whose v and o are its own.
   const int channel = slice * CHANNELS + group * VALUES, own = channel + part % VALUES;
   const bool has_own = own < HEAD_V, writes_o = has_own && part < VALUES;
+#else
+  const int warp = thread / 32, part = thread / ACROSS;
+  const int channel = slice * CHANNELS + thread % ACROSS * VALUES, own = slice * CHANNELS + thread;
+  const bool has_own = thread < CHANNELS && own < HEAD_V, writes_o = has_own;
+  DynSmem smem;
+  Passed& passed = *smem.take<Passed>(1, "passed");
+#endif
 
   const int64_t slot = indices == nullptr ? n : indices[n];
   if (slot < 0 || slot >= slots) {  // padding
@@ -96,7 +130,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   STATE_DTYPE* state = pool + (slot * HV + hv) * (HEAD_K * HEAD_V);
 
-  typedef Vector<STATE_DTYPE, VECTOR> Access;
   Access loaded[KEYS / KEY_VECTOR][VALUES / VALUE_VECTOR] = {};
   for_vectors(part, channel, [&](int i, int j, int offset) {
     loaded[i / KEY_VECTOR][j / VALUE_VECTOR] = *(const Access*)&state[offset];
@@ -121,53 +154,97 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   };
   Token token = load_token(0);
 
-  real S[KEYS][VALUES];
+  auto given = [&](int i, int j) {
+    return widen(loaded[i / KEY_VECTOR][j / VALUE_VECTOR].element[i % KEY_VECTOR + j % VALUE_VECTOR]);
+  };
+#if ONE_TOKEN
+  auto S = given;
+#else
+  real held[KEYS][VALUES];
 #pragma unroll
   for (int i = 0; i < KEYS; i++)
 #pragma unroll
-    for (int j = 0; j < VALUES; j++)
-      S[i][j] = widen(loaded[i / KEY_VECTOR][j / VALUE_VECTOR].element[i % KEY_VECTOR + j % VALUE_VECTOR]);
-
-  for (int t = 0; t < T; t++) {
-    real k_sums[VALUES] = {}, q_sums[VALUES] = {}, k_squares = 0, q_squares = 0, k_q = 0;
+    for (int j = 0; j < VALUES; j++) held[i][j] = given(i, j);
+  auto S = [&](int i, int j) -> real& { return held[i][j]; };
+#endif
+  for (int t = 0; t < (ONE_TOKEN ? 1 : T); t++) {
+    real k_sums[VALUES] = {}, q_sums[VALUES] = {};
+    Products sums = {};
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
       const real k_i = widen(token.k[i / ROW_VECTOR].element[i % ROW_VECTOR]);
       const real q_i = widen(token.q[i / ROW_VECTOR].element[i % ROW_VECTOR]);
-      k_squares += k_i * k_i;
-      q_squares += q_i * q_i;
-      k_q += k_i * q_i;
+      sums.k_k += k_i * k_i;
+      sums.q_q += q_i * q_i;
+      sums.k_q += k_i * q_i;
 #pragma unroll
       for (int j = 0; j < VALUES; j++) {
-        k_sums[j] += S[i][j] * k_i;
-        q_sums[j] += S[i][j] * q_i;
+        k_sums[j] += S(i, j) * k_i;
+        q_sums[j] += S(i, j) * q_i;
       }
     }
+    if (L2NORM) sums.k_k = sum_over_parts(sums.k_k), sums.q_q = sum_over_parts(sums.q_q);
+    sums.k_q = sum_over_parts(sums.k_q);
+#if STATE_VK
+    const real k_S = sum_of_own_value(k_sums, part), q_S = sum_of_own_value(q_sums, part);
+#else
+#pragma unroll
+    for (int j = 0; j < VALUES; j++) {
+      k_sums[j] = sum_over_parts(k_sums[j]);
+      q_sums[j] = sum_over_parts(q_sums[j]);
+    }
+    if (thread % 32 < ACROSS) {
+#pragma unroll
+      for (int j = 0; j < VALUES; j++) {
+        passed.k_S[warp][thread % ACROSS * VALUES + j] = k_sums[j];
+        passed.q_S[warp][thread % ACROSS * VALUES + j] = q_sums[j];
+      }
+    }
+    if (thread % 32 == 0) passed.products[warp] = sums;
+    __syncthreads();
+    real k_S = 0, q_S = 0;
+    if (thread < CHANNELS) {
+      sums = {};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        k_S += passed.k_S[w][thread];
+        q_S += passed.q_S[w][thread];
+        sums.k_k += passed.products[w].k_k;
+        sums.q_q += passed.products[w].q_q;
+        sums.k_q += passed.products[w].k_q;
+      }
+    }
+#endif
     const real decay = HAS_GATE ? power(token.g) : (real)1;
-    const real k_factor = L2NORM ? root(sum_over_parts(k_squares) + (real)1e-6) : (real)1;
-    const real q_factor = L2NORM ? scale * root(sum_over_parts(q_squares) + (real)1e-6) : scale;
-    const real recalled = decay * k_factor * sum_of_own_value(k_sums, part);
-    const real written = token.beta * (widen(token.v) - recalled) * k_factor;
-    const real out = q_factor * (decay * sum_of_own_value(q_sums, part) + sum_over_parts(k_q) * written);
+    const real k_factor = L2NORM ? root(sums.k_k + (real)1e-6) : (real)1;
+    const real q_factor = L2NORM ? scale * root(sums.q_q + (real)1e-6) : scale;
+    const real written = token.beta * (widen(token.v) - decay * k_factor * k_S) * k_factor;
+    const real out = q_factor * (decay * q_S + sums.k_q * written);
     if (writes_o) o[(((int64_t)n * T + t) * HV + hv) * HEAD_V + own] = narrow<DTYPE>(out);
 
     real all_written[VALUES];
+#if STATE_VK
 #pragma unroll
-    for (int j = 0; j < VALUES; j++)
-      all_written[j] = __shfl_sync(~0u, written, j * ACROSS + thread % ACROSS, PARTS * ACROSS);
+    for (int j = 0; j < VALUES; j++) all_written[j] = __shfl_sync(~0u, written, j, PARTS);
+#else
+    if (thread < CHANNELS) passed.written[thread] = written;
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-      const real k_i = widen(token.k[i / ROW_VECTOR].element[i % ROW_VECTOR]);
+    for (int j = 0; j < VALUES; j++) all_written[j] = passed.written[thread % ACROSS * VALUES + j];
+#endif
+    auto updated = [&](int i, int j) {
+      return decay * S(i, j) + widen(token.k[i / ROW_VECTOR].element[i % ROW_VECTOR]) * all_written[j];
+    };
+#if ONE_TOKEN
+    store(state, part, channel, updated);
+  }
+#else
 #pragma unroll
-      for (int j = 0; j < VALUES; j++) S[i][j] = decay * S[i][j] + k_i * all_written[j];
-    }
+    for (int i = 0; i < KEYS; i++)
+#pragma unroll
+      for (int j = 0; j < VALUES; j++) held[i][j] = updated(i, j);
     if (t + 1 < T) token = load_token(t + 1);
   }
-
-  for_vectors(part, channel, [&](int i, int j, int offset) {
-    Access x;
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) x.element[e] = narrow<STATE_DTYPE>(STATE_VK ? S[i + e][j] : S[i][j + e]);
-    *(Access*)&state[offset] = x;
-  });
+  store(state, part, channel, S);
+#endif
 }

@@ -7,14 +7,14 @@ import math
 from ..problem import Problem
 from .kernels import C_TYPES, Launch, i32
 
-# Bytes of registers for a thread's part of a state, by layout and bytes per element of the state,
-# and threads per block: the fastest of those measured on an H200, see docs/performance.md.
-TILE_BYTES = {("kv", 4): 512, ("vk", 4): 128}
-OTHER_TILE_BYTES = 256
+# The fastest of those measured on an H200, see docs/performance.md: bytes of sums for a thread's
+# part of a state; of a (K, V) state, by its bytes per element, also the bytes of a row that a warp
+# takes; threads per block for (V, K).
+TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
+PIECE_BYTES, OTHER_PIECE_BYTES = {4: 256}, 64
 THREADS = 128
 VECTOR_BYTES = 16
-SECTOR_BYTES = 32  # of a line of the caches: what an access to memory moves at least
-WARP = 32
+WARP, MOST_WARPS = 32, 16
 
 
 def power_of_two(least: int) -> int:
@@ -26,26 +26,32 @@ def step_tile(problem: Problem) -> dict:
     """Return the macros of `decode.cu` that say which part of a state a thread has.
 
     A (V, K) state: PARTS threads side by side have a row of keys, and several rows. A (K, V) state:
-    a thread has one vector of some keys, ACROSS threads are side by side, and PARTS share the keys.
+    a thread has one vector of some keys, ACROSS threads are side by side, and the PARTS others of
+    WARPS warps share the keys.
     """
     K, V, itemsize = problem.K, problem.V, problem.state.dtype.itemsize
-    tile = TILE_BYTES.get((problem.state_layout, itemsize), OTHER_TILE_BYTES)
-    tile //= problem.compute_dtype.itemsize
     if problem.state_layout == "vk":
         vector = math.gcd(K, VECTOR_BYTES // itemsize)
         parts = min(WARP, power_of_two(K // vector))
         keys = -(-K // (parts * vector)) * vector
-        values, across = min(parts, tile // keys, power_of_two(V)), 1
+        tile = TILE_BYTES // problem.compute_dtype.itemsize
+        fitting = 1 << (max(1, tile // keys).bit_length() - 1)
+        values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
+        per_warp = WARP // parts * values
+        channels = min(max(per_warp, THREADS // parts * values), -(-V // per_warp) * per_warp)
     else:
         values = vector = math.gcd(V, VECTOR_BYTES // itemsize)
         widest = min(WARP, power_of_two(V // vector))
-        across = min(widest, WARP // values, -(-SECTOR_BYTES // (vector * itemsize)))
-        parts = max(values, min(WARP // across, power_of_two(-(-K * values // tile))))
-        across = min(widest, WARP // parts)
-        parts = max(parts, min(WARP // across, power_of_two(K)))
-    per_warp = WARP // parts * values
-    channels = min(max(per_warp, THREADS // parts * values), -(-V // per_warp) * per_warp)
-    return dict(VECTOR=vector, VALUES=values, PARTS=parts, ACROSS=across, CHANNELS=channels)
+        piece = PIECE_BYTES.get(itemsize, OTHER_PIECE_BYTES) // itemsize
+        across = min(widest, max(1, piece // vector))
+        parts = WARP // across
+        channels = across * values
+        tile = KV_TILE_BYTES.get(itemsize, TILE_BYTES) // problem.compute_dtype.itemsize
+        enough = max(-(-K * values // (tile * parts)), -(-channels // WARP))
+        warps = min(MOST_WARPS, power_of_two(enough))
+    return dict(
+        VECTOR=vector, VALUES=values, PARTS=parts, WARPS=warps, ACROSS=across, CHANNELS=channels
+    )
 
 
 def step_launch(problem: Problem) -> Launch:
@@ -60,14 +66,19 @@ def step_launch(problem: Problem) -> Launch:
         HAS_GATE=int(problem.g is not None),
         STATE_VK=int(problem.state_layout == "vk"),
         L2NORM=int(problem.qk_l2norm),
+        ONE_TOKEN=int(problem.T == 1),
     )
+    # As decode.cu's Passed: per warp two sums of each channel and four more, and what is written.
+    passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 4 * tile["WARPS"]
+    shared = 0 if problem.state_layout == "vk" else passed * real.itemsize
+    threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
     return Launch(
         "decode.cu",
         "decode",
         tuple((defines | tile).items()),
         problem.N * problem.HV * -(-problem.V // tile["CHANNELS"]) if problem.T else 0,
-        tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"],
-        0,
+        threads,
+        shared,
         (
             "q",
             "k",
