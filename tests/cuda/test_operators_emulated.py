@@ -177,8 +177,8 @@ def test_step(emulated, on_reference, T, layout, pool):
     assert np.array_equal(states[0][[1, 2, 3]], start[[1, 2, 3]])
 
 
-# Vectors of 1, 2, 4 and 8 elements; whole warps and parts of them; more threads than values; keys per
-# thread that are no power of two.
+# Vectors of 1, 2, 4 and 8 elements; whole warps and parts of them; more threads than values; keys
+# per thread that are no power of two.
 @pytest.mark.parametrize(
     "sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7), (129, 24)]
 )
