@@ -22,9 +22,16 @@
 #include "tiles/token.cuh"
 
 typedef Sum<DTYPE>::type real;
+PRIM constexpr bool is_power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
+static_assert(is_power_of_two(VECTOR) && is_power_of_two(VALUES) && is_power_of_two(PARTS) && is_power_of_two(ACROSS) &&
+                  is_power_of_two(WARPS),
+              "sums are halved");
+static_assert(STATE_VK ? VALUES <= PARTS && WARPS == 1 && ACROSS == 1 : ACROSS * PARTS == 32 && VALUES == VECTOR,
+              "who shares what");
 constexpr int SHARERS = PARTS * WARPS;  // threads that share a value channel's keys
 constexpr int THREADS = CHANNELS / VALUES * SHARERS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 constexpr int KEY_VECTOR = STATE_VK ? VECTOR : 1, VALUE_VECTOR = STATE_VK ? 1 : VECTOR;
+static_assert(STATE_VK || (CHANNELS == ACROSS * VALUES && THREADS >= CHANNELS), "a thread sums a channel up");
 // A thread's keys: KEYS of them, in runs of neighbours.
 constexpr int KEYS = (HEAD_K + SHARERS * KEY_VECTOR - 1) / (SHARERS * KEY_VECTOR) * KEY_VECTOR;
 constexpr int RUN = STATE_VK ? VECTOR : KEYS;
@@ -58,8 +65,8 @@ PRIM real sum_over_parts(real x) {
   for (int bits = PARTS / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(~0u, x, bits * ACROSS);
   return x;
 }
-// The sum over all parts of x[part % VALUES]: at every level a thread gives away the half that it does not keep.
 #if STATE_VK
+// The sum over all parts of x[part % VALUES]: at every level a thread gives away the half that it does not keep.
 PRIM real sum_of_own_value(real (&x)[VALUES], int part) {
 #pragma unroll
   for (int half = VALUES / 2; half > 0; half /= 2) {
@@ -88,9 +95,9 @@ PRIM void store(STATE_DTYPE* state, int part, int channel, F S) {
   });
 }
 
-// What warps pass to each other: S^T k, S^T q and the products of k and q over the keys of each, and n for all.
+// What warps pass to each other: S^T k, S^T q and the products of k and q over the keys of each, and n, to be times k.
 struct Products {
-  real k_k, q_q, k_q, padding;
+  real k_k, q_q, k_q, padding;  // read as a vector
 };
 struct Passed {
   real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS];

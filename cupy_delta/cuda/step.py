@@ -7,11 +7,11 @@ import math
 from ..problem import Problem
 from .kernels import C_TYPES, Launch, i32
 
-# The fastest of those measured on an H200, see docs/performance.md: bytes of sums for a thread's
-# part of a state; of a (K, V) state, by its bytes per element, also the bytes of a row that a warp
-# takes; threads per block for (V, K).
+# The fastest of those measured on an H200, see docs/performance.md. Bytes of a thread's part of a
+# state in the type of its sums, and for (K, V) by bytes per element of the state.
 TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
-PIECE_BYTES, OTHER_PIECE_BYTES = {4: 256}, 64
+# Bytes of a row of a (K, V) state that a warp takes, likewise; threads per block for (V, K).
+PIECE_BYTES, KV_PIECE_BYTES = 64, {4: 256}
 THREADS = 128
 VECTOR_BYTES = 16
 WARP, MOST_WARPS = 32, 16
@@ -42,7 +42,7 @@ def step_tile(problem: Problem) -> dict:
     else:
         values = vector = math.gcd(V, VECTOR_BYTES // itemsize)
         widest = min(WARP, power_of_two(V // vector))
-        piece = PIECE_BYTES.get(itemsize, OTHER_PIECE_BYTES) // itemsize
+        piece = KV_PIECE_BYTES.get(itemsize, PIECE_BYTES) // itemsize
         across = min(widest, max(1, piece // vector))
         parts = WARP // across
         channels = across * values

@@ -22,8 +22,9 @@ constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
 constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
-// K's boxes, with Q's each behind one of them, so that one product takes both; from a box of K to the next.
-constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;  // and what a buffer has
+// Elements of a buffer of K and Q, and from a box of K to its next: behind each lies one of Q, so that one product
+// takes both.
+constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;
 // Registers per thread: 65536 in all.
 constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
 constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;

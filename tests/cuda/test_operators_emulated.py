@@ -182,12 +182,13 @@ def test_step(emulated, on_reference, T, layout, pool):
 @pytest.mark.parametrize(
     "sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7), (129, 24)]
 )
+@pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("pool", ["float64", "float32", "bfloat16"])
-def test_step_head_sizes(emulated, on_reference, sizes, layout, pool):
+def test_step_head_sizes(emulated, on_reference, sizes, T, layout, pool):
     dtype = F64 if pool == "float64" else F32
     sizes = dict(zip("KV", sizes, strict=True))
-    args, kw = make_inputs(2, B=2, H=2, **sizes, dtype=dtype, layout=layout, initial=True)
+    args, kw = make_inputs(T, B=2, H=2, **sizes, dtype=dtype, layout=layout, initial=True)
     start = kw["initial_state"].astype(getattr(ml_dtypes, pool, pool))
     states = [start.copy(), start.copy()]
     o = cd.delta_rule_step(*args, state=states[0], state_layout=layout)
