@@ -6,8 +6,9 @@
 // D' of every chunk, (V, K), and G are written for the gradients of the chunks.
 //
 // A long sequence of few heads is cut into SEGMENTS. TRANSFER walks all but the first from zero, and without dO from
-// the identity: what is left is H and P of D' -> P D' + H. segment_states.cu joins them, last segment first, to the D'
-// from which the walk with SEGMENTS goes through all of them at once. Arrays of segments are in that order, too.
+// the identity: what is left is H and P of D' -> P D' + H. The walk with SEGMENTS goes through all of them at once and
+// joins for each those that come after it in the sequence (hopper/join.cuh). Arrays of segments are in the order of the
+// walk, last segment first.
 //
 // A math warpgroup holds 64 value channels of D^T in accumulators, from which D'^T, (b dN)^T and (b G)^T are left
 // operands of wgmma: the chain from D' to D passes nothing through shared memory. What is not of the chain, the
@@ -17,13 +18,15 @@
 // Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// STATE_VK (layout of dfinal_state and dinitial_state, of H and of what joins), SEGMENTS, TRANSFER, MATH (1 or 2),
+// STATE_VK (layout of dfinal_state, dinitial_state and H), SEGMENTS, TRANSFER, MATH (1 or 2),
 // CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value
 // channels. Shared memory: CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see
 // cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 1
-#include "hopper/sums.cuh"
 #include "hopper/walk.cuh"
+
+#include "hopper/join.cuh"
+#include "hopper/sums.cuh"
 #include "tiles/store.cuh"
 
 // dO^T of 16 value channels as left operand, times scale, or zero: tokens 16 step to 16 step + 15 in dO[step].
@@ -137,27 +140,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                           const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
-                          const __grid_constant__ TensorMap g_map, const float* beta, const float* dfinal_state,
-                          const int64_t* cu_seqlens, DTYPE* g_rows, float* dinitial_state, float* transfer, float scale,
-                          int T, int H, int HV) {
+                          const __grid_constant__ TensorMap g_map,
+#if TRANSFER || WITH_JOINS
+                          const __grid_constant__ TensorMap transfer_map, const float* h,
+#endif
+                          const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
+                          float* dinitial_state, float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV);
   DynSmem smem;
   const Shared s = take_shared(smem);
+#if WITH_JOINS
+  const int buffer = JOIN_STAGE * K_BOXES * TILE;
+  const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
+  uint64_t* joined = joins.joined;
+  if (threadIdx.x == 0) joins.init();
+#else
+  uint64_t* joined = nullptr;
+#endif
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
   if (warpgroup == MATH) {
 #if MATH == 2
     fewer_registers<LOADER_REGISTERS>();
 #endif
-    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &do_map}, work, beta, HV, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &do_map}, work, joined, beta, HV, lane);
     return;
   }
 #if MATH == 2
   more_registers<MATH_REGISTERS>();
 #endif
   const int value = work.channel + warpgroup * 64 + warp * 16;
-  const int64_t pair = (int64_t)work.part * HV + work.hv;
+  const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float D[K_TILES][4];
   clear(D);
 #if TRANSFER
@@ -165,27 +179,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
   if (dfinal_state != nullptr) {
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + pair * HEAD_K * HEAD_V, value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + state_at, value, j * 8, lane);
   }
 #endif
+#if WITH_JOINS
+  join(D, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, value, work.hv, HV, warpgroup, thread);
+#endif
   walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
+  // H of a segment; or one per sequence, from its first segment.
+  if (work.values && (TRANSFER || work.step == SEGMENTS - 1)) {
+    float* left = dinitial_state + ((TRANSFER ? work.part : work.n) * (int64_t)HV + work.hv) * HEAD_K * HEAD_V;
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) store_state(left, D[j], value, j * 8, lane);
+  }
 #if TRANSFER
-  // H and P of a segment.
-  if (work.values) {
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + pair * HEAD_K * HEAD_V, D[j], value, j * 8, lane);
-  } else {
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++)
-      store_transposed<float, HEAD_K>(transfer + pair * HEAD_K * HEAD_K + j * 8 * HEAD_K + value, HEAD_K, D[j],
-                                      HEAD_K - value, HEAD_K - j * 8, lane);
-  }
-#else
-  // One per sequence, from its first segment.
-  if (work.step == SEGMENTS - 1) {
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++)
-      store_state(dinitial_state + ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V, D[j], value, j * 8, lane);
-  }
+  if (!work.values)
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, work.channel + warpgroup * 64, work.part,
+                  work.hv, 1 + warpgroup, thread);
 #endif
 }

@@ -10,8 +10,12 @@
 // A21 without b. M21 counts to twice the digits of DTYPE, so that R2 sees what N1 does to the state.
 //
 // What wy_factors.cu and forward.cu compute in two kernels is one here: nothing but inputs and results touches global
-// memory. SEGMENTS and TRANSFER are as in forward.cu, but one launch makes both H and, in slices of its own, P: from
-// the identity instead of zero, and without V.
+// memory.
+//
+// A long sequence of few heads is cut into SEGMENTS, of which a launch walks WALKED from the FIRST on. One with
+// TRANSFER leaves what each does to a state: H, from zero, and in slices of its own P, from the identity and without V.
+// A walk of several starts each from the state that hopper/join.cuh makes of those before it, and leaves that of the
+// last.
 //
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead. The next MATH warpgroups hold 64 value channels of S^T each
 // in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain from state to state passes nothing
@@ -24,11 +28,12 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// SEGMENTS, TRANSFER, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, VALUE_STAGES,
-// FACTOR_STAGES. Grid: N * segments walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH
-// value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
-// cupy_delta/cuda/hopper.py and, for the roles, hopper/.
+// SEGMENTS, FIRST_PERCENT (of the others' length, that of the first), FIRST, WALKED, TRANSFER, MATH (1 or 2), SOLVERS,
+// CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * WALKED * HV * slices blocks
+// of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared memory: rings of K and Q, of V, of T
+// and P, and of A; O on its way out; see cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
+#include "hopper/join.cuh"
 #include "hopper/load.cuh"
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"
@@ -281,14 +286,17 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map, const float* beta,
-                   const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
-                   float* transfer, float scale, int T, int H, int HV) {
+                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
+#if TRANSFER || WITH_JOINS
+                   const __grid_constant__ TensorMap p_map, const float* h,
+#endif
+                   const float* beta, const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
+                   float* final_state, float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
-  const int n = part / WALKED, segment = part % WALKED, batch = VARLEN ? 0 : n;
+  const int n = part / WALKED, step = part % WALKED, batch = VARLEN ? 0 : n;
   const bool values = slice < VALUE_SLICES;
-  const Sequence sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, n, segment, T);
+  const Sequence sequence = find_segment<CHUNK, SEGMENTS, FIRST_PERCENT>(cu_seqlens, n, FIRST + step, T);
   Work work;
   work.sequence = sequence;
   work.chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
@@ -300,7 +308,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 
   DynSmem smem;
   const Shared s = take_shared(smem);
+#if WITH_JOINS
+  DTYPE* buffers = s.k + JOIN_STAGE * KEYS;
+  const Joins joins = take_joins(smem, p_map, h, buffers, buffers + KEYS);
+  uint64_t* joined = joins.joined;
+#else
+  uint64_t* joined = nullptr;
+#endif
   if (threadIdx.x == 0) {
+#if WITH_JOINS
+    joins.init();
+#endif
     auto solves = [&](int stage) { return stage % CLUSTER == work.rank; };
     for (int i = 0; i < KEY_STAGES; i++)
       mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH + 4 * solves(i));
@@ -323,7 +341,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 
   if (warpgroup == 0) {
     fewer_registers<LOADER_REGISTERS>();
-    if (warp == 0) load(s, {&q_map, &k_map, &v_map}, work, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &v_map}, work, joined, lane);
 #if WITH_INVERTERS
     else if (warp <= INVERTERS)
       invert(s, work, warp - 1, lane);
@@ -335,37 +353,33 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #endif
   } else if (warpgroup <= MATH) {
     more_registers<MATH_REGISTERS>();
-    const int value = work.channel + (warpgroup - 1) * 64 + warp * 16;
-    const int64_t pair = (int64_t)part * HV + hv, entering_at = pair * HEAD_K * HEAD_V;
+    const int column = work.channel + (warpgroup - 1) * 64, value = column + warp * 16;
     float S[K_TILES][4];
     clear(S);
 #if TRANSFER
     if (!values) set_identity(S, value, lane);
 #else
     if (initial_state != nullptr) {
+      const float* initial = initial_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
 #pragma unroll
-      for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
+      for (int j = 0; j < K_TILES; j++) load_state(S[j], initial, value, j * 8, lane);
     }
 #endif
+#if WITH_JOINS
+    join(S, joins, n * (int64_t)(WALKED - 1), step, value, hv, HV, warpgroup - 1, thread);
+#endif
     walk(s, work, S, {&o_map, o}, scale, warpgroup - 1, HV, thread);
+    // A state per segment; or one per sequence, that of the last segment walked.
+    if (values && (TRANSFER || step == WALKED - 1)) {
+      float* final = final_state + ((TRANSFER ? part : n) * (int64_t)HV + hv) * HEAD_K * HEAD_V;
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) store_state(final, S[j], value, j * 8, lane);
+    }
 #if TRANSFER
-    // A state per segment.
-    if (values) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++) store_state(final_state + entering_at, S[j], value, j * 8, lane);
-    } else {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-        store_transposed<float, HEAD_K>(transfer + pair * HEAD_K * HEAD_K + j * 8 * HEAD_K + value, HEAD_K, S[j],
-                                        HEAD_K - value, HEAD_K - j * 8, lane);
-    }
-#else
-    // One per sequence: the last segment's.
-    if (segment == SEGMENTS - 1) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-        store_state(final_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V, S[j], value, j * 8, lane);
-    }
+    // The buffers of V are free: P has none.
+    if (!values)
+      send_transfer(&p_map, s.v + (warpgroup - 1) * K_BOXES * TILE, S, column, part, hv,
+                    TRANSFER_BARRIER + warpgroup - 1, thread);
 #endif
   } else {
     fewer_registers<SOLVER_REGISTERS>();

@@ -3,8 +3,8 @@
 //
 //   R = V - K S        N^ = R + core (b R)        N = b N^        O = scale (Q S + P N)        S' = S + K^T N
 //
-// The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. SEGMENTS is as in forward.cu;
-// the states that enter them are made by forward_hopper.cu and segment_states.cu.
+// The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. SEGMENTS are as in
+// forward_hopper.cu, which makes their transfers; all are walked at once.
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
 // wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and P and all stores run while
@@ -17,8 +17,10 @@
 // * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K,
 // Q, core, P, V and beta; S and O on their way out; see cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 0
-#include "hopper/sums.cuh"
 #include "hopper/walk.cuh"
+
+#include "hopper/join.cuh"
+#include "hopper/sums.cuh"
 #include "tiles/store.cuh"
 
 PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const TensorMap* states, const Rows& o,
@@ -123,37 +125,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap states_map,
                              const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap n_map,
+#if WITH_JOINS
+                             const __grid_constant__ TensorMap transfer_map, const float* h,
+#endif
                              const float* beta, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
                              float* final_state, DTYPE* corrections, float scale, int T, int H, int HV) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV);
   DynSmem smem;
   const Shared s = take_shared(smem);
+#if WITH_JOINS
+  const int buffer = JOIN_STAGE * K_BOXES * TILE;
+  const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
+  uint64_t* joined = joins.joined;
+  if (threadIdx.x == 0) joins.init();
+#else
+  uint64_t* joined = nullptr;
+#endif
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
   if (warpgroup == MATH) {
 #if MATH == 2
     fewer_registers<LOADER_REGISTERS>();
 #endif
-    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &v_map}, work, beta, HV, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &v_map}, work, joined, beta, HV, lane);
     return;
   }
 #if MATH == 2
   more_registers<MATH_REGISTERS>();
 #endif
   const int value = work.channel + warpgroup * 64 + warp * 16;
+  const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
   clear(S);
   if (initial_state != nullptr) {
-    const int64_t entering_at = ((int64_t)work.part * HV + work.hv) * HEAD_K * HEAD_V;
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + entering_at, value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
+#if WITH_JOINS
+  join(S, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, value, work.hv, HV, warpgroup, thread);
+#endif
   walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
   if (work.step == SEGMENTS - 1) {
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++)
-      store_state(final_state + ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V, S[j], value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) store_state(final_state + state_at, S[j], value, j * 8, lane);
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache, lru_cache
 
 import cupy
@@ -26,6 +27,7 @@ class CupyDevice:
         self.index = index
         self._device = cupy.cuda.Device(index)
         self._targets: list = []
+        self._beside = None
 
     def __enter__(self):
         self._device.__enter__()
@@ -89,7 +91,19 @@ class CupyDevice:
     def launch(self, launch: Launch, values: list) -> None:
         kernel = _compiled(self.index, launch)
         arguments = tuple(NULL if v is None else v for v in values)
-        kernel((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared)
+        size = (launch.grid,), (launch.block,)
+        if launch.beside:
+            # On a stream of its own, which the current one waits for after the next launch.
+            side = _side_stream(self.index)
+            side.wait_event(cupy.cuda.get_current_stream().record())
+            with side:
+                kernel(*size, arguments, shared_mem=launch.shared)
+            self._beside = side.record()
+            return
+        kernel(*size, arguments, shared_mem=launch.shared)
+        if self._beside is not None:
+            cupy.cuda.get_current_stream().wait_event(self._beside)
+            self._beside = None
 
 
 @cache
@@ -106,6 +120,17 @@ def _facts(index: int) -> DeviceFacts:
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
         capability=(int(capability[:-1]), int(capability[-1])),
     )
+
+
+_streams = threading.local()
+
+
+def _side_stream(index: int):
+    """Return this thread's second stream of a device, with that device current."""
+    streams = _streams.__dict__
+    if index not in streams:
+        streams[index] = cupy.cuda.Stream(non_blocking=True)
+    return streams[index]
 
 
 @lru_cache(1024)

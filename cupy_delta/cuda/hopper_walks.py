@@ -8,7 +8,21 @@ import numpy as np
 
 from ..problem import Problem
 from . import hopper
-from .hopper import BARRIER, BOX, CHUNK, INVERSE, JOIN, JOIN_SEGMENT, SEGMENTS, TILE, Division, box
+from .hopper import (
+    BARRIER,
+    BOX,
+    CHUNK,
+    INVERSE,
+    JOIN,
+    JOIN_BARRIERS,
+    LAUNCH,
+    SEGMENTS,
+    TILE,
+    Division,
+    Part,
+    box,
+    transfer_box,
+)
 from .kernels import (
     DeviceFacts,
     Launch,
@@ -16,7 +30,6 @@ from .kernels import (
     carve,
     i32,
     normal,
-    segment_states_launch,
     slots,
     variant,
 )
@@ -97,7 +110,8 @@ def division(
         if d.segments > 1:
             cut = pairs * (d.segments - 1)
             count = cut * (blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math))
-            time += rounds(count) * length * transfer[d.transfer_math] + JOIN + JOIN_SEGMENT * cut
+            time += rounds(count) * length * transfer[d.transfer_math]
+            time += LAUNCH + JOIN * (d.segments - 1)
         return time
 
     return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)
@@ -111,13 +125,13 @@ def backward_division(problem: Problem, facts: DeviceFacts) -> Division:
     return division(problem, facts, BACKWARD, BACKWARD_TRANSFER, written_rows=1)
 
 
-def walk_shared(K: int, math: int, stages: int, output: bool) -> int:
+def walk_shared(K: int, math: int, stages: int, output: bool, joins: bool) -> int:
     """Return the bytes of shared memory of either walk, as hopper/walk.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
     keys, square, rows = stages * boxes, stages, stages * math
     tiles = [keys, keys, square, square, rows, math * boxes] + [math] * output
-    barriers = [(n, BARRIER) for n in (stages, stages, 1)]
+    barriers = [(n, BARRIER) for n in (stages, stages, 1, joins * JOIN_BARRIERS)]
     start = carve(*((n * count, size) for n in tiles), align=1024)
     return carve((stages * CHUNK, 4), *barriers, start=start)
 
@@ -152,6 +166,8 @@ def walk_launch(
         TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
         *(box(name, values) for name in results[1:]),
     )
+    if segments > 1:
+        maps += transfer_box(p, segments - 1), None if transfer else "segment_h"
     defines = variant(
         p,
         CHUNK,
@@ -168,7 +184,7 @@ def walk_launch(
         defines,
         p.N * walked * p.HV * slices,
         384 if math == 2 else 160,
-        walk_shared(p.K, math, stages, len(results) > 2),
+        walk_shared(p.K, math, stages, len(results) > 2, segments > 1 and not transfer),
         (*maps, "beta", *arguments, *sizes),
         arch="sm_90a",
     )
@@ -176,51 +192,39 @@ def walk_launch(
 
 def forward_launches(problem: Problem, d: Division) -> list[Launch]:
     """The walk that leaves o, final_state and what the gradients read, after core and P."""
-    before = []
-    if d.segments > 1:
-        cut = dict(initial=None, final="segment_h", transfer=True, segments=d.segments)
-        before = [
-            hopper.walk_launch(problem, math=d.transfer_math, **cut),
-            segment_states_launch(problem, d.segments),
-        ]
-    initial = "entering" if d.segments > 1 else "initial_state"
-    arguments = (initial, "cu_seqlens", "o", "final_state", "corrections")
     walk = walk_launch(
         problem,
         "forward_residuals_hopper",
         "v",
         ("states", "o", "corrections"),
-        arguments,
+        ("initial_state", "cu_seqlens", "o", "final_state", "corrections"),
         math=d.math,
         stages=FORWARD_STAGES[d.math],
         segments=d.segments,
     )
-    return [*before, walk]
+    if d.segments == 1:
+        return [walk]
+    walked = Part(d.segments, walked=d.segments)
+    return [hopper.transfer_launch(problem, d.transfer_math, walked), walk]
 
 
 def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[Launch]:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
 
     def walk(start: str | None, end: str, math: int, transfer: bool = False) -> Launch:
-        leaves = "segment_p" if transfer else None
-        arguments = (start, "cu_seqlens", "g_rows", end, leaves)
         return walk_launch(
             problem,
             "backward_state_hopper",
             "do",
             ("dstates", "g_rows"),
-            arguments,
+            (start, "cu_seqlens", "g_rows", end),
             math=math,
             stages=BACKWARD_STAGES[math],
             segments=d.segments,
             transfer=transfer,
         )
 
-    dfinal = "dfinal_state" if has_dfinal else None
+    last = walk("dfinal_state" if has_dfinal else None, "dinitial_state", d.math)
     if d.segments == 1:
-        return [walk(dfinal, "dinitial_state", d.math)]
-    return [
-        walk(None, "segment_h", d.transfer_math, transfer=True),
-        segment_states_launch(problem, d.segments, initial=dfinal),
-        walk("entering", "dinitial_state", d.math),
-    ]
+        return [last]
+    return [walk(None, "segment_h", d.transfer_math, transfer=True), last]

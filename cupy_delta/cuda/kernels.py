@@ -42,7 +42,8 @@ class Launch:
     """One kernel launch. Arguments are NumPy scalars, names of arrays, boxes, or None for null.
 
     Compared by identity: plans are kept, and so is what was compiled for their launches. `arch` is
-    the one architecture that a kernel is for, if its instructions exist on no other.
+    the one architecture that a kernel is for, if its instructions exist on no other. One that is
+    `beside` may run at the same time as the next one; both end before the one after that begins.
     """
 
     file: str
@@ -53,6 +54,7 @@ class Launch:
     shared: int
     arguments: tuple
     arch: str = ""
+    beside: bool = False
 
     def arrays(self) -> set[str]:
         """Return the names of the arrays that the kernel is given."""
@@ -185,13 +187,8 @@ def segment_count(problem: Problem, chunk: int, facts: DeviceFacts) -> int:
     return 1
 
 
-def segment_states_launch(
-    problem: Problem, segments: int, initial: str | None = "initial_state"
-) -> Launch:
-    """The states that enter all segments, from the transfers of all but the last.
-
-    Or their gradients, with segments in the order of the reverse walk.
-    """
+def segment_states_launch(problem: Problem, segments: int) -> Launch:
+    """The states that enter all segments, from the transfers of all but the last."""
     defines = dict(
         HEAD_K=problem.K,
         HEAD_V=problem.V,
@@ -206,7 +203,7 @@ def segment_states_launch(
         problem.N * problem.HV * -(-problem.V // 8),
         128,
         carve(columns, columns),
-        (initial, "segment_p", "segment_h", "entering", i32(problem.HV)),
+        ("initial_state", "segment_p", "segment_h", "entering", i32(problem.HV)),
     )
 
 

@@ -148,7 +148,8 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
             workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
             launches.append(norm_launch(problem, name, normal(problem, name)))
     if hopper.available(problem, facts) and not residuals:
-        return plan_hopper_forward(problem, facts, outputs, workspace, launches)
+        walks, between = hopper.forward_launches(problem, hopper.division(problem, facts))
+        return Plan((*launches, *walks), outputs, workspace | between)
     on_hopper = residuals and hopper_walks.available(problem, facts)
     # Without a gate P is the same for all value heads of a key head: there it is kept once.
     heads = problem.H if on_hopper else problem.HV
@@ -165,7 +166,7 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         launches.append(hopper_walks.factors_launch(problem))
         division = hopper_walks.forward_division(problem, facts)
         if division.segments > 1:
-            workspace |= segment_arrays(problem, division.segments)
+            workspace |= hopper.segment_arrays(problem, division.segments - 1)
         launches += hopper_walks.forward_launches(problem, division)
         return Plan(tuple(launches), outputs, workspace)
     launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
@@ -183,24 +184,6 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
     launches.append(
         walk_launch(problem, chunk, facts, segments=segments, states=states, initial=initial)
     )
-    return Plan(tuple(launches), outputs, workspace)
-
-
-def plan_hopper_forward(
-    problem: Problem, facts: DeviceFacts, outputs: dict, workspace: dict, launches: list
-) -> Plan:
-    """Plan the walk of compute capability 9.0, after the launches that prepare its inputs."""
-    math, segments, transfer_math = hopper.division(problem, facts)
-    initial = "initial_state"
-    if segments > 1:
-        initial = "entering"
-        workspace |= segment_arrays(problem, segments)
-        cut = dict(math=transfer_math, initial=None, final="segment_h", transfer=True)
-        launches += [
-            hopper.walk_launch(problem, segments=segments, **cut),
-            segment_states_launch(problem, segments),
-        ]
-    launches.append(hopper.walk_launch(problem, math=math, segments=segments, initial=initial))
     return Plan(tuple(launches), outputs, workspace)
 
 
@@ -235,7 +218,7 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
     if hopper_walks.available(problem, facts):
         division = hopper_walks.backward_division(problem, facts)
         if division.segments > 1:
-            workspace |= segment_arrays(problem, division.segments)
+            workspace |= hopper.segment_arrays(problem, division.segments - 1)
         launches = [
             *hopper_walks.backward_launches(problem, division, has_dfinal),
             hopper_gradients.backward_chunk_launch(problem, facts),

@@ -11,7 +11,8 @@ PRIM void load_boxes(DTYPE* tiles, const TensorMap* map, uint64_t* barrier, cons
     tma_load(tiles + box * PITCH, map, barrier, channel + box * BOX, head, work.start + c * CHUNK, work.batch);
 }
 
-PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
+// `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, int lane) {
   // The solvers want K and Q some chunks before the walk wants V.
   constexpr int AHEAD = KEY_STAGES - VALUE_STAGES;
   Ring<KEY_STAGES> keys;
@@ -19,6 +20,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
   for (int i = 0; i < work.chunks + AHEAD; i++) {
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     auto clears = [&](int c) { return VARLEN && work.tokens(c) < CHUNK; };
+    if (WITH_JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     if (int c = i; c < work.chunks) {
       DTYPE* k = s.k + keys.stage * KEYS;
       uint64_t *full = s.keys_full + keys.stage, *barrier = clears(c) ? s.landed : full;

@@ -5,6 +5,8 @@
 #include "tiles/unit_inverse.cuh"
 
 #define WITH_OUTPUT (!TRANSFER)
+// Segments after the first that is walked start from a state that transfers make.
+#define WITH_JOINS (WITH_OUTPUT && WALKED > 1)
 // Where registers suffice, Q S is under way while R is formed.
 #define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
@@ -20,7 +22,6 @@ constexpr int WARPGROUPS = 1 + MATH + SOLVERS, THREADS = 128 * WARPGROUPS, SLICE
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
 constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
 constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
-constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
 // Elements of a buffer of K and Q, and from a box of K to its next: behind each lies one of Q, so that one product
 // takes both.
@@ -32,13 +33,18 @@ constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
               "a warpgroup would wait for registers for ever");
-constexpr int SOLVER_BARRIER = 1;  // and next: named barriers, one per solver
+constexpr int SOLVER_BARRIER = 1;                           // and next: named barriers, one per solver
+constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
+// States are joined in what is K's and Q's from this chunk on.
+constexpr int JOIN_STAGE = KEY_STAGES - 2;
+static_assert(!WITH_JOINS || JOIN_STAGE >= 0, "P comes in two parts");
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
 static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
+static_assert(FIRST + WALKED <= SEGMENTS, "of each sequence's segments");
 static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 

@@ -18,6 +18,11 @@ constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE :
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
 
+// Segments after the first one start from a state that transfers make, in what is K's and Q's from this chunk on.
+#define WITH_JOINS (SEGMENTS > 1 && !TRANSFER)
+constexpr int JOIN_STAGE = CHUNK_STAGES - 2;
+static_assert(JOIN_STAGE >= 0, "P comes in two parts, each as large as two stages");
+
 // Registers per thread: 65536 in all, which for one math warpgroup is enough as it comes.
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 static_assert(LOADER_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup would wait for registers for ever");
@@ -106,8 +111,9 @@ struct Maps {
   const TensorMap *q, *k, *core, *p, *rows;
 };
 
-// By one warp.
-PRIM void load(const Shared& s, const Maps& maps, const Work& work, const float* beta, int HV, int lane) {
+// By one warp. `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, const float* beta, int HV,
+               int lane) {
   constexpr int BYTES = 2 * TILE * (2 * K_BOXES + 2 + MATH);
   // Two tokens per lane, read a chunk ahead.
   float b[2];
@@ -128,6 +134,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, const float*
     // In a batch, tokens past the end lie outside the arrays and come as zeros.
     const bool clears = VARLEN && tokens < CHUNK;
     uint64_t* landed = clears ? s.landed : s.full + stage;
+    if (WITH_JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     mbarrier_wait(s.free + stage, ring.parity ^ 1);
 #pragma unroll
     for (int j = 0; j < 2; j++) s.beta[stage * CHUNK + j * 32 + lane] = b[j];

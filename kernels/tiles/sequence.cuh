@@ -26,15 +26,19 @@ PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
 #endif
 }
 
-// The segment-th of COUNT parts of the n-th sequence: runs of whole chunks, of one length but for the last ones,
-// which may be shorter or empty.
-template <int CHUNK_TOKENS, int COUNT>
+// The segment-th of COUNT parts of the n-th sequence: runs of whole chunks, of one length but for the first one, which
+// has PERCENT of it or, like the last ones, less. Parts may be empty.
+template <int CHUNK_TOKENS, int COUNT, int PERCENT = 100>
 PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, int segment, int T) {
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
   if constexpr (COUNT > 1) {
-    const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS, length = (chunks + COUNT - 1) / COUNT;
-    const int skipped = min(segment * length, chunks), start = min(skipped * CHUNK_TOKENS, s.tokens);
-    s = {s.first + start, min(s.tokens - start, length * CHUNK_TOKENS), s.slot + skipped};
+    constexpr int WHOLE = 100 * (COUNT - 1) + PERCENT;
+    const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
+    const int length = (int)((100 * (int64_t)chunks + WHOLE - 1) / WHOLE);
+    const int first = max(chunks - (COUNT - 1) * length, 0), end = min(first + segment * length, chunks);
+    const int skipped = segment == 0 ? 0 : min(first + (segment - 1) * length, chunks);
+    const int start = min(skipped * CHUNK_TOKENS, s.tokens), stop = min(end * CHUNK_TOKENS, s.tokens);
+    s = {s.first + start, stop - start, s.slot + skipped};
   }
   return s;
 }
