@@ -18,7 +18,7 @@
 // Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// STATE_VK (layout of dfinal_state, dinitial_state and H), SEGMENTS, TRANSFER, MATH (1 or 2),
+// STATE_VK (layout of dfinal_state and dinitial_state), SEGMENTS, TRANSFER, MATH (1 or 2),
 // CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value
 // channels. Shared memory: CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see
 // cupy_delta/cuda/hopper_walks.py.
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
                           const __grid_constant__ TensorMap g_map,
 #if TRANSFER || WITH_JOINS
-                          const __grid_constant__ TensorMap transfer_map, const float* h,
+                          const __grid_constant__ TensorMap transfer_map, float* h,
 #endif
                           const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
                           float* dinitial_state, float scale, int T, int H, int HV) {
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MATH == 2
   more_registers<MATH_REGISTERS>();
 #endif
-  const int value = work.channel + warpgroup * 64 + warp * 16;
+  const int column = work.channel + warpgroup * 64, value = column + warp * 16;
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float D[K_TILES][4];
   clear(D);
@@ -183,18 +183,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
 #endif
 #if WITH_JOINS
-  join(D, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, value, work.hv, HV, warpgroup, thread);
+  join(D, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
   walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
-  // H of a segment; or one per sequence, from its first segment.
-  if (work.values && (TRANSFER || work.step == SEGMENTS - 1)) {
-    float* left = dinitial_state + ((TRANSFER ? work.part : work.n) * (int64_t)HV + work.hv) * HEAD_K * HEAD_V;
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(left, D[j], value, j * 8, lane);
-  }
 #if TRANSFER
-  if (!work.values)
-    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, work.channel + warpgroup * 64, work.part,
-                  work.hv, 1 + warpgroup, thread);
+  if (work.values)
+    keep_transfer(h, D, work.part, work.hv, HV, column, thread);
+  else
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, column, work.part, work.hv, 1 + warpgroup,
+                  thread);
+#else
+  // One per sequence, from its first segment.
+  if (work.step == SEGMENTS - 1) {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, D[j], value, j * 8, lane);
+  }
 #endif
 }

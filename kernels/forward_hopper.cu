@@ -29,9 +29,10 @@
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // SEGMENTS, FIRST_PERCENT (of the others' length, that of the first), FIRST, WALKED, TRANSFER, MATH (1 or 2), SOLVERS,
-// CLUSTER (blocks; 1 without TRANSFER), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * WALKED * HV * slices blocks
-// of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared memory: rings of K and Q, of V, of T
-// and P, and of A; O on its way out; see cupy_delta/cuda/hopper.py and, for the roles, hopper/.
+// CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES,
+// FACTOR_STAGES. Grid: N * WALKED * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value
+// channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
+// cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/join.cuh"
 #include "hopper/load.cuh"
@@ -288,7 +289,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
 #if TRANSFER || WITH_JOINS
-                   const __grid_constant__ TensorMap p_map, const float* h,
+                   const __grid_constant__ TensorMap p_map, float* h,
 #endif
                    const float* beta, const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
                    float* final_state, float scale, int T, int H, int HV) {
@@ -366,20 +367,23 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     }
 #endif
 #if WITH_JOINS
-    join(S, joins, n * (int64_t)(WALKED - 1), step, value, hv, HV, warpgroup - 1, thread);
+    join(S, joins, n * (int64_t)(WALKED - 1), step, column, hv, HV, warpgroup - 1, thread);
 #endif
     walk(s, work, S, {&o_map, o}, scale, warpgroup - 1, HV, thread);
-    // A state per segment; or one per sequence, that of the last segment walked.
-    if (values && (TRANSFER || step == WALKED - 1)) {
-      float* final = final_state + ((TRANSFER ? part : n) * (int64_t)HV + hv) * HEAD_K * HEAD_V;
+#if TRANSFER
+    // The buffers of V are free: P has none.
+    DTYPE* boxes = s.v + (warpgroup - 1) * K_BOXES * TILE;
+    if (values)
+      keep_transfer(h, S, part, hv, HV, column, thread);
+    else
+      send_transfer(&p_map, boxes, S, column, part, hv, TRANSFER_BARRIER + warpgroup - 1, thread);
+#else
+    // One per sequence, that of the last segment walked.
+    if (step == WALKED - 1) {
+      float* final = final_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) store_state(final, S[j], value, j * 8, lane);
     }
-#if TRANSFER
-    // The buffers of V are free: P has none.
-    if (!values)
-      send_transfer(&p_map, s.v + (warpgroup - 1) * K_BOXES * TILE, S, column, part, hv,
-                    TRANSFER_BARRIER + warpgroup - 1, thread);
 #endif
   } else {
     fewer_registers<SOLVER_REGISTERS>();

@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap states_map,
                              const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap n_map,
 #if WITH_JOINS
-                             const __grid_constant__ TensorMap transfer_map, const float* h,
+                             const __grid_constant__ TensorMap transfer_map, float* h,
 #endif
                              const float* beta, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
                              float* final_state, DTYPE* corrections, float scale, int T, int H, int HV) {
@@ -154,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MATH == 2
   more_registers<MATH_REGISTERS>();
 #endif
-  const int value = work.channel + warpgroup * 64 + warp * 16;
+  const int column = work.channel + warpgroup * 64, value = column + warp * 16;
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
   clear(S);
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
 #if WITH_JOINS
-  join(S, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, value, work.hv, HV, warpgroup, thread);
+  join(S, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
   walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.

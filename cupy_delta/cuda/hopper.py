@@ -140,10 +140,11 @@ def walk_shared(
 
 
 def segment_arrays(problem: Problem, transferred: int) -> dict:
-    """What transfers leave: H in float, P in two parts of 16 bits."""
-    p, heads = problem, problem.state_shape[1:]
+    """What transfers leave, as hopper/join.cuh has it: H in float, P in two parts of 16 bits."""
+    p = problem
+    keys, values = (-(-size // BOX) * BOX for size in (p.K, p.V))
     return {
-        "segment_h": ((p.N, transferred, *heads), p.state_dtype),
+        "segment_h": ((p.N, transferred, p.HV, values, keys), p.state_dtype),
         "segment_p": ((2 * p.N * transferred, p.HV, p.K, p.K), p.dtype),
     }
 
@@ -174,7 +175,7 @@ def forward_launches(problem: Problem, d: Division) -> tuple[list[Launch], dict]
 def transfer_launch(problem: Problem, math: int, walked: Part) -> Launch:
     """What all segments but the last of those that are to be walked do to a state."""
     part = walked._replace(walked=walked.walked - 1)
-    return walk_launch(problem, math, part, transfer=True, initial=None, final="segment_h")
+    return walk_launch(problem, math, part, transfer=True, initial=None, final=None)
 
 
 def walk_launch(
@@ -184,14 +185,15 @@ def walk_launch(
     *,
     transfer: bool = False,
     initial: str | None = "initial_state",
-    final: str = "final_state",
+    final: str | None = "final_state",
     beside: bool = False,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
-    `math` is the number of 64-channel slices of values per block. With `transfer`, from zero into
-    `final` and from the identity into "segment_p"; else from `initial` and, after the first segment
-    of those walked, through what transfers have left.
+    `math` is the number of 64-channel slices of values per block. With `transfer`, from zero and
+    from the identity; else from `initial` and, after the first segment of those walked, through
+    what transfers have left. A launch that runs `beside` transfers is placed in pairs like them:
+    else it would leave them single multiprocessors, which clusters cannot use.
     """
     p = problem
     gate = p.g is not None
@@ -200,6 +202,7 @@ def walk_launch(
     cluster = CLUSTER if transfer and slices % CLUSTER == 0 else 1
     solvers = 1 if cluster > 1 else 3 - math
     stages = CLUSTER_STAGES if cluster > 1 else STAGES[math]
+    grid = p.N * part.walked * p.HV * slices
     defines = variant(
         p,
         CHUNK,
@@ -212,6 +215,7 @@ def walk_launch(
         MATH=math,
         SOLVERS=solvers,
         CLUSTER=cluster,
+        PLACED=CLUSTER if beside and grid % CLUSTER == 0 else 1,
         KEY_STAGES=stages[0],
         VALUE_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
@@ -219,7 +223,7 @@ def walk_launch(
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     transfers = ()
     if transfer or joins:
-        transfers = transfer_box(p, part.walked - joins), "segment_h" if joins else None
+        transfers = transfer_box(p, part.walked - joins), "segment_h"
     arguments = (
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
@@ -241,7 +245,7 @@ def walk_launch(
         "forward_hopper.cu",
         "forward_hopper",
         defines,
-        p.N * part.walked * p.HV * slices,
+        grid,
         128 * (1 + math + solvers),
         walk_shared(p.K, math, solvers, gate, not transfer, joins, stages),
         arguments,

@@ -167,7 +167,7 @@ def walk_launch(
         *(box(name, values) for name in results[1:]),
     )
     if segments > 1:
-        maps += transfer_box(p, segments - 1), None if transfer else "segment_h"
+        maps += transfer_box(p, segments - 1), "segment_h"
     defines = variant(
         p,
         CHUNK,
@@ -211,7 +211,7 @@ def forward_launches(problem: Problem, d: Division) -> list[Launch]:
 def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[Launch]:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
 
-    def walk(start: str | None, end: str, math: int, transfer: bool = False) -> Launch:
+    def walk(start: str | None, end: str | None, math: int, transfer: bool = False) -> Launch:
         return walk_launch(
             problem,
             "backward_state_hopper",
@@ -227,4 +227,4 @@ def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[L
     last = walk("dfinal_state" if has_dfinal else None, "dinitial_state", d.math)
     if d.segments == 1:
         return [last]
-    return [walk(None, "segment_h", d.transfer_math, transfer=True), last]
+    return [walk(None, None, d.transfer_math, transfer=True), last]

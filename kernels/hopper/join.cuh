@@ -6,8 +6,9 @@
 // memory in two parts of 16 bits, rounded to DTYPE and what rounding has left out, and S is split likewise. The product
 // of what was left out is left out: about twice the digits of DTYPE, with sums in float.
 //
-// Arrays: p (2 N cut, HV, K, K), the two parts of a P one after the other, h (N, cut, HV, states) in float, where `cut`
-// segments of every sequence were transferred. Shared memory: a buffer of KP x KP for each part.
+// Arrays: p (2 N cut, HV, K, K), the two parts of a P one after the other; h (N, cut, HV, blocks of 64 value channels,
+// K_TILES, 128, 4) in float, as the threads of a math warpgroup hold H; `cut` segments of every sequence were
+// transferred. Shared memory: a buffer of KP x KP for each part.
 #pragma once
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"
@@ -25,7 +26,20 @@ PRIM void split_sums(uint32_t (&high)[TILES / 2][4], uint32_t (&rest)[TILES / 2]
     }
 }
 
+// Where a thread has what it holds of 64 value channels from `column` on; neighbours 128 apart are its tiles.
+PRIM float4* place_in_h(float* h, int64_t index, int hv, int HV, int column, int thread) {
+  constexpr int BLOCKS = (HEAD_V + BOX - 1) / BOX;
+  return (float4*)h + (((index * HV + hv) * BLOCKS + column / BOX) * K_TILES * 128 + thread);
+}
+
 // ---- what a transfer leaves ---------------------------------------------------------------------------------
+
+PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, int hv, int HV, int column, int thread) {
+  if (column >= HEAD_V) return;
+  float4* to = place_in_h(h, index, hv, HV, column, thread);
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++) to[j * 128] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
+}
 
 // Both parts of 64 columns of P from `column` on, by a warpgroup that holds them transposed, through boxes of its own.
 PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, const float (&S)[K_TILES][4], int column, int64_t index,
@@ -62,7 +76,7 @@ constexpr int JOIN_BARRIERS = 5;
 
 struct Joins {
   const TensorMap* p;
-  const float* h;
+  float* h;
   DTYPE* parts[2];                 // buffers
   uint64_t *full, *free, *joined;  // two barriers each, and one for whoever waits for the buffers
 
@@ -81,7 +95,7 @@ struct Joins {
   }
 };
 
-PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, const float* h, DTYPE* high, DTYPE* rest) {
+PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, DTYPE* high, DTYPE* rest) {
   uint64_t* barriers = smem.take<uint64_t>(JOIN_BARRIERS, "joins", sizeof(uint64_t));
   return {&p, h, {high, rest}, barriers, barriers + 2, barriers + 4};
 }
@@ -93,8 +107,8 @@ PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS]
     wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(part, step), true);
 }
 
-// S, of this warp's value channels from `value` on, after `count` transfers from `index` on.
-PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, int value, int hv, int HV,
+// S, of 64 value channels from `column` on, after `count` transfers from `index` on.
+PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, int column, int hv, int HV,
                int warpgroup, int thread) {
   const int lane = thread % 32;
   const bool loads = warpgroup == 0 && thread == 0;
@@ -103,9 +117,12 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
   for (int i = 0; i < count; i++) {
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
     split_sums(high, rest, S);
-    const float* h = joins.h + ((index + i) * HV + hv) * HEAD_K * HEAD_V;
+    const float4* h = place_in_h(joins.h, index + i, hv, HV, min(column, HEAD_V - 1), thread);
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) load_state(S[j], h, value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) {
+      const float4 x = h[j * 128];
+      S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
+    }
     // A buffer is loaded again as soon as all warps are done with it.
     auto done = [&](int part) {
       __syncwarp();

@@ -13,6 +13,8 @@
 #define WITH_INVERTERS (SOLVERS == 1)
 #if CLUSTER > 1
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#elif PLACED > 1
+#define CLUSTERED __cluster_dims__(PLACED, 1, 1)
 #else
 #define CLUSTERED
 #endif

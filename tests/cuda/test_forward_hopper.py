@@ -19,10 +19,16 @@ VARLEN = [0, 0, 1, 64, 128, 193, 200]
 
 @pytest.fixture
 def divided(monkeypatch, emulated):
-    """Return a function that fixes the slices per block and the segments, on a Hopper device."""
+    """Return a function that fixes how a walk is divided, on a Hopper device.
 
-    def use(math, segments=1, run=None):
-        monkeypatch.setattr(hopper, "division", lambda *args: hopper.Division(math, segments, math))
+    With `first` the first of the segments is walked beside transfers, and has so many percent.
+    """
+
+    def use(math, segments=1, first=None, run=None):
+        fixed = hopper.Division(math, segments, math)
+        if first is not None:
+            fixed = fixed._replace(first_math=math, first_percent=first)
+        monkeypatch.setattr(hopper, "division", lambda *args: fixed)
         monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
         emulated(run, **HOPPER)
 
@@ -57,10 +63,10 @@ def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
 @pytest.mark.parametrize(
     ("B", "T", "H", "math", "segments"),
     [
-        (1, 32768, 8, 1, 8),
+        (1, 32768, 8, 1, 9),
         (1, 32768, 64, 1, 1),
         (4, 8192, 64, 2, 1),
-        (1, 2048, 8, 1, 4),
+        (1, 2048, 8, 1, 7),
         (1, 512, 8, 1, 1),
     ],
 )
@@ -133,9 +139,10 @@ def test_neighbours_do_not_matter(divided):
 
 
 @pytest.mark.parametrize("math", [1, 2])
+@pytest.mark.parametrize("first", [None, 60, 130])
 @pytest.mark.parametrize(("cu_seqlens", "B"), [(None, 2), ([0, 0, 3, 500, 501, 700], 1)])
-def test_segments(divided, math, cu_seqlens, B):
-    divided(math, 4)
+def test_segments(divided, math, first, cu_seqlens, B):
+    divided(math, 4, first)
     options = dict(K=128, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
     args, kw = make_inputs(700, B=B, G=2, **options)
     check(divided, args, kw)
@@ -151,14 +158,16 @@ def test_segments_with_a_gate(divided, V, decay):
     check(divided, args, kw)
 
 
-@pytest.mark.parametrize(("math", "segments"), [(1, 1), (2, 1), (1, 2)])
-def test_any_order_of_events_gives_the_same_bits(divided, math, segments):
+@pytest.mark.parametrize(
+    ("math", "segments", "first"), [(1, 1, None), (2, 1, None), (1, 2, None), (2, 4, 100)]
+)
+def test_any_order_of_events_gives_the_same_bits(divided, math, segments, first):
     args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
     runs = [Run(), Run(schedule="descending", completion="early")]
     runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
     results = []
     for run in runs:
-        divided(math, segments, run=run)
+        divided(math, segments, first, run=run)
         results.append(cd.chunk_delta_rule(*args, **kw))
     for result in results[1:]:
         assert np.array_equal(result.o.view("u2"), results[0].o.view("u2"))
