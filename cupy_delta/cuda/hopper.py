@@ -140,17 +140,17 @@ def walk_shared(
 
 
 def segment_arrays(problem: Problem, transferred: int) -> dict:
-    """What transfers leave, as hopper/join.cuh has it: H in float, P in two parts of 16 bits."""
+    """What transfers leave, as hopper/join.cuh has it: H in float, P in 16 bits."""
     p = problem
     keys, values = (-(-size // BOX) * BOX for size in (p.K, p.V))
     return {
         "segment_h": ((p.N, transferred, p.HV, values, keys), p.state_dtype),
-        "segment_p": ((2 * p.N * transferred, p.HV, p.K, p.K), p.dtype),
+        "segment_p": ((p.N * transferred, p.HV, p.K, p.K), p.dtype),
     }
 
 
 def transfer_box(problem: Problem, transferred: int) -> TensorBox:
-    """64 rows and columns of a part of P."""
+    """64 rows and columns of P."""
     shape, _ = segment_arrays(problem, transferred)["segment_p"]
     return TensorBox("segment_p", shape, (1, 1, BOX, BOX))
 

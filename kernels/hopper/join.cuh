@@ -2,13 +2,11 @@
 //
 //   S_0 as given      S_(i+1) = P_i S_i + H_i
 //
-// The math warpgroups of a walk do it, transposed as they hold S: S_(i+1)^T = H_i^T + S_i^T P_i^T. P lies in global
-// memory in two parts of 16 bits, rounded to DTYPE and what rounding has left out, and S is split likewise. The product
-// of what was left out is left out: about twice the digits of DTYPE, with sums in float.
+// The math warpgroups of a walk do it, transposed as they hold S: S_(i+1)^T = H_i^T + S_i^T P_i^T. P is rounded to
+// DTYPE, once per segment where a walk rounds S once per chunk; S is taken to twice the digits; sums are float.
 //
-// Arrays: p (2 N cut, HV, K, K), the two parts of a P one after the other; h (N, cut, HV, blocks of 64 value channels,
-// K_TILES, 128, 4) in float, as the threads of a math warpgroup hold H; `cut` segments of every sequence were
-// transferred. Shared memory: a buffer of KP x KP for each part.
+// Arrays: p (N cut, HV, K, K); h (N, cut, HV, blocks of 64 value channels, K_TILES, 128, 4) in float, as the threads of
+// a math warpgroup hold H; `cut` segments of every sequence were transferred. Shared memory: two buffers of KP x KP.
 #pragma once
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"
@@ -41,33 +39,24 @@ PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, i
   for (int j = 0; j < K_TILES; j++) to[j * 128] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
 }
 
-// Both parts of 64 columns of P from `column` on, by a warpgroup that holds them transposed, through boxes of its own.
+// 64 columns of P from `column` on, by a warpgroup that holds them transposed, through boxes of its own.
 PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, const float (&S)[K_TILES][4], int column, int64_t index,
                         int hv, int barrier, int thread) {
   const int warp = thread / 32, lane = thread % 32;
-  uint32_t parts[2][K_STEPS][4];
-  split_sums(parts[0], parts[1], S);
+  uint32_t a[K_STEPS][4];
+  round_sums<DTYPE>(a, S);
 #pragma unroll
-  for (int part = 0; part < 2; part++) {
-    if (part == 1) {
-      if (thread == 0) tma_store_wait_read<0>();
-      named_barrier(barrier, 128);
-    }
+  for (int step = 0; step < K_STEPS; step++)
+    stmatrix_x4_trans(
+        boxes + step / 4 * TILE + swizzled(step % 4 * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8),
+        a[step]);
+  async_proxy_fence();
+  named_barrier(barrier, 128);
+  if (thread > 0) return;
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      stmatrix_x4_trans(
-          boxes + step / 4 * TILE + swizzled(step % 4 * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8),
-          parts[part][step]);
-    async_proxy_fence();
-    named_barrier(barrier, 128);
-    if (thread == 0) {
-#pragma unroll
-      for (int box = 0; box < K_BOXES; box++)
-        tma_store(map, boxes + box * TILE, column, box * BOX, hv, (int)(2 * index + part));
-      tma_store_commit();
-    }
-  }
-  if (thread == 0) tma_store_wait_read<0>();
+  for (int box = 0; box < K_BOXES; box++) tma_store(map, boxes + box * TILE, column, box * BOX, hv, (int)index);
+  tma_store_commit();
+  tma_store_wait_read<0>();
 }
 
 // ---- what a walk makes of it --------------------------------------------------------------------------------
@@ -77,34 +66,33 @@ constexpr int JOIN_BARRIERS = 5;
 struct Joins {
   const TensorMap* p;
   float* h;
-  DTYPE* parts[2];                 // buffers
-  uint64_t *full, *free, *joined;  // two barriers each, and one for whoever waits for the buffers
+  DTYPE* buffers[2];
+  uint64_t *full, *free, *joined;  // one each per buffer, and one for whoever waits for the buffers
 
   PRIM void init() const {
-    for (int part = 0; part < 2; part++) mbarrier_init(full + part, 1), mbarrier_init(free + part, 4 * MATH);
+    for (int i = 0; i < 2; i++) mbarrier_init(full + i, 1), mbarrier_init(free + i, 4 * MATH);
     mbarrier_init(joined, 4 * MATH);
   }
-  // One part of the P of a transfer, by one thread.
-  PRIM void load(int64_t index, int hv, int part) const {
-    mbarrier_arrive_expect(full + part, KP * KP * 2);
+  // P of a transfer, by one thread.
+  PRIM void load(int64_t index, int hv, int buffer) const {
+    mbarrier_arrive_expect(full + buffer, KP * KP * 2);
 #pragma unroll
     for (int box = 0; box < K_BOXES; box++)
 #pragma unroll
       for (int rows = 0; rows < KP; rows += BOX)
-        tma_load(parts[part] + (box * KP + rows) * BOX, p, full + part, box * BOX, rows, hv, (int)(2 * index + part));
+        tma_load(buffers[buffer] + (box * KP + rows) * BOX, p, full + buffer, box * BOX, rows, hv, (int)index);
   }
 };
 
-PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, DTYPE* high, DTYPE* rest) {
+PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, DTYPE* first, DTYPE* second) {
   uint64_t* barriers = smem.take<uint64_t>(JOIN_BARRIERS, "joins", sizeof(uint64_t));
-  return {&p, h, {high, rest}, barriers, barriers + 2, barriers + 4};
+  return {&p, h, {first, second}, barriers, barriers + 2, barriers + 4};
 }
 
-// S += x P^T for a part of P.
-PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* part) {
+// S += x P^T.
+PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P) {
 #pragma unroll
-  for (int step = 0; step < K_STEPS; step++)
-    wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(part, step), true);
+  for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), true);
 }
 
 // S, of 64 value channels from `column` on, after `count` transfers from `index` on.
@@ -112,9 +100,10 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
                int warpgroup, int thread) {
   const int lane = thread % 32;
   const bool loads = warpgroup == 0 && thread == 0;
-  if (loads && count > 0)
-    for (int part = 0; part < 2; part++) joins.load(index, hv, part);
+  if (loads)
+    for (int i = 0; i < min(count, 2); i++) joins.load(index + i, hv, i);
   for (int i = 0; i < count; i++) {
+    const int buffer = i % 2, parity = i / 2 % 2;
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
     split_sums(high, rest, S);
     const float4* h = place_in_h(joins.h, index + i, hv, HV, min(column, HEAD_V - 1), thread);
@@ -123,33 +112,23 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
       const float4 x = h[j * 128];
       S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
     }
-    // A buffer is loaded again as soon as all warps are done with it.
-    auto done = [&](int part) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(joins.free + part);
-      if (loads && i + 1 < count) {
-        mbarrier_wait(joins.free + part, i % 2);
-        joins.load(index + i + 1, hv, part);
-      }
-      __syncwarp();
-    };
-    mbarrier_wait(joins.full, i % 2);
+    mbarrier_wait(joins.full + buffer, parity);
     pin(high);
     pin(rest);
     pin(S);
     wgmma_fence();
-    multiply_transfer(S, rest, joins.parts[0]);
-    multiply_transfer(S, high, joins.parts[0]);
+    multiply_transfer(S, rest, joins.buffers[buffer]);
+    multiply_transfer(S, high, joins.buffers[buffer]);
     wgmma_commit();
-    mbarrier_wait(joins.full + 1, i % 2);
-    multiply_transfer(S, high, joins.parts[1]);
-    wgmma_commit();
-    wgmma_wait<1>();
-    done(0);
     wgmma_wait<0>();
     pin(S);
-    done(1);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(joins.free + buffer);
+    if (loads && i + 2 < count) {
+      mbarrier_wait(joins.free + buffer, parity);
+      joins.load(index + i + 2, hv, buffer);
+    }
+    __syncwarp();
   }
-  __syncwarp();
   if (lane == 0) mbarrier_arrive(joins.joined);
 }

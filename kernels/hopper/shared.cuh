@@ -39,7 +39,7 @@ constexpr int SOLVER_BARRIER = 1;                           // and next: named b
 constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
 // States are joined in what is K's and Q's from this chunk on.
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
-static_assert(!WITH_JOINS || JOIN_STAGE >= 0, "P comes in two parts");
+static_assert(!WITH_JOINS || JOIN_STAGE >= 0, "two buffers");
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");

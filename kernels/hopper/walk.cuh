@@ -21,7 +21,7 @@ constexpr int TILE = CHUNK * BOX;                                               
 // Segments after the first one start from a state that transfers make, in what is K's and Q's from this chunk on.
 #define WITH_JOINS (SEGMENTS > 1 && !TRANSFER)
 constexpr int JOIN_STAGE = CHUNK_STAGES - 2;
-static_assert(JOIN_STAGE >= 0, "P comes in two parts, each as large as two stages");
+static_assert(JOIN_STAGE >= 0, "two buffers, each as large as two stages of K");
 
 // Registers per thread: 65536 in all, which for one math warpgroup is enough as it comes.
 constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;

@@ -148,6 +148,16 @@ def test_segments(divided, math, first, cu_seqlens, B):
     check(divided, args, kw)
 
 
+@pytest.mark.parametrize("correlation", [0.5, 0.9])
+@pytest.mark.parametrize("beta", [(0, 1), (1.99, 1.99)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_segments_of_hard_keys(divided, dtype, correlation, beta):
+    divided(1, 5, 88)
+    options = dict(dtype=dtype, correlation=correlation, beta=beta, initial=True)
+    args, kw = make_inputs(330, K=64, V=64, **options)
+    check(divided, args, kw)
+
+
 # The slices of a transfer make clusters of two; or, as there are three of them, none.
 @pytest.mark.parametrize("V", [72, 64])
 @pytest.mark.parametrize("decay", [0.3, 30])
