@@ -55,9 +55,10 @@ PRIM void round_half(uint32_t (&a)[4], const float (&d)[4][4], int half) {
   for (int i = 0; i < 4; i++) a[i] = pack2<DTYPE>(d[2 * half + i / 2][i % 2 * 2], d[2 * half + i / 2][i % 2 * 2 + 1]);
 }
 // d += x L^T, or with a second part of L d -= x (L + rest)^T, for 32 tokens, L and rest in swizzled tiles; x is left
-// rounded in a0 and a1.
+// rounded in a0 and a1. `meanwhile` may send more products after it.
+template <class F>
 PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L, const DTYPE* rest, uint32_t (&a0)[4],
-                        uint32_t (&a1)[4]) {
+                        uint32_t (&a1)[4], F meanwhile) {
   round_half(a0, x, 0);
   round_half(a1, x, 1);
   pin(a0);
@@ -74,7 +75,8 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
     wgmma<DTYPE, false, true>(d, a1, tile_descriptor(rest + 16, 16, 1024), true);
   }
   wgmma_commit();
-  wgmma_wait<0>();
+  meanwhile();
+  wgmma_wait<EARLY_OUTPUT>();
   pin(d);
 }
 
@@ -148,13 +150,17 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #if WITH_OUTPUT
     const DTYPE *q = s.q + keys.stage * KEYS, *p = s.p + factors.stage * TILE;
     float O[8][4];
+#endif
+    // A quarter of Q S.
+    auto meanwhile = [&](int quarter) {
 #if EARLY_OUTPUT
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
-    wgmma_commit();
+      for (int step = quarter * K_STEPS / 4; step < (quarter + 1) * K_STEPS / 4; step++)
+        wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
+      wgmma_commit();
 #endif
-#endif
+    };
+    meanwhile(0);
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     wgmma_wait<EARLY_OUTPUT>();
     pin(R);
@@ -178,16 +184,16 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #pragma unroll
       for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
     scale_columns(N1, b, lane);
-    multiply_half(N1, R1, t, nullptr, a[0], a[1]);
+    multiply_half(N1, R1, t, nullptr, a[0], a[1], [&] { meanwhile(1); });
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1]);
+    multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1], [&] { meanwhile(2); });
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
     scale_columns(N2, b + 32, lane);
-    multiply_half(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3]);
+    multiply_half(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3], [&] { meanwhile(3); });
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
 #if HAS_GATE

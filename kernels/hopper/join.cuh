@@ -97,8 +97,9 @@ PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS]
 
 // S, of 64 value channels from `column` on, after `count` transfers from `index` on.
 PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, int column, int hv, int HV,
-               int warpgroup, int thread) {
-  const int lane = thread % 32;
+               int warpgroup, int thread_in_warpgroup) {
+  // Opaque, so that nothing of the walk is computed before.
+  const int thread = opaque(thread_in_warpgroup), lane = thread % 32;
   const bool loads = warpgroup == 0 && thread == 0;
   if (loads)
     for (int i = 0; i < min(count, 2); i++) joins.load(index + i, hv, i);
