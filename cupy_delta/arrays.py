@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,17 @@ FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+# Classes of NumPy that are not accepted: their arithmetic differs from that of arrays.
+REFUSED = (np.ma.MaskedArray, np.matrix)
+
+
+class Look(NamedTuple):
+    """What tells one array from another, its memory and values aside: hashable, holds no array."""
+
+    kind: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    device: int | None
 
 
 @cache
@@ -22,33 +34,40 @@ def dtype_name(dtype: np.dtype) -> str:
     return dtype.name
 
 
+def looks(*arrays) -> tuple[Look | type | None, ...]:
+    """Describe arrays: a `Look` each, None for None, and the class of anything else."""
+    of_cupy = getattr(sys.modules.get("cupy"), "ndarray", ())
+    new = tuple.__new__  # a named tuple's own constructor takes longer than all of this
+    found = []
+    for x in arrays:
+        if x is None:
+            found.append(None)
+        elif isinstance(x, of_cupy):
+            found.append(new(Look, ("cupy", x.dtype, x.shape, x.device.id)))
+        elif isinstance(x, np.ndarray) and not isinstance(x, REFUSED):
+            found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
+        else:
+            found.append(type(x))
+    return tuple(found)
+
+
 def kind_of(x) -> str | None:
-    """Return "numpy", "cupy", or None for anything that is neither.
-
-    Masked arrays and matrices are not accepted: their arithmetic differs from that of arrays.
-    """
-    if type(x) is np.ndarray:
-        return "numpy"
-    if isinstance(x, np.ndarray):
-        return None if isinstance(x, np.ma.MaskedArray | np.matrix) else "numpy"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
-        return "cupy"
-    return None
+    """Return "numpy", "cupy", or None for anything that is neither."""
+    (look,) = looks(x)
+    return look.kind if isinstance(look, Look) else None
 
 
-def describe(x) -> str:
+def describe(cls: type) -> str:
     """Name a wrong argument's type the way its owner would."""
-    cls = type(x)
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def overlaps(x, y) -> bool:
-    """Whether two arrays of one kind share memory."""
-    if kind_of(x) == "cupy":
-        import cupy
+def sharing(kind: str):
+    """Return the function that tells whether two arrays of a kind share memory."""
+    return sys.modules["cupy"].may_share_memory if kind == "cupy" else _shares_memory
 
-        return bool(cupy.may_share_memory(x, y))
+
+def _shares_memory(x: np.ndarray, y: np.ndarray) -> bool:
     try:
         return np.shares_memory(x, y, max_work=10_000)
     except np.exceptions.TooHardError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 BACKENDS = {"numpy": "cupy_delta.reference", "cupy": "cupy_delta.cuda"}
@@ -9,4 +10,7 @@ BACKENDS = {"numpy": "cupy_delta.reference", "cupy": "cupy_delta.cuda"}
 
 def backend_for(kind: str):
     """Return the backend module; it is imported on first use, so NumPy users never load CuPy."""
-    return import_module(BACKENDS[kind])
+    return _module(BACKENDS[kind])
+
+
+_module = cache(import_module)

@@ -1,4 +1,8 @@
-"""Problem: one call, checked once. Every check of every argument lives in this file.
+"""Problem: one call, checked. Every check of every argument lives here and in checker.py.
+
+What goes by the looks of arrays and by options is checked once for all calls that are alike in
+them: the functions that are `remembered` are given no array. Values and memory are checked in
+every call.
 
 Symbols: B batch, T time, N sequences, H key heads, HV value heads, K and V key and value
 dimensions, C chunk. Shapes are written as strings of symbols, e.g. ``"B T H K"``.
@@ -6,15 +10,13 @@ dimensions, C chunk. Shapes are written as strings of symbols, e.g. ``"B T H K"`
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import cache
-from numbers import Integral, Real
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .arrays import FLOAT_DTYPES, describe, dtype_name, kind_of, overlaps
+from .arrays import FLOAT_DTYPES, describe, dtype_name, looks, sharing
+from .checker import POOL_DTYPES, Checker, chunk_size_of, options_of, remembered, scale_of
 
 MAX_STEP_TOKENS = 8
 
@@ -25,6 +27,8 @@ class Problem:
 
     `dtype` is that of q, k, v; `compute_dtype` is what the arithmetic runs in and
     `state_dtype` that of states on this problem. With `cu_seqlens`, B = 1 and N = len - 1.
+    `kept` holds what was derived from all this but from no value of an array, plans for example.
+    All calls that are alike share it, so no array may go into it.
     """
 
     kind: str
@@ -54,6 +58,13 @@ class Problem:
     qk_l2norm: bool = False
     chunk_size: int | None = None
     state_layout: str = "kv"
+    kept: dict = field(default_factory=dict, init=False, repr=False)
+
+    def of(self, arrays: dict) -> Problem:
+        """Return this problem with arrays, which must look as those that were checked."""
+        problem = object.__new__(Problem)
+        object.__setattr__(problem, "__dict__", vars(self) | arrays)
+        return problem
 
     @property
     def groups(self) -> int:
@@ -105,158 +116,7 @@ class Problem:
         return [(0, ends[n], ends[n + 1], n) for n in range(self.N)]
 
 
-@cache
-def _symbols(shapes: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(s.split()) for s in ((shapes,) if isinstance(shapes, str) else shapes))
-
-
-class _Checker:
-    """Checks arrays one after the other; the first use of a symbol fixes its value."""
-
-    def __init__(self, first_name: str, first):
-        self.kind = kind_of(first)
-        if self.kind is None:
-            raise TypeError(f"{first_name}: expected a NumPy or CuPy array, got {describe(first)}")
-        self.first_name = first_name
-        self.device = getattr(first, "device", None)
-        self.sizes: dict[str, int] = {}
-        self.source: dict[str, str] = {}
-        name = dtype_name(first.dtype)
-        if name not in FLOAT_DTYPES:
-            raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
-        self.dtype = FLOAT_DTYPES[name]
-        self.state_dtype = FLOAT_DTYPES["float64" if name == "float64" else "float32"]
-
-    def array(self, name: str, x, shapes: str | tuple[str, ...], dtypes: tuple) -> None:
-        """Check kind, device, dtype, rank and shape of one array."""
-        self.same_kind(name, x)
-        if all(dtype_name(x.dtype) != dtype_name(np.dtype(d)) for d in dtypes):
-            names = [np.dtype(d).name for d in dtypes]
-            like = f" like {self.first_name}" if dtypes == (self.dtype,) else ""
-            raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
-        self.shape(name, x, shapes)
-
-    def same_kind(self, name: str, x) -> None:
-        kind = kind_of(x)
-        if kind is None:
-            raise TypeError(f"{name}: expected a NumPy or CuPy array, got {describe(x)}")
-        if kind != self.kind:
-            raise TypeError(
-                f"{name}: expected a {self.kind} array like {self.first_name}, got {describe(x)};"
-                " NumPy and CuPy arrays do not mix in one call"
-            )
-        if kind == "cupy" and x.device != self.device:
-            raise ValueError(
-                f"{name}: expected an array on device {self.device.id} like {self.first_name},"
-                f" got one on device {x.device.id}"
-            )
-
-    def shape(self, name: str, x, shapes: str | tuple[str, ...]) -> None:
-        alternatives = _symbols(shapes)
-        symbols = next((s for s in alternatives if len(s) == x.ndim), None)
-        if symbols is None:
-            wanted = " or ".join(f"({', '.join(s)})" for s in alternatives)
-            raise ValueError(
-                f"{name}: expected {wanted}, {_one_of([str(len(s)) for s in alternatives])}"
-                f" dimensions, got shape {tuple(x.shape)}"
-            )
-        for symbol, size in zip(symbols, x.shape, strict=True):
-            if self.sizes.get(symbol, size) != size:
-                wanted = ", ".join(str(self.sizes.get(s, s)) for s in symbols)
-                raise ValueError(
-                    f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
-                    f" {self.source[symbol]}, got {tuple(x.shape)}{self.swapped(symbols, x.shape)}"
-                )
-        for symbol, size in zip(symbols, x.shape, strict=True):
-            if symbol not in self.sizes:
-                self.fix(symbol, size, name)
-
-    def swapped(self, symbols: tuple[str, ...], shape: tuple[int, ...]) -> str:
-        """Say so when a state of the wrong shape would fit in the other layout."""
-        turned = (*shape[:-2], shape[-1], shape[-2])
-        fits = all(self.sizes.get(s, n) == n for s, n in zip(symbols, turned, strict=True))
-        is_state = sorted(symbols[-2:]) == ["K", "V"]
-        return ": its last two axes are swapped" if is_state and fits else ""
-
-    def fix(self, symbol: str, size: int, source: str) -> None:
-        if symbol in ("H", "HV", "K", "V") and size < 1:
-            raise ValueError(f"{source}: expected {symbol} of at least 1, got {symbol} = {size}")
-        if symbol == "HV" and size % self.sizes.get("H", 1):
-            raise ValueError(
-                f"{source}: expected HV to be a multiple of H = {self.sizes['H']}, since value head"
-                f" hv uses key head hv // (HV / H), got HV = {size}"
-            )
-        self.sizes[symbol] = size
-        self.source[symbol] = source
-
-    def sequences(self, cu_seqlens) -> None:
-        """Check `cu_seqlens` and fix N. Values are read only when they lie on the host."""
-        if cu_seqlens is None:
-            self.fix("N", self.sizes["B"], self.source["B"])
-            return
-        name = "cu_seqlens"
-        kind = kind_of(cu_seqlens)
-        if kind is None:
-            raise TypeError(f"{name}: expected an integer array, got {describe(cu_seqlens)}")
-        if kind == "cupy":
-            self.same_kind(name, cu_seqlens)
-        if cu_seqlens.dtype.name not in ("int32", "int64"):
-            raise TypeError(f"{name}: expected dtype int32 or int64, got {cu_seqlens.dtype.name}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-            raise ValueError(
-                f"{name}: expected shape (N + 1,) with N >= 0, got {tuple(cu_seqlens.shape)}"
-            )
-        if self.sizes["B"] != 1:
-            raise ValueError(
-                f"{name}: expected B = 1, since sequences then lie end to end along T,"
-                f" got B = {self.sizes['B']}"
-            )
-        T = self.sizes["T"]
-        if kind == "cupy" and cu_seqlens.shape[0] == 1 and T:
-            # The one thing that is known of values in device memory.
-            raise ValueError(
-                f"{name}: expected at least one sequence for T = {T}, got shape (1,), N = 0"
-            )
-        if kind == "numpy":
-            # Compared, not subtracted: a difference of integers may wrap round.
-            falls = np.any(cu_seqlens[1:] < cu_seqlens[:-1])
-            if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or falls:
-                raise ValueError(
-                    f"{name}: expected nondecreasing values from 0 to T = {T},"
-                    f" got {np.array2string(cu_seqlens, threshold=8)}"
-                )
-        self.fix("N", cu_seqlens.shape[0] - 1, name)
-
-    def q_k_v_beta_g(self, q, k, v, beta, g, beta_shapes=("B T HV",)) -> None:
-        if q is not None:
-            self.array("q", q, "B T H K", (self.dtype,))
-        self.array("k", k, "B T H K", (self.dtype,))
-        self.array("v", v, "B T HV V", (self.dtype,))
-        self.array("beta", beta, beta_shapes, (self.dtype, np.float32))
-        if g is not None:
-            self.array("g", g, ("B T HV", "B T HV K"), (self.dtype, np.float32))
-
-    def output(self, out, inputs: dict) -> None:
-        if out is None:
-            return
-        self.array("out", out, "B T HV V", (self.dtype,))
-        self.writable("out", out, inputs)
-
-    def writable(self, name: str, x, inputs: dict) -> None:
-        """Check that `x` can be written whole without touching an input."""
-        if not x.flags.c_contiguous:
-            raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
-        if self.kind == "numpy" and not x.flags.writeable:
-            raise ValueError(f"{name}: expected a writable array, got a read-only one")
-        if self.kind == "numpy" and not x.dtype.isnative:
-            raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
-        for other, array in inputs.items():
-            if kind_of(array) == self.kind and overlaps(x, array):
-                raise ValueError(f"{name}: expected no memory in common with {other}")
-
-    def problem(self, **fields) -> Problem:
-        sizes = {s: self.sizes.get(s, 0) for s in ("B", "T", "N", "H", "HV", "K", "V")}
-        return Problem(kind=self.kind, dtype=self.dtype, **sizes, **fields)
+# ---- calls ---------------------------------------------------------------------------------------
 
 
 def operator_problem(
@@ -276,25 +136,52 @@ def operator_problem(
     beta_shapes=("B T HV",),
 ) -> Problem:
     """Check a call of an operator over whole sequences."""
-    check = _Checker("q", q)
+    found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
+    alike = _operator(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size)
+    arrays = dict(
+        q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
+    )
+    problem = _with_ends(alike.of(arrays))
+    if out is not None:
+        _check_written(problem, "out")
+    return problem
+
+
+@remembered
+def _operator(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size) -> Problem:
+    q, k, v, beta, g, initial_state, cu_seqlens, out = found
+    check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g, beta_shapes)
     check.sequences(cu_seqlens)
-    options = _options(check, scale, qk_l2norm, state_layout)
+    options = options_of(check, scale, qk_l2norm, state_layout)
+    symbols = options.pop("symbols")
     if initial_state is not None:
-        check.array("initial_state", initial_state, options["symbols"], (check.state_dtype,))
-    arrays = dict(q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state)
-    check.output(out, arrays | {"cu_seqlens": cu_seqlens})
-    del options["symbols"]
-    return check.problem(
-        **arrays, **options, cu_seqlens=cu_seqlens, out=out, chunk_size=_chunk_size(chunk_size)
-    )
+        check.array("initial_state", initial_state, symbols, (check.state_dtype,))
+    check.output(out)
+    return _problem(check, **options, chunk_size=chunk_size_of(chunk_size))
 
 
 def step_problem(
     q, k, v, beta, g, *, state, state_indices, scale, qk_l2norm, state_layout, out
 ) -> Problem:
     """Check a decoding step."""
-    check = _Checker("q", q)
+    found = looks(q, k, v, beta, g, state, state_indices, out)
+    alike = _step(found, scale, qk_l2norm, state_layout)
+    problem = alike.of(
+        dict(q=q, k=k, v=v, beta=beta, g=g, state=state, state_indices=state_indices, out=out)
+    )
+    if state_indices is not None:
+        _check_slots(state_indices, state.shape[0])
+    _check_written(problem, "state")
+    if out is not None:
+        _check_written(problem, "out")
+    return problem
+
+
+@remembered
+def _step(found, scale, qk_l2norm, state_layout) -> Problem:
+    q, k, v, beta, g, state, state_indices, out = found
+    check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g)
     T = check.sizes["T"]
     if T > MAX_STEP_TOKENS:
@@ -303,82 +190,94 @@ def step_problem(
             " chunk_delta_rule takes any number"
         )
     check.sequences(None)
-    options = _options(check, scale, qk_l2norm, state_layout)
+    options = options_of(check, scale, qk_l2norm, state_layout)
     pool = options.pop("symbols").replace("N", "slots")
-    pool_dtypes = (np.float64,) if check.dtype.name == "float64" else _POOL_DTYPES
+    pool_dtypes = (np.float64,) if check.dtype.name == "float64" else POOL_DTYPES
     check.array("state", state, pool, pool_dtypes)
     slots, B = check.sizes["slots"], check.sizes["B"]
-    if state_indices is None:
-        if slots != B:
+    if state_indices is not None:
+        check.integers("state_indices", state_indices)
+        if state_indices.shape != (B,):
             raise ValueError(
-                f"state: expected one slot per sequence, slots = B = {B}, or state_indices,"
-                f" got slots = {slots}"
+                f"state_indices: expected (B,) = ({B},) like q, got {state_indices.shape}"
             )
-    else:
-        _check_indices(check, state_indices, slots)
-    arrays = dict(q=q, k=k, v=v, beta=beta, g=g)
-    inputs = arrays | {"state_indices": state_indices}
-    check.writable("state", state, inputs)
-    check.output(out, inputs | {"state": state})
-    return check.problem(**arrays, **options, state=state, state_indices=state_indices, out=out)
+    elif slots != B:
+        raise ValueError(
+            f"state: expected one slot per sequence, slots = B = {B}, or state_indices,"
+            f" got slots = {slots}"
+        )
+    check.output(out)
+    return _problem(check, **options)
 
 
 def backward_arrays(problem: Problem, do, dfinal_state) -> None:
     """Check the gradients that enter the backward against the forward's problem."""
-    check = _Checker("v", problem.v)
+    found = looks(do, dfinal_state)
+    if found in problem.kept:
+        return
+    check = Checker("v", *looks(problem.v))
     for symbol in ("B", "T", "N", "HV", "K", "V"):
         check.sizes[symbol], check.source[symbol] = getattr(problem, symbol), "the forward"
+    do, dfinal_state = found
     check.array("do", do, "B T HV V", (check.dtype,))
     if dfinal_state is not None:
         check.array("dfinal_state", dfinal_state, problem.state_symbols, (check.state_dtype,))
+    problem.kept[found] = "checked"
 
 
 def factors_problem(k, v, beta, *, cu_seqlens, chunk_size=None) -> Problem:
     """Check a call of `wy_factors` or `sequence_transfer`."""
-    check = _Checker("k", k)
+    alike = _factors(looks(k, v, beta, cu_seqlens), chunk_size)
+    return _with_ends(alike.of(dict(k=k, v=v, beta=beta, cu_seqlens=cu_seqlens)))
+
+
+@remembered
+def _factors(found, chunk_size) -> Problem:
+    k, v, beta, cu_seqlens = found
+    check = Checker("k", k)
     check.q_k_v_beta_g(None, k, v, beta, None)
     check.sequences(cu_seqlens)
-    return check.problem(
-        k=k, v=v, beta=beta, cu_seqlens=cu_seqlens, chunk_size=_chunk_size(chunk_size)
-    )
+    return _problem(check, chunk_size=chunk_size_of(chunk_size))
 
 
 def state_pass_problem(k, w, u, *, initial_state, cu_seqlens, chunk_size) -> Problem:
     """Check a call of `state_pass`."""
-    check = _Checker("k", k)
+    alike = _state_pass(looks(k, w, u, initial_state, cu_seqlens), chunk_size)
+    arrays = dict(k=k, w=w, u=u, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return _with_ends(alike.of(arrays))
+
+
+@remembered
+def _state_pass(found, chunk_size) -> Problem:
+    k, w, u, initial_state, cu_seqlens = found
+    check = Checker("k", k)
     check.array("k", k, "B T H K", (check.dtype,))
     check.array("w", w, "B T HV K", (check.dtype,))
     check.array("u", u, "B T HV V", (check.dtype,))
     check.sequences(cu_seqlens)
     if initial_state is not None:
         check.array("initial_state", initial_state, "N HV K V", (check.state_dtype,))
-    return check.problem(
-        k=k,
-        w=w,
-        u=u,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=_chunk_size(chunk_size),
-    )
+    return _problem(check, chunk_size=chunk_size_of(chunk_size))
 
 
 def chunk_output_problem(q, k, v_new, states, *, scale, cu_seqlens, chunk_size) -> Problem:
     """Check a call of `chunk_output`; the backend checks the chunk axis of `states`."""
-    check = _Checker("q", q)
+    alike = _chunk_output(looks(q, k, v_new, states, cu_seqlens), scale, chunk_size)
+    arrays = dict(q=q, k=k, v_new=v_new, states=states, cu_seqlens=cu_seqlens)
+    return _with_ends(alike.of(arrays))
+
+
+@remembered
+def _chunk_output(found, scale, chunk_size) -> Problem:
+    q, k, v_new, states, cu_seqlens = found
+    check = Checker("q", q)
     check.array("q", q, "B T H K", (check.dtype,))
     check.array("k", k, "B T H K", (check.dtype,))
     check.array("v_new", v_new, "B T HV V", (check.dtype,))
     check.sequences(cu_seqlens)
     check.array("states", states, "B chunks HV K V", (check.state_dtype,))
-    return check.problem(
-        q=q,
-        k=k,
-        v_new=v_new,
-        states=states,
-        scale=_scale(scale, check.sizes["K"]),
-        cu_seqlens=cu_seqlens,
-        chunk_size=_chunk_size(chunk_size),
-    )
+    scale = scale_of(scale, check.sizes["K"])
+    return _problem(check, scale=scale, chunk_size=chunk_size_of(chunk_size))
 
 
 def check_chunk_axis(problem: Problem, chunk: int) -> None:
@@ -391,13 +290,10 @@ def check_chunk_axis(problem: Problem, chunk: int) -> None:
         )
 
 
-_POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
-
-
 def instance(name: str, x, cls: type, wanted: str) -> None:
     """Check that an argument is one of the library's own objects."""
     if not isinstance(x, cls):
-        raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
+        raise TypeError(f"{name}: expected {wanted}, got {describe(type(x))}")
 
 
 def affine_arrays(p, h, operands: dict) -> None:
@@ -406,77 +302,70 @@ def affine_arrays(p, h, operands: dict) -> None:
     `operands` maps a name to an array of the shape of `h`, or of that of `p` when the name ends
     in ``.p``.
     """
-    check = _Checker("h", h)
+    h, p, *others = looks(h, p, *operands.values())
+    check = Checker("h", h)
     check.array("h", h, "N HV K V", (check.dtype,))
     check.array("p", p, "N HV K K", (check.dtype,))
-    for name, x in operands.items():
+    for name, x in zip(operands, others, strict=True):
         check.array(name, x, "N HV K K" if name.endswith(".p") else "N HV K V", (check.dtype,))
 
 
-def _one_of(names) -> str:
-    names = list(dict.fromkeys(names))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+def _problem(check: Checker, **options) -> Problem:
+    """Return what was checked, without arrays."""
+    sizes = {s: check.sizes.get(s, 0) for s in ("B", "T", "N", "H", "HV", "K", "V")}
+    return Problem(kind=check.kind, dtype=check.dtype, **sizes, **options)
 
 
-def _options(check: _Checker, scale, qk_l2norm, state_layout) -> dict:
-    if not isinstance(state_layout, str):
-        raise TypeError(f'state_layout: expected "kv" or "vk", got {describe(state_layout)}')
-    if state_layout not in ("kv", "vk"):
-        raise ValueError(f'state_layout: expected "kv" or "vk", got {state_layout!r}')
-    if not isinstance(qk_l2norm, bool | np.bool_):
-        raise TypeError(f"qk_l2norm: expected True or False, got {describe(qk_l2norm)}")
-    return dict(
-        scale=_scale(scale, check.sizes["K"]),
-        qk_l2norm=bool(qk_l2norm),
-        state_layout=state_layout,
-        symbols="N HV K V" if state_layout == "kv" else "N HV V K",
-    )
+# ---- values and memory, in every call ------------------------------------------------------------
 
 
-def _scale(scale, K: int) -> float:
-    if scale is None:
-        return K**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale: expected a number or None (K ** -0.5), got {describe(scale)}")
-    try:
-        number = float(scale)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"scale: expected a finite number, got {number}")
-    return number
+def _with_ends(problem: Problem) -> Problem:
+    """Check the values of `cu_seqlens` where they lie on the host; others are never read."""
+    ends, T = problem.cu_seqlens, problem.T
+    if isinstance(ends, np.ndarray):
+        # Compared, not subtracted: a difference of integers may wrap round.
+        falls = np.any(ends[1:] < ends[:-1])
+        if ends[0] != 0 or ends[-1] != T or falls:
+            raise ValueError(
+                f"cu_seqlens: expected nondecreasing values from 0 to T = {T},"
+                f" got {np.array2string(ends, threshold=8)}"
+            )
+    return problem
 
 
-def _chunk_size(chunk_size) -> int | None:
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-        raise TypeError(f"chunk_size: expected an integer or None, got {describe(chunk_size)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    return int(chunk_size)
-
-
-def _check_indices(check: _Checker, indices, slots: int) -> None:
-    name, B = "state_indices", check.sizes["B"]
-    kind = kind_of(indices)
-    if kind is None:
-        raise TypeError(f"{name}: expected an integer array, got {describe(indices)}")
-    if kind == "cupy":
-        check.same_kind(name, indices)
-    if indices.dtype.name not in ("int32", "int64"):
-        raise TypeError(f"{name}: expected dtype int32 or int64, got {indices.dtype.name}")
-    if indices.shape != (B,):
-        raise ValueError(f"{name}: expected (B,) = ({B},) like q, got {tuple(indices.shape)}")
-    if kind == "cupy":
+def _check_slots(indices, slots: int) -> None:
+    """Check the values of `state_indices` where they lie on the host."""
+    if not isinstance(indices, np.ndarray):
         return
     if np.any(indices >= slots):
         raise ValueError(
-            f"{name}: expected indices below slots = {slots} (negative: padding),"
+            f"state_indices: expected indices below slots = {slots} (negative: padding),"
             f" got {int(indices.max())}"
         )
     used, counts = np.unique(indices[indices >= 0], return_counts=True)
     if np.any(counts > 1):
         raise ValueError(
-            f"{name}: expected each slot at most once, got slot {used[counts > 1][0]} repeatedly"
+            "state_indices: expected each slot at most once,"
+            f" got slot {used[counts > 1][0]} repeatedly"
         )
+
+
+_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "state_indices", "state")
+
+
+def _check_written(problem: Problem, name: str) -> None:
+    """Check that "out" or "state" can be written whole without touching what is read."""
+    x, on_host = getattr(problem, name), problem.kind == "numpy"
+    if not x.flags.c_contiguous:
+        raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
+    if on_host and not x.flags.writeable:
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    if on_host and not x.dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
+    shared = sharing(problem.kind)
+    for other in _READ:
+        y = getattr(problem, other)
+        if y is None or other == name or isinstance(y, np.ndarray) != on_host:
+            continue
+        if shared(x, y):
+            raise ValueError(f"{name}: expected no memory in common with {other}")

@@ -205,5 +205,5 @@ def test_importing_loads_no_backend():
         timeout=300,
     )
     loaded = {name.split(".")[1] for name in done.stdout.split()}
-    expected = "arrays building_blocks dispatch operators problem results version"
+    expected = "arrays building_blocks checker dispatch operators problem results version"
     assert loaded == set(expected.split())

@@ -394,7 +394,9 @@ def test_the_most_tokens_a_step_takes():
 @pytest.mark.parametrize("function", WITH_SEQUENCES)
 def test_wrong_cu_seqlens(function, name):
     cu_seqlens, error, message = CU_SEQLENS[name]
-    arguments = good(function, B=1, N=1) | {"cu_seqlens": cu_seqlens}
+    packed = isinstance(cu_seqlens, np.ndarray) and cu_seqlens.ndim == 1
+    N = max(0, len(cu_seqlens) - 1) if packed else 1
+    arguments = good(function, B=1, N=N) | {"cu_seqlens": cu_seqlens}
     refuse(function, arguments, error, message)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -14,7 +15,10 @@ from .kernels import DeviceFacts, Launch
 from .sources import kernel_folder, variant_source
 from .tensor_maps import tensor_map
 
-NULL = np.uint64(0)
+# Of most arguments CuPy makes the address of a value at every launch; one of this class is one. It
+# takes arrays with one element as well, should the class ever be gone.
+by_value = getattr(cupy.cuda.function, "CNumpyArray", np.asarray)
+NULL = by_value(np.zeros(1, np.uint64))
 
 
 class CupyDevice:
@@ -26,8 +30,6 @@ class CupyDevice:
     def __init__(self, index: int):
         self.index = index
         self._device = cupy.cuda.Device(index)
-        self._targets: list = []
-        self._beside = None
 
     def __enter__(self):
         self._device.__enter__()
@@ -36,15 +38,26 @@ class CupyDevice:
     def __exit__(self, *error):
         self._device.__exit__(*error)
 
-    @property
+    @cached_property
     def facts(self) -> DeviceFacts:
-        return _facts(self.index)
+        capability = self._device.compute_capability
+        if int(capability) < 10 * LOWEST_CAPABILITY:
+            raise NotImplementedError(
+                f"device {self.index} has compute capability {capability[:-1]}.{capability[-1]};"
+                f" CuPy arrays need {LOWEST_CAPABILITY}.0 or newer, NumPy arrays no GPU"
+            )
+        attributes = self._device.attributes
+        return DeviceFacts(
+            sm_count=attributes["MultiProcessorCount"],
+            shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+            capability=(int(capability[:-1]), int(capability[-1])),
+        )
 
     def empty(self, shape, dtype, name: str):
         kept = workspace.current()
         if kept is None:
-            return cupy.empty(shape, dtype)
-        return kept.take(self.index, name, shape, dtype, cupy.empty)
+            return cupy.ndarray(shape, dtype)
+        return kept.take(self.index, name, shape, dtype, cupy.ndarray)
 
     def zeros(self, shape, dtype, name: str):
         x = self.empty(shape, dtype, name)
@@ -68,75 +81,78 @@ class CupyDevice:
         return y
 
     def target(self, x, name: str):
-        """Return an array that kernels may write in place of `x`; `finish` copies it back."""
-        if x.data.ptr % 16 == 0:
-            return x
-        aligned = x.copy()
-        self._targets.append((x, aligned))
-        return aligned
-
-    def finish(self) -> None:
-        for x, aligned in self._targets:
-            x[...] = aligned
-        self._targets.clear()
-
-    def tensor_map(self, x, shape: tuple, box: tuple):
-        """Return the TMA map of a C-contiguous array as a kernel argument."""
-        return tensor_map(x.data.ptr, shape, box)
+        """Return an array that kernels may write in place of `x`, to be copied back to it."""
+        return x if x.data.ptr % 16 == 0 else x.copy()
 
     def compile(self, launch: Launch) -> None:
         """Compile a launch's kernel, or find it in CuPy's cache."""
-        _compiled(self.index, launch)
+        _loaded(self.index, launch)
 
-    def launch(self, launch: Launch, values: list) -> None:
-        kernel = _compiled(self.index, launch)
-        arguments = tuple(NULL if v is None else v for v in values)
-        size = (launch.grid,), (launch.block,)
+    def launch(self, launch: Launch, arrays: dict) -> None:
+        """Launch a kernel; a pointer to no array is null."""
+        loaded = _loaded(self.index, launch)
+        arguments = loaded.arguments.copy()
+        for i, name in launch.pointers:
+            x = arrays[name]
+            if x is not None:
+                arguments[i] = x.data
+        for i, box in launch.boxes:
+            arguments[i] = _map(arrays[box.name].data.ptr, box.shape, box.box)
+        call = loaded.grid, loaded.block, arguments, launch.shared
         if launch.beside:
             # On a stream of its own, which the current one waits for after the next launch.
             side = _side_stream(self.index)
             side.wait_event(cupy.cuda.get_current_stream().record())
-            with side:
-                kernel(*size, arguments, shared_mem=launch.shared)
-            self._beside = side.record()
+            loaded.kernel(*call, side)
+            _beside.ends[self.index] = side.record()
             return
-        kernel(*size, arguments, shared_mem=launch.shared)
-        if self._beside is not None:
-            cupy.cuda.get_current_stream().wait_event(self._beside)
-            self._beside = None
+        loaded.kernel(*call)
+        end = _beside.ends.pop(self.index, None)
+        if end is not None:
+            cupy.cuda.get_current_stream().wait_event(end)
 
 
-@cache
-def _facts(index: int) -> DeviceFacts:
-    capability = cupy.cuda.Device(index).compute_capability
-    if int(capability) < 10 * LOWEST_CAPABILITY:
-        raise NotImplementedError(
-            f"device {index} has compute capability {capability[:-1]}.{capability[-1]};"
-            f" CuPy arrays need {LOWEST_CAPABILITY}.0 or newer, NumPy arrays no GPU"
-        )
-    attributes = cupy.cuda.Device(index).attributes
-    return DeviceFacts(
-        sm_count=attributes["MultiProcessorCount"],
-        shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
-        capability=(int(capability[:-1]), int(capability[-1])),
-    )
+class _Beside(threading.local):
+    """This thread's second stream of each device, and the end of what runs on it."""
+
+    def __init__(self):
+        self.streams: dict = {}
+        self.ends: dict = {}
 
 
-_streams = threading.local()
+_beside = _Beside()
 
 
 def _side_stream(index: int):
     """Return this thread's second stream of a device, with that device current."""
-    streams = _streams.__dict__
-    if index not in streams:
-        streams[index] = cupy.cuda.Stream(non_blocking=True)
-    return streams[index]
+    if index not in _beside.streams:
+        _beside.streams[index] = cupy.cuda.Stream(non_blocking=True)
+    return _beside.streams[index]
+
+
+class Loaded(NamedTuple):
+    """A launch on one device: the kernel, and arguments as CuPy passes them with the least ado."""
+
+    kernel: Any
+    grid: tuple[int]
+    block: tuple[int]
+    arguments: list
 
 
 @lru_cache(1024)
-def _compiled(index: int, launch: Launch):
+def _loaded(index: int, launch: Launch) -> Loaded:
     """Look a launch's kernel up by the launch itself, which is quicker than by its macros."""
-    return _kernel(index, launch.file, launch.entry, launch.defines, launch.shared, launch.arch)
+    kernel = _kernel(index, launch.file, launch.entry, launch.defines, launch.shared, launch.arch)
+    arguments = [
+        by_value(a.reshape(1)) if isinstance(a, np.generic) else NULL for a in launch.arguments
+    ]
+    return Loaded(kernel, (launch.grid,), (launch.block,), arguments)
+
+
+@lru_cache(4096)
+def _map(address: int, shape: tuple, box: tuple):
+    """Keep maps by all that they depend on: memory that is used again has the same one."""
+    return by_value(tensor_map(address, shape, box))
 
 
 @cache
@@ -149,4 +165,4 @@ def _kernel(index: int, file: str, entry: str, defines: tuple, shared: int, arch
     kernel = module.get_function(entry)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared
-    return kernel
+    return kernel.kernel

@@ -6,6 +6,8 @@ Pure Python; shared memory is counted as the kernels carve it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +21,7 @@ TOKEN_KEYS = 32
 SEGMENT_CHUNKS = 64
 
 
-@dataclass(frozen=True)
-class DeviceFacts:
+class DeviceFacts(NamedTuple):
     """What a plan depends on: multiprocessors, shared memory of a block, compute capability."""
 
     sm_count: int
@@ -56,10 +57,19 @@ class Launch:
     arch: str = ""
     beside: bool = False
 
+    @cached_property
+    def pointers(self) -> tuple[tuple[int, str], ...]:
+        """Which arguments are arrays: position and name."""
+        return tuple((i, a) for i, a in enumerate(self.arguments) if isinstance(a, str))
+
+    @cached_property
+    def boxes(self) -> tuple[tuple[int, TensorBox], ...]:
+        """Which arguments are maps of arrays: position and box."""
+        return tuple((i, a) for i, a in enumerate(self.arguments) if isinstance(a, TensorBox))
+
     def arrays(self) -> set[str]:
         """Return the names of the arrays that the kernel is given."""
-        names = (a.name if isinstance(a, TensorBox) else a for a in self.arguments)
-        return {name for name in names if isinstance(name, str)}
+        return {name for _, name in self.pointers} | {box.name for _, box in self.boxes}
 
 
 def i32(x: int) -> np.int32:

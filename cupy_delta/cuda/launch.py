@@ -2,68 +2,53 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
-from ..problem import Problem
-from .kernels import TensorBox
 from .plan import Plan
 
+NONE: Mapping = {}
 
-def execute(plan: Plan, arrays: dict, device, targets: dict | None = None) -> dict:
+
+def execute(
+    plan: Plan, given: Mapping, device, targets: Mapping = NONE, ready: Mapping = NONE
+) -> dict:
     """Run a plan.
 
     Parameters
     ----------
     plan : Plan
-    arrays : dict
-        Input arrays by name, on the device; None where absent.
+    given : mapping
+        The arrays that the plan reads by name, None where absent: as callers gave them.
     device
         A `CupyDevice`, or the emulator's.
-    targets : dict, optional
-        Outputs that the caller brings, by name.
+    targets : mapping, optional
+        Arrays of the caller that are written, by name; None is as good as absent.
+    ready : mapping, optional
+        Arrays that lie on the device as kernels read them, instead of those in `given`.
 
     Returns
     -------
     dict
-        All arrays by name: inputs, workspace and outputs.
+        All arrays by name, as the kernels saw them.
     """
-    arrays = dict(arrays)
-    for name, (shape, dtype) in (plan.workspace | plan.outputs).items():
-        if targets and targets.get(name) is not None:
-            arrays[name] = device.target(targets[name], name)
-        elif name in plan.zeroed:
-            arrays[name] = device.zeros(shape, dtype, name)
-        else:
-            arrays[name] = device.empty(shape, dtype, name)
+    arrays, stand_ins = dict(ready), []
+    for name, x in targets.items():
+        if x is not None:
+            arrays[name] = y = device.target(x, name)
+            if y is not x:
+                stand_ins.append((x, y))
+    for name, dtype in plan.read:
+        if name not in arrays:
+            x = given[name]
+            arrays[name] = None if x is None else device.bring(x, name, dtype)
+    for name, shape, dtype in plan.made:
+        if targets.get(name) is None:
+            make = device.zeros if name in plan.zeroed else device.empty
+            arrays[name] = make(shape, dtype, name)
     for launch in plan.launches:
         # A grid of zero would still run one block.
         if launch.grid:
-            device.launch(launch, [_value(a, arrays, device) for a in launch.arguments])
-    device.finish()
+            device.launch(launch, arrays)
+    for x, y in stand_ins:
+        x[...] = y
     return arrays
-
-
-def _value(argument, arrays: dict, device):
-    if isinstance(argument, str):
-        return arrays.get(argument)
-    if isinstance(argument, TensorBox):
-        return device.tensor_map(arrays[argument.name], argument.shape, argument.box)
-    return argument
-
-
-def device_arrays(problem: Problem, device, names: tuple) -> dict:
-    """Bring a problem's inputs to the device as the kernels read them.
-
-    C-contiguous and aligned; beta and g in the dtype of sums; cu_seqlens and indices in int64.
-    """
-    wanted = dict.fromkeys(names)
-    for name in ("beta", "g"):
-        wanted[name] = problem.compute_dtype
-    for name in ("cu_seqlens", "state_indices"):
-        wanted[name] = np.dtype(np.int64)
-    return {
-        name: None
-        if getattr(problem, name) is None
-        else device.bring(getattr(problem, name), name, dtype)
-        for name, dtype in wanted.items()
-    }

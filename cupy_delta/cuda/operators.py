@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from ..problem import Problem
 from . import plan as plans
-from .launch import device_arrays, execute
+from .launch import execute
 from .workspace import left_aside
-
-OPERATOR_ARRAYS = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens")
 
 
 def device_of(x):
     """Return the device that a CuPy array lives on."""
+    return _device(x.device.id)
+
+
+@cache
+def _device(index: int):
     from .device import CupyDevice
 
-    return CupyDevice(x.device.id)
+    return CupyDevice(index)
 
 
 def chunk_delta_rule(problem: Problem):
     """Return (o, final_state)."""
-    return _forward(problem, residuals=False)[:2]
+    with device_of(problem.v) as device:
+        plan = plans.plan_forward(problem, device.facts)
+        results = execute(plan, vars(problem), device, {"o": problem.out})
+    return _results(problem, results)
 
 
 def chunk_delta_rule_fwd(problem: Problem):
     """Return (o, final_state, saved); saved holds what the gradients' kernels read."""
     with device_of(problem.v) as device:
-        backward = plans.plan_backward(problem, device.facts, True)
-    o, final_state, results = _forward(problem, residuals=True)
-    read = set().union(*(launch.arrays() for launch in backward.launches)) - {*backward.workspace}
-    return o, final_state, {name: x for name, x in results.items() if name in read}
+        names = plans.names_for_backward(problem, device.facts)
+        plan = plans.plan_forward(problem, device.facts, True)
+        results = execute(plan, vars(problem), device, {"o": problem.out})
+    o, final_state = _results(problem, results)
+    return o, final_state, {name: results[name] for name in names}
 
 
-def _forward(problem: Problem, residuals: bool):
-    with device_of(problem.v) as device:
-        plan = plans.plan_forward(problem, device.facts, residuals)
-        arrays = device_arrays(problem, device, OPERATOR_ARRAYS)
-        results = execute(plan, arrays, device, {"o": problem.out})
-    o = results["o"] if problem.out is None else problem.out
-    return o, results["final_state"], results
+def _results(problem: Problem, results: dict):
+    return results["o"] if problem.out is None else problem.out, results["final_state"]
 
 
 def chunk_delta_rule_bwd(residuals, do, dfinal_state):
@@ -46,13 +50,8 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
     plans.check_gate_gradients(problem)
     with device_of(problem.v) as device:
         plan = plans.plan_backward(problem, device.facts, dfinal_state is not None)
-        arrays = residuals.saved | {
-            "do": device.bring(do, "do", None),
-            "dfinal_state": None
-            if dfinal_state is None
-            else device.bring(dfinal_state, "dfinal_state", None),
-        }
-        results = execute(plan, arrays, device)
+        gradients = {"do": do, "dfinal_state": dfinal_state}
+        results = execute(plan, gradients, device, ready=residuals.saved)
         dbeta = results["dbeta"]
         if dbeta.dtype != problem.beta.dtype:
             dbeta = device.bring(dbeta, "dbeta", problem.beta.dtype)
@@ -64,18 +63,16 @@ def recurrent_delta_rule(problem: Problem):
     """Return (o, final_state)."""
     with device_of(problem.v) as device:
         plan = plans.plan_tokens(problem, False)
-        arrays = device_arrays(problem, device, OPERATOR_ARRAYS)
-        results = execute(plan, arrays, device, {"o": problem.out})
-    return results["o"] if problem.out is None else problem.out, results["final_state"]
+        results = execute(plan, vars(problem), device, {"o": problem.out})
+    return _results(problem, results)
 
 
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated."""
     with device_of(problem.v) as device:
         plan = plans.plan_tokens(problem, True)
-        arrays = device_arrays(problem, device, ("q", "k", "v", "beta", "g", "state_indices"))
-        arrays["state"] = device.target(problem.state, "state")
-        results = execute(plan, arrays, device, {"o": problem.out})
+        targets = {"o": problem.out, "state": problem.state}
+        results = execute(plan, vars(problem), device, targets)
     return results["o"] if problem.out is None else problem.out
 
 
@@ -83,8 +80,7 @@ def wy_factors(problem: Problem):
     """Return (w, u, t)."""
     with device_of(problem.v) as device:
         plan = plans.plan_wy_factors(problem, device.facts)
-        arrays = device_arrays(problem, device, ("k", "v", "beta", "cu_seqlens"))
-        results = execute(plan, arrays, device)
+        results = execute(plan, vars(problem), device)
     return results["w"], results["u"], results["t"]
 
 
@@ -92,8 +88,7 @@ def state_pass(problem: Problem):
     """Return (states, v_new, final_state)."""
     with device_of(problem.k) as device:
         plan = plans.plan_state_pass(problem, device.facts)
-        arrays = device_arrays(problem, device, ("k", "w", "u", "initial_state", "cu_seqlens"))
-        results = execute(plan, arrays, device)
+        results = execute(plan, vars(problem), device)
     return results["states"], results["v_new"], results["final_state"]
 
 
@@ -101,16 +96,14 @@ def chunk_output(problem: Problem):
     """Return o."""
     with device_of(problem.q) as device:
         plan = plans.plan_chunk_output(problem, device.facts)
-        arrays = device_arrays(problem, device, ("q", "k", "v_new", "states", "cu_seqlens"))
-        return execute(plan, arrays, device)["o"]
+        return execute(plan, vars(problem), device)["o"]
 
 
 def sequence_transfer(problem: Problem):
     """Return (p, h)."""
     with device_of(problem.v) as device:
         plan = plans.plan_transfer(problem, device.facts)
-        arrays = device_arrays(problem, device, ("k", "v", "beta", "cu_seqlens"))
-        results = execute(plan, arrays, device)
+        results = execute(plan, vars(problem), device)
     return results["p"], results["h"]
 
 
@@ -118,8 +111,4 @@ def affine(p, x, h):
     """Return P x + h, or P x where h is None, for stacks (N, HV, K, .)."""
     with device_of(p) as device, left_aside():
         plan = plans.plan_affine(p.shape[:3], x.shape[3], x.dtype, h is not None)
-        arrays = {
-            name: None if a is None else device.bring(a, name, None)
-            for name, a in (("p", p), ("x", x), ("h", h))
-        }
-        return execute(plan, arrays, device)["y"]
+        return execute(plan, {"p": p, "x": x, "h": h}, device)["y"]

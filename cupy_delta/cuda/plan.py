@@ -5,9 +5,8 @@ What the kernels do not do is refused here, naming the option and what would wor
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 
 import numpy as np
 
@@ -31,47 +30,51 @@ from .kernels import (
 from .step import step_launch
 
 MAX_HEAD = 256
-KEPT_PLANS = 256
+SUMS = np.dtype(np.float32)
 CHUNKS = (16, 32, 64)
 DEFAULT_CHUNK = {"float32": 16, "float16": 32, "bfloat16": 32}
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Launches in order, and the arrays to make for them: name -> (shape, dtype)."""
+    """Launches in order, and the arrays to make for them: name -> (shape, dtype).
+
+    `sums` is the dtype in which kernels read beta and g.
+    """
 
     launches: tuple
     outputs: dict
     workspace: dict = field(default_factory=dict)
     zeroed: tuple = ()
+    sums: np.dtype = SUMS
+
+    @cached_property
+    def made(self) -> tuple[tuple[str, tuple, np.dtype], ...]:
+        """The arrays to make: name, shape and dtype."""
+        return tuple((name, *like) for name, like in (self.workspace | self.outputs).items())
+
+    @cached_property
+    def read(self) -> tuple[tuple[str, np.dtype | None], ...]:
+        """The arrays that have to be there: name, and dtype to read it in if not its own."""
+        names = set().union(*(launch.arrays() for launch in self.launches))
+        integers = np.dtype(np.int64)
+        dtypes = dict(beta=self.sums, g=self.sums, cu_seqlens=integers, state_indices=integers)
+        made = self.workspace.keys() | self.outputs.keys()
+        return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 
 
 def planned(function):
-    """Keep the plans of the last calls, by all that they depend on: no array is held."""
-    plans: OrderedDict = OrderedDict()
+    """Keep what is planned with the problem, for all calls that are alike: it holds no array."""
 
     @wraps(function)
     def lookup(problem: Problem, *more):
-        key = (*problem_signature(problem), *more)
-        plan = plans.get(key)
+        key = (lookup, *more)
+        plan = problem.kept.get(key)
         if plan is None:
-            plan = plans[key] = function(problem, *more)
-            if len(plans) > KEPT_PLANS:
-                plans.popitem(last=False)
-        plans.move_to_end(key)
+            plan = problem.kept[key] = function(problem, *more)
         return plan
 
     return lookup
-
-
-def problem_signature(problem: Problem) -> tuple:
-    p = problem
-    sizes = (p.B, p.T, p.N, p.H, p.HV, p.K, p.V, p.chunk_size)
-    options = (p.scale, p.qk_l2norm, p.state_layout, p.gate, p.beta_per_value)
-    pool = None if p.state is None else (p.state.shape[0], p.state.dtype)
-    chunks = None if p.states is None else p.states.shape
-    present = (p.cu_seqlens is None, p.initial_state is None)
-    return (p.dtype, *sizes, *options, pool, chunks, *present)
 
 
 # ---- what can be asked for -----------------------------------------------------------------------
@@ -233,6 +236,15 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
     return Plan(tuple(launches), outputs, workspace)
 
 
+@planned
+def names_for_backward(problem: Problem, facts: DeviceFacts) -> tuple[str, ...]:
+    """Name the arrays of the forward that the backward reads; refuse what it would refuse."""
+    backward = plan_backward(problem, facts, True)
+    forward = plan_forward(problem, facts, True)
+    there = {name for name, *_ in forward.read + forward.made}
+    return tuple(name for name, _ in backward.read if name in there)
+
+
 def chunked_states(problem: Problem, chunk: int) -> tuple[int, ...]:
     return (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
 
@@ -300,10 +312,11 @@ def plan_tokens(problem: Problem, step: bool) -> Plan:
     outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
     if not step:
         outputs["final_state"] = (problem.state_shape, problem.state_dtype)
-    return Plan((step_launch(problem) if step else token_launch(problem),), outputs)
+    launch = step_launch(problem) if step else token_launch(problem)
+    return Plan((launch,), outputs, sums=problem.compute_dtype)
 
 
-@lru_cache(KEPT_PLANS)
+@lru_cache(256)
 def plan_affine(shape: tuple, columns: int, dtype, add: bool) -> Plan:
     """Plan P X + H for stacks (N, HV, K, .)."""
     if dtype.name not in ("float32", "float64"):

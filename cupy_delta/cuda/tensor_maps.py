@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import cache, lru_cache
+from functools import cache
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
-MAP_BYTES = 128
+MAP_BYTES, ALIGNMENT = 128, 64
 # Values of the driver's enums: 16-bit elements, 256-byte promotion into L2; swizzle by the elements
 # of a box's rows.
 UINT16, NO_INTERLEAVE, PROMOTE_256B, FILL_ZERO = 1, 0, 3, 0
@@ -16,11 +18,14 @@ SWIZZLE = {16: 1, 32: 2, 64: 3}
 
 
 @cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+def _encode():
+    """Return the driver's function, told what it takes."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    encode, enum, pointer = library.cuTensorMapEncodeTiled, ctypes.c_int, ctypes.c_void_p
+    encode.argtypes = [pointer, enum, ctypes.c_uint32, *[pointer] * 5, *[enum] * 4]
+    return encode
 
 
-@lru_cache(4096)
 def tensor_map(address: int, shape: tuple, box: tuple) -> np.ndarray:
     """Encode the map of an array of 16-bit elements.
 
@@ -38,24 +43,27 @@ def tensor_map(address: int, shape: tuple, box: tuple) -> np.ndarray:
         128 bytes, to be passed to a kernel by value.
     """
     rank = len(shape)
-    memory = np.zeros(2 * MAP_BYTES, np.uint8)
-    start = -memory.ctypes.data % 64  # the driver writes to a multiple of 64
-    encoded = memory[start : start + MAP_BYTES]
-    strides = np.cumprod(shape[:0:-1]) * 2
-    failed = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(encoded.ctypes.data),
-        ctypes.c_int(UINT16),
-        ctypes.c_uint32(rank),
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * rank)(*shape[::-1]),
-        (ctypes.c_uint64 * (rank - 1))(*map(int, strides)),
-        (ctypes.c_uint32 * rank)(*box[::-1]),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
-        ctypes.c_int(NO_INTERLEAVE),
-        ctypes.c_int(SWIZZLE[box[-1]]),
-        ctypes.c_int(PROMOTE_256B),
-        ctypes.c_int(FILL_ZERO),
+    memory = np.empty(MAP_BYTES + ALIGNMENT, np.uint8)
+    start = memory.ctypes.data
+    offset = -start % ALIGNMENT  # the driver writes to a multiple of 64
+    strides = accumulate(shape[:0:-1], mul, initial=2)
+    sizes = (ctypes.c_uint64 * (2 * rank))(*shape[::-1], *strides)
+    boxes = (ctypes.c_uint32 * (2 * rank))(*box[::-1], *[1] * rank)
+    at, of = ctypes.addressof(sizes), ctypes.addressof(boxes)
+    failed = _encode()(
+        start + offset,
+        UINT16,
+        rank,
+        address,
+        at,
+        at + 8 * (rank + 1),  # past the sizes and the stride of the innermost axis
+        of,
+        of + 4 * rank,
+        NO_INTERLEAVE,
+        SWIZZLE[box[-1]],
+        PROMOTE_256B,
+        FILL_ZERO,
     )
     if failed:
         raise RuntimeError(f"cuTensorMapEncodeTiled: error {failed} for an array of shape {shape}")
-    return encoded.view(f"V{MAP_BYTES}").copy()
+    return memory[offset : offset + MAP_BYTES].view(f"V{MAP_BYTES}")

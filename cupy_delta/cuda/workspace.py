@@ -6,7 +6,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_local = threading.local()
+
+class _Local(threading.local):
+    """What this thread has entered, the innermost last; None where a workspace is left aside."""
+
+    def __init__(self):
+        self.entered: list[Workspace | None] = []
+
+
+_local = _Local()
 
 
 class Workspace:
@@ -43,44 +51,37 @@ class Workspace:
         self._buffers: dict = {}
 
     def __enter__(self) -> Workspace:
-        _entered().append(self)
+        _local.entered.append(self)
         return self
 
     def __exit__(self, *error) -> None:
-        _entered().pop()
+        _local.entered.pop()
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
         return sum(x.nbytes for x in self._buffers.values())
 
-    def take(self, device: int, name: str, shape, dtype, allocate):
+    def take(self, device: int, name: str, shape: tuple, dtype, allocate):
         """Return the buffer of this name, shape and dtype; `allocate` makes it the first time."""
-        key = (device, name, tuple(shape), dtype)
+        key = (device, name, shape, dtype)
         buffer = self._buffers.get(key)
         if buffer is None:
             buffer = self._buffers[key] = allocate(shape, dtype)
         return buffer
 
 
-def _entered() -> list[Workspace | None]:
-    """What this thread has entered, the innermost last; None where a workspace is left aside."""
-    if not hasattr(_local, "entered"):
-        _local.entered = []
-    return _local.entered
-
-
 def current() -> Workspace | None:
     """The workspace of this thread, if one is entered."""
-    entered = _entered()
+    entered = _local.entered
     return entered[-1] if entered else None
 
 
 @contextmanager
 def left_aside() -> Iterator[None]:
     """Allocate afresh: for results that meet each other as inputs of the same call."""
-    _entered().append(None)
+    _local.entered.append(None)
     try:
         yield
     finally:
-        _entered().pop()
+        _local.entered.pop()

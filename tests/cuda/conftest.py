@@ -99,7 +99,7 @@ class GpuRoundTrip:
             if isinstance(x, np.ndarray):
                 return cupy.asarray(x)
             if isinstance(x, Problem):
-                moved = {f.name: to_gpu(getattr(x, f.name)) for f in fields(x)}
+                moved = {f.name: to_gpu(getattr(x, f.name)) for f in fields(x) if f.init}
                 return replace(x, **moved)
             if isinstance(x, Residuals):
                 return replace(x, problem=to_gpu(x.problem))

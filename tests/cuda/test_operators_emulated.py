@@ -12,7 +12,7 @@ from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import operators
-from cupy_delta.cuda.launch import device_arrays, execute
+from cupy_delta.cuda.launch import execute
 from cupy_delta.cuda.plan import plan_forward
 from cupy_delta.problem import operator_problem
 
@@ -349,6 +349,6 @@ def test_wrong_cu_seqlens_stay_inside_the_arrays(emulated, values, facts, reques
     # Two wrong sequences may write the same rows; what counts is that no address is outside.
     emulated(Run(check=False), **facts)
     with operators.device_of(args[0]) as device:
-        arrays = device_arrays(problem, device, operators.OPERATOR_ARRAYS)
-        arrays["cu_seqlens"][:] = values
-        execute(plan_forward(problem, device.facts), arrays, device)
+        ends = device.bring(np.array(values), "cu_seqlens", np.int64)
+        plan = plan_forward(problem, device.facts)
+        execute(plan, vars(problem), device, ready={"cu_seqlens": ends})

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import make_inputs
 
+from cupy_delta.checker import KEPT_CALLS
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda import sources
 from cupy_delta.cuda.variants import launches_of
@@ -100,12 +101,32 @@ def test_every_launch_names_arrays_that_exist():
             assert launch.arrays() <= known
 
 
+def test_a_plan_says_what_it_reads():
+    f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
+    p = problem(B=1, cu_seqlens=[0, 70], gate="scalar", initial=True)
+    own = dict.fromkeys(("q", "k", "v", "initial_state"))
+    read = dict(plans.plan_forward(p, H200).read)
+    assert read == own | dict(beta=f32, g=f32, cu_seqlens=i64)
+    args, kw = make_inputs(2, B=3, dtype=np.float64, initial=True)
+    state = dict(state=kw["initial_state"], state_indices=np.arange(3))
+    options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
+    read = dict(plans.plan_tokens(step_problem(*args, **state, **options), True).read)
+    assert read["beta"] == np.float64 and read["state_indices"] == i64
+
+
+def test_the_forward_leaves_what_the_backward_reads():
+    p = problem(qk_l2norm=True, initial=True)
+    backward = plans.plan_backward(p, H200, True)
+    read = {name for name, _ in backward.read}
+    assert {*plans.names_for_backward(p, H200)} == read - {"do", "dfinal_state"}
+
+
 def test_plans_in_use_are_kept_however_many_others_there_are():
     p = problem()
     kept = plans.plan_forward(p, H200)
-    for T in range(100, 100 + plans.KEPT_PLANS + 5):
+    for T in range(100, 100 + KEPT_CALLS + 5):
         plans.plan_forward(problem(T=T, K=16, V=16), H200)
-        assert plans.plan_forward(p, H200) is kept
+        assert plans.plan_forward(problem(), H200) is kept
 
 
 @pytest.mark.parametrize("passes", ["forward", "recurrent"])

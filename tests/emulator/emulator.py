@@ -290,13 +290,12 @@ class EmulatorDevice:
         self.run, self.sm, self.leg = run, sm, leg
         self.facts = DeviceFacts(sm_count, shared_bytes, capability=(sm // 10, sm % 10))
         self.launches: list = []
-        self._targets: list = []
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._targets.clear()
+        pass
 
     def empty(self, shape, dtype, name):
         return empty(shape, dtype, name)
@@ -309,22 +308,17 @@ class EmulatorDevice:
 
     def target(self, x, name):
         # An output of the caller starts unwritten; a state that is updated does not.
-        emulated = copy_in(x, name) if name == "state" else empty(x.shape, x.dtype, name)
-        self._targets.append((x, emulated))
-        return emulated
-
-    def finish(self):
-        for x, emulated in self._targets:
-            x[...] = emulated
-        self._targets.clear()
-
-    def tensor_map(self, x, shape, box):
-        return tensor_map(x, shape, box)
+        return copy_in(x, name) if name == "state" else empty(x.shape, x.dtype, name)
 
     def compile(self, launch):
         _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
 
-    def launch(self, launch, values):
+    def launch(self, launch, arrays):
+        values = list(launch.arguments)
+        for i, name in launch.pointers:
+            values[i] = arrays[name]
+        for i, box in launch.boxes:
+            values[i] = tensor_map(arrays[box.name], box.shape, box.box)
         kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
         kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
         self.launches.append(launch)

@@ -7,8 +7,7 @@ from emulator import EmulatorDevice, Run
 from helpers import make_inputs
 
 from cupy_delta.cuda.kernels import DeviceFacts
-from cupy_delta.cuda.launch import device_arrays, execute
-from cupy_delta.cuda.operators import OPERATOR_ARRAYS
+from cupy_delta.cuda.launch import execute
 from cupy_delta.cuda.plan import plan_backward, plan_forward
 from cupy_delta.problem import operator_problem
 from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
@@ -29,11 +28,9 @@ def gradients(args, kw, do, dfinal, chunk=None, run=None, l2norm=False, **facts)
     """Return the gradients by name, from the forward's residuals, all by the kernels."""
     problem = problem_of(args, kw, chunk, l2norm)
     device = EmulatorDevice(run or Run(), **facts)
-    arrays = device_arrays(problem, device, OPERATOR_ARRAYS)
-    saved = execute(plan_forward(problem, device.facts, True), arrays, device)
-    saved["do"] = device.bring(do, "do", None)
-    saved["dfinal_state"] = None if dfinal is None else device.bring(dfinal, "dfinal_state", None)
-    results = execute(plan_backward(problem, device.facts, dfinal is not None), saved, device)
+    saved = execute(plan_forward(problem, device.facts, True), vars(problem), device)
+    plan = plan_backward(problem, device.facts, dfinal is not None)
+    results = execute(plan, {"do": do, "dfinal_state": dfinal}, device, ready=saved)
     return {name: np.array(results[name], np.float64) for name in NAMES}
 
 

@@ -10,7 +10,7 @@ namespace {
 constexpr int LONGEST_ROW = 128, PIECE = 16;  // bytes of a swizzled row and of what the swizzle moves
 constexpr uint64_t MAGIC = 0x70616d726f736e74;
 
-// What EmulatorDevice.tensor_map encodes: an array and the box to copy, innermost axis first.
+// What tensor_map.py encodes: an array and the box to copy, innermost axis first.
 struct Map {
   uint64_t magic;
   uint8_t* base;

@@ -1,0 +1,215 @@
+"""The checks that go by what arrays look like and by options; none of them is given an array.
+
+Symbols as in problem.py; shapes are written as strings of symbols, e.g. ``"B T H K"``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache, wraps
+from numbers import Integral, Real
+
+import numpy as np
+
+from .arrays import FLOAT_DTYPES, Look, describe, dtype_name
+
+KEPT_CALLS = 256
+POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
+
+
+def remembered(check):
+    """Keep the results of the last calls of a check that is given looks and options, no array.
+
+    Its errors are not kept. Options of different types are different calls: True is no 1.
+    """
+    kept = lru_cache(KEPT_CALLS, typed=True)(check)
+
+    @wraps(check)
+    def recall(*arguments):
+        try:
+            return kept(*arguments)
+        except TypeError:
+            pass  # from the check, or of an option that has no hash: it has the better message
+        return check(*arguments)
+
+    return recall
+
+
+@cache
+def _symbols(shapes: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(s.split()) for s in ((shapes,) if isinstance(shapes, str) else shapes))
+
+
+class Checker:
+    """Checks looks of arrays one after the other; the first use of a symbol fixes its value."""
+
+    def __init__(self, first_name: str, first: Look):
+        if not isinstance(first, Look):
+            raise TypeError(f"{first_name}: expected a NumPy or CuPy array, got {_found(first)}")
+        self.kind, self.device = first.kind, first.device
+        self.first_name = first_name
+        self.sizes: dict[str, int] = {}
+        self.source: dict[str, str] = {}
+        name = dtype_name(first.dtype)
+        if name not in FLOAT_DTYPES:
+            raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
+        self.dtype = FLOAT_DTYPES[name]
+        self.state_dtype = FLOAT_DTYPES["float64" if name == "float64" else "float32"]
+
+    def array(self, name: str, x: Look, shapes: str | tuple[str, ...], dtypes: tuple) -> None:
+        """Check kind, device, dtype, rank and shape of one array."""
+        self.same_kind(name, x)
+        if all(dtype_name(x.dtype) != dtype_name(np.dtype(d)) for d in dtypes):
+            names = [np.dtype(d).name for d in dtypes]
+            like = f" like {self.first_name}" if dtypes == (self.dtype,) else ""
+            raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
+        self.shape(name, x.shape, shapes)
+
+    def same_kind(self, name: str, x: Look) -> None:
+        if not isinstance(x, Look):
+            raise TypeError(f"{name}: expected a NumPy or CuPy array, got {_found(x)}")
+        if x.kind != self.kind:
+            raise TypeError(
+                f"{name}: expected a {self.kind} array like {self.first_name},"
+                f" got {x.kind}.ndarray; NumPy and CuPy arrays do not mix in one call"
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"{name}: expected an array on device {self.device} like {self.first_name},"
+                f" got one on device {x.device}"
+            )
+
+    def integers(self, name: str, x: Look) -> None:
+        """Check an array of integers, which may lie on the host whatever the kind of the others."""
+        if not isinstance(x, Look):
+            raise TypeError(f"{name}: expected an integer array, got {_found(x)}")
+        if x.kind == "cupy":
+            self.same_kind(name, x)
+        if x.dtype.name not in ("int32", "int64"):
+            raise TypeError(f"{name}: expected dtype int32 or int64, got {x.dtype.name}")
+
+    def shape(self, name: str, shape: tuple[int, ...], shapes: str | tuple[str, ...]) -> None:
+        alternatives = _symbols(shapes)
+        symbols = next((s for s in alternatives if len(s) == len(shape)), None)
+        if symbols is None:
+            wanted = " or ".join(f"({', '.join(s)})" for s in alternatives)
+            raise ValueError(
+                f"{name}: expected {wanted}, {_one_of([str(len(s)) for s in alternatives])}"
+                f" dimensions, got shape {shape}"
+            )
+        for symbol, size in zip(symbols, shape, strict=True):
+            if self.sizes.get(symbol, size) != size:
+                wanted = ", ".join(str(self.sizes.get(s, s)) for s in symbols)
+                raise ValueError(
+                    f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
+                    f" {self.source[symbol]}, got {shape}{self.swapped(symbols, shape)}"
+                )
+        for symbol, size in zip(symbols, shape, strict=True):
+            if symbol not in self.sizes:
+                self.fix(symbol, size, name)
+
+    def swapped(self, symbols: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        """Say so when a state of the wrong shape would fit in the other layout."""
+        turned = (*shape[:-2], shape[-1], shape[-2])
+        fits = all(self.sizes.get(s, n) == n for s, n in zip(symbols, turned, strict=True))
+        is_state = sorted(symbols[-2:]) == ["K", "V"]
+        return ": its last two axes are swapped" if is_state and fits else ""
+
+    def fix(self, symbol: str, size: int, source: str) -> None:
+        if symbol in ("H", "HV", "K", "V") and size < 1:
+            raise ValueError(f"{source}: expected {symbol} of at least 1, got {symbol} = {size}")
+        if symbol == "HV" and size % self.sizes.get("H", 1):
+            raise ValueError(
+                f"{source}: expected HV to be a multiple of H = {self.sizes['H']}, since value head"
+                f" hv uses key head hv // (HV / H), got HV = {size}"
+            )
+        self.sizes[symbol] = size
+        self.source[symbol] = source
+
+    def sequences(self, cu_seqlens: Look | None) -> None:
+        """Check `cu_seqlens` and fix N."""
+        if cu_seqlens is None:
+            self.fix("N", self.sizes["B"], self.source["B"])
+            return
+        name = "cu_seqlens"
+        self.integers(name, cu_seqlens)
+        shape = cu_seqlens.shape
+        if len(shape) != 1 or shape[0] < 1:
+            raise ValueError(f"{name}: expected shape (N + 1,) with N >= 0, got {shape}")
+        if self.sizes["B"] != 1:
+            raise ValueError(
+                f"{name}: expected B = 1, since sequences then lie end to end along T,"
+                f" got B = {self.sizes['B']}"
+            )
+        T = self.sizes["T"]
+        if cu_seqlens.kind == "cupy" and shape[0] == 1 and T:
+            # The one thing that is known of values in device memory.
+            raise ValueError(
+                f"{name}: expected at least one sequence for T = {T}, got shape (1,), N = 0"
+            )
+        self.fix("N", shape[0] - 1, name)
+
+    def q_k_v_beta_g(self, q, k, v, beta, g, beta_shapes=("B T HV",)) -> None:
+        if q is not None:
+            self.array("q", q, "B T H K", (self.dtype,))
+        self.array("k", k, "B T H K", (self.dtype,))
+        self.array("v", v, "B T HV V", (self.dtype,))
+        self.array("beta", beta, beta_shapes, (self.dtype, np.float32))
+        if g is not None:
+            self.array("g", g, ("B T HV", "B T HV K"), (self.dtype, np.float32))
+
+    def output(self, out: Look | None) -> None:
+        if out is not None:
+            self.array("out", out, "B T HV V", (self.dtype,))
+
+
+def _found(look: type | None) -> str:
+    return describe(type(None) if look is None else look)
+
+
+def _one_of(names) -> str:
+    names = list(dict.fromkeys(names))
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def options_of(check: Checker, scale, qk_l2norm, state_layout) -> dict:
+    if not isinstance(state_layout, str):
+        raise TypeError(f'state_layout: expected "kv" or "vk", got {describe(type(state_layout))}')
+    if state_layout not in ("kv", "vk"):
+        raise ValueError(f'state_layout: expected "kv" or "vk", got {state_layout!r}')
+    if not isinstance(qk_l2norm, bool | np.bool_):
+        raise TypeError(f"qk_l2norm: expected True or False, got {describe(type(qk_l2norm))}")
+    return dict(
+        scale=scale_of(scale, check.sizes["K"]),
+        qk_l2norm=bool(qk_l2norm),
+        state_layout=state_layout,
+        symbols="N HV K V" if state_layout == "kv" else "N HV V K",
+    )
+
+
+def scale_of(scale, K: int) -> float:
+    if scale is None:
+        return K**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(
+            f"scale: expected a number or None (K ** -0.5), got {describe(type(scale))}"
+        )
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"scale: expected a finite number, got {number}")
+    return number or 0.0  # zero has one sign: -0.0 would be found as 0.0
+
+
+def chunk_size_of(chunk_size) -> int | None:
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
+        raise TypeError(
+            f"chunk_size: expected an integer or None, got {describe(type(chunk_size))}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    return int(chunk_size)
