@@ -10,8 +10,9 @@ from .kernels import C_TYPES, Launch, i32
 # The fastest of those measured on an H200, see docs/performance.md. Bytes of a thread's part of a
 # state in the type of its sums, and for (K, V) by bytes per element of the state.
 TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
-# Bytes of a row of a (K, V) state that a warp takes, likewise; threads per block for (V, K).
+# Bytes of a row of a (K, V) state that a warp takes, likewise.
 PIECE_BYTES, KV_PIECE_BYTES = 64, {4: 256}
+# Threads per block of warps that share nothing.
 THREADS = 128
 VECTOR_BYTES = 16
 WARP, MOST_WARPS = 32, 16
@@ -27,7 +28,7 @@ def step_tile(problem: Problem) -> dict:
 
     A (V, K) state: PARTS threads side by side have a row of keys, and several rows. A (K, V) state:
     a thread has one vector of some keys, ACROSS threads are side by side, and the PARTS others of
-    WARPS warps share the keys.
+    its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
     K, V, itemsize = problem.K, problem.V, problem.state.dtype.itemsize
     if problem.state_layout == "vk":
@@ -38,19 +39,24 @@ def step_tile(problem: Problem) -> dict:
         fitting = 1 << (max(1, tile // keys).bit_length() - 1)
         values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
         per_warp = WARP // parts * values
-        channels = min(max(per_warp, THREADS // parts * values), -(-V // per_warp) * per_warp)
     else:
         values = vector = math.gcd(V, VECTOR_BYTES // itemsize)
         widest = min(WARP, power_of_two(V // vector))
         piece = KV_PIECE_BYTES.get(itemsize, PIECE_BYTES) // itemsize
         across = min(widest, max(1, piece // vector))
         parts = WARP // across
-        channels = across * values
+        per_warp = across * values
         tile = KV_TILE_BYTES.get(itemsize, TILE_BYTES) // problem.compute_dtype.itemsize
-        enough = max(-(-K * values // (tile * parts)), -(-channels // WARP))
+        enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
         warps = min(MOST_WARPS, power_of_two(enough))
+    alone = min(THREADS // WARP, -(-V // per_warp)) if warps == 1 else 1
     return dict(
-        VECTOR=vector, VALUES=values, PARTS=parts, WARPS=warps, ACROSS=across, CHANNELS=channels
+        VECTOR=vector,
+        VALUES=values,
+        PARTS=parts,
+        WARPS=warps,
+        ACROSS=across,
+        CHANNELS=per_warp * alone,
     )
 
 
@@ -63,6 +69,7 @@ def step_launch(problem: Problem) -> Launch:
         STATE_DTYPE=C_TYPES[problem.state.dtype.name],
         HEAD_K=problem.K,
         HEAD_V=problem.V,
+        GROUP=problem.groups,
         HAS_GATE=int(problem.g is not None),
         STATE_VK=int(problem.state_layout == "vk"),
         L2NORM=int(problem.qk_l2norm),
@@ -70,7 +77,7 @@ def step_launch(problem: Problem) -> Launch:
     )
     # As decode.cu's Passed: per warp two sums of each channel and four more, and what is written.
     passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 4 * tile["WARPS"]
-    shared = 0 if problem.state_layout == "vk" else passed * real.itemsize
+    shared = passed * real.itemsize if tile["WARPS"] > 1 else 0
     threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
     return Launch(
         "decode.cu",
@@ -90,7 +97,6 @@ def step_launch(problem: Problem) -> Launch:
             "o",
             real.type(problem.scale),
             i32(problem.T),
-            i32(problem.H),
             i32(problem.HV),
             i32(problem.state.shape[0]),
         ),

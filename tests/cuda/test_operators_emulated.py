@@ -178,9 +178,9 @@ def test_step(emulated, on_reference, T, layout, pool):
 
 
 # Vectors of 1, 2, 4 and 8 elements; whole warps and parts of them; more threads than values; keys
-# per thread that are no power of two.
+# per thread that are no power of two; warps side by side that share no keys.
 @pytest.mark.parametrize(
-    "sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7), (129, 24)]
+    "sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7), (129, 24), (3, 200)]
 )
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("layout", ["kv", "vk"])

@@ -5,11 +5,15 @@ After a wanted change: python tests/cuda/resources.py --write
 
 import json
 
+import ml_dtypes
 import nvrtc
 import pytest
 import resources
+from helpers import make_inputs
 
 from cupy_delta.cuda.sources import variant_source
+from cupy_delta.cuda.step import step_launch
+from cupy_delta.problem import step_problem
 
 GOLDEN = json.loads(resources.GOLDEN.read_text())
 MARGIN = 8  # registers: ptxas' choices move a little with unrelated code
@@ -36,6 +40,20 @@ def test_the_table_has_no_kernel_that_is_gone():
 def test_every_kernel_file_is_measured():
     measured = {x.file for arch in ("sm_80", "sm_90") for x in resources.launches(arch).values()}
     assert measured == {path.name for path in nvrtc.KERNELS.glob("*.cu")} - {"affine.cu"}
+
+
+@pytest.mark.parametrize("arch", resources.ARCHITECTURES)
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_decoding_16_bit_states_leaves_registers_for_many_threads(arch, layout):
+    """Their tiles are on the way to registers, so few threads are few bytes at once."""
+    sizes = dict(K=128, V=128, layout=layout, dtype=ml_dtypes.bfloat16)
+    args, kw = make_inputs(1, initial=True, **sizes)
+    state = dict(state=kw["initial_state"].astype(ml_dtypes.bfloat16), state_indices=None)
+    options = dict(scale=None, qk_l2norm=True, state_layout=layout, out=None)
+    launch = step_launch(step_problem(*args, **state, **options))
+    measured = resources.compiled(variant_source(launch.file, launch.defines), arch)
+    assert measured.registers <= 72
+    assert measured.spilled == 0
 
 
 def test_serialised_wgmma_is_seen():
