@@ -23,7 +23,7 @@ from pathlib import Path
 from comparison import costs
 from comparison.contestants import CONTESTANTS, Ours
 from comparison.report import figure, line, markdown
-from comparison.rows import PASSES, ROWS, chosen, floor_ms
+from comparison.rows import PASSES, ROWS, chosen, floor_ms, tiny
 from comparison.timing import Errors, Gpu, measure, one_line, try_out
 
 PEERS = [name for name in CONTESTANTS if name != Ours.name]
@@ -50,7 +50,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(gpu, contestants: list, rows: list, args, save) -> dict:
     """Measure; `save` is called with the report after every row."""
     start = time.monotonic()
-    able, left_out = try_out(gpu, contestants)
+    small = tiny(rows[0])
+    able, left_out = try_out(gpu, contestants, small, args.passes)
     for name, reason in left_out.items():
         print(f"without {name}: {reason}", file=sys.stderr)
     report: dict = {"gpu": gpu.name, "driver": costs.driver(), "versions": costs.versions()}
@@ -59,7 +60,7 @@ def run(gpu, contestants: list, rows: list, args, save) -> dict:
     report["install_mb"] = {name: size for name, (size, _) in sizes.items()}
     report["install_missing"] = {name: missing for name, (_, missing) in sizes.items() if missing}
     for contestant in able:
-        report["host_us"][contestant.name] = costs.host_microseconds(gpu, contestant)
+        report["host_us"][contestant.name] = costs.host_microseconds(gpu, contestant, small)
     report |= {"rows": [], "not_measured": []}
     save(report)
     errors = Errors()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .contestants import CONTESTANTS, Ours
-from .rows import TINY, Row, draw
+from .rows import Row, draw
 from .timing import one_line
 
 VERSIONS = (
@@ -65,10 +65,10 @@ def first_call(names: list[str], script: str, seconds: float = 240) -> dict[str,
     return found
 
 
-def host_microseconds(gpu, contestant, calls: int = 200) -> float:
+def host_microseconds(gpu, contestant, row: Row, calls: int = 200) -> float:
     """Time the host needs to issue one forward of a small problem, nothing waited for."""
     with gpu.current():
-        copy = contestant(draw(TINY, gpu.cupy))
+        copy = contestant(draw(row, gpu.cupy))
         for _ in range(20):
             copy.forward()
         gpu.stream.synchronize()

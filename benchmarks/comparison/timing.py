@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .contestants import torch_stream
-from .rows import PASSES, TINY, Inputs, Row, copies_past_cache, draw, floor_ms
+from .rows import Inputs, Row, copies_past_cache, draw, floor_ms
 
 LEAST_MS = 1.5  # a timed run takes at least this long, so that the events' own time does not count
 MOST_LAUNCHES = 20
@@ -243,16 +243,16 @@ def float64_results(inputs: Inputs, passes: str) -> list[np.ndarray]:
     return list(cupy_delta.chunk_delta_rule_bwd(forward.residuals, inputs.do)[:4])
 
 
-def try_out(gpu, contestants) -> tuple[list, dict[str, str]]:
-    """Who can run a tiny problem here, and why the others cannot."""
+def try_out(gpu, contestants, row: Row, passes) -> tuple[list, dict[str, str]]:
+    """Who can run a small row here, and why the others cannot."""
     able, left_out = [], {}
     with gpu.current():
         for contestant in contestants:
             say(f"trying {contestant.name}")
             try:
-                for passes in PASSES:
-                    if contestant.refusal(TINY, passes) is None:
-                        prepare(contestant, [draw(TINY, gpu.cupy)], passes)
+                for each in passes:
+                    if contestant.refusal(row, each) is None:
+                        prepare(contestant, [draw(row, gpu.cupy)], each)
                 able.append(contestant)
             except Exception as error:
                 left_out[contestant.name] = one_line(error)

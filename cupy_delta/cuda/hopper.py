@@ -18,11 +18,11 @@ TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
 A_STAGES = 2
-# Microseconds on an H200: per chunk of a walk with one or two slices per block and of a transfer;
+# Microseconds on an H100: per chunk of a walk with one or two slices per block and of a transfer;
 # of one more launch, and of a walk for every segment that it joins.
-WALK = {1: 1.55, 2: 2.24}
-TRANSFER = {1: 1.1, 2: 1.36}
-LAUNCH, JOIN = 5.0, 2.0
+WALK = {1: 1.68, 2: 2.45}
+TRANSFER = {1: 1.25, 2: 1.47}
+LAUNCH, JOIN = 4.0, 2.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
