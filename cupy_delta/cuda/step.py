@@ -7,8 +7,8 @@ import math
 from ..problem import Problem
 from .kernels import C_TYPES, Launch, i32
 
-# The fastest of those measured on an H200 or H100, see docs/performance.md. Bytes of a thread's part of a
-# state in the type of its sums, and for (K, V) by bytes per element of the state.
+# The fastest of those measured (docs/performance.md). Bytes of a thread's part of a state in the
+# type of its sums, and for (K, V) by bytes per element of the state.
 TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
 # Bytes of a row of a (K, V) state that a warp takes, likewise.
 PIECE_BYTES, KV_PIECE_BYTES = 64, {2: 128, 4: 256}

@@ -204,10 +204,11 @@ def test_all_kernels_of_training_have_the_same_chunks(chunk_size):
 @pytest.mark.parametrize(
     ("B", "T", "H", "forward", "backward"),
     [
-        (1, 32768, 32, (1, 1), (1, 1)),
-        (1, 32768, 8, (1, 8), (2, 8)),
+        (1, 32768, 32, (1, 1), (2, 3)),
+        (1, 32768, 8, (2, 9), (2, 9)),
         (4, 8192, 32, (2, 1), (2, 1)),
-        (1, 1024, 8, (1, 1), (1, 1)),
+        (1, 1024, 8, (1, 4), (1, 4)),
+        (1, 512, 8, (1, 1), (1, 1)),
     ],
 )
 def test_division(B, T, H, forward, backward):
