@@ -206,8 +206,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < K_STEPS; step++)
       wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
     wgmma_commit();
-    wgmma_wait<0>();
 #endif
+    wgmma_wait<0>();
     pin(O);
     scale_columns(O, s.decay + factors.stage * CHUNK, lane);
 #endif
@@ -231,7 +231,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #endif
     pin(a);
     pin(S);
-#if WITH_OUTPUT && (HAS_GATE || EARLY_OUTPUT)
+#if WITH_OUTPUT && HAS_GATE
     pin(O);
 #endif
     wgmma_fence();
