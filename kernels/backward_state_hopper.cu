@@ -18,13 +18,12 @@
 // Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// STATE_VK (layout of dfinal_state and dinitial_state), SEGMENTS, TRANSFER, MATH (1 or 2),
-// CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value
-// channels. Shared memory: CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see
-// cupy_delta/cuda/hopper_walks.py.
+// STATE_VK (layout of dfinal_state and dinitial_state), SEGMENTS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
+// segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
+// CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 1
 #include "hopper/walk.cuh"
-
+// With the sizes that it has:
 #include "hopper/join.cuh"
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"

@@ -18,7 +18,7 @@
 // Q, core, P, V and beta; S and O on their way out; see cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 0
 #include "hopper/walk.cuh"
-
+// With the sizes that it has:
 #include "hopper/join.cuh"
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"

@@ -24,7 +24,8 @@ NULL = by_value(np.zeros(1, np.uint64))
 class CupyDevice:
     """Memory and launches on the device where a problem's arrays live.
 
-    Work goes to CuPy's current stream of that device; nothing here synchronises.
+    Work goes to CuPy's current stream of that device, or to a second one that the current one waits
+    for before the call returns; nothing here makes the host wait.
     """
 
     def __init__(self, index: int):

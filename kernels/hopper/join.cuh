@@ -9,7 +9,6 @@
 // a math warpgroup hold H; `cut` segments of every sequence were transferred. Shared memory: two buffers of KP x KP.
 #pragma once
 #include "hopper/sums.cuh"
-#include "tiles/store.cuh"
 
 template <int TILES>
 PRIM void split_sums(uint32_t (&high)[TILES / 2][4], uint32_t (&rest)[TILES / 2][4], const float (&d)[TILES][4]) {

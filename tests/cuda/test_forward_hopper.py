@@ -76,6 +76,18 @@ def test_division_fills_the_multiprocessors(B, T, H, math, segments):
     assert (macros["MATH"], macros["SEGMENTS"]) == (math, segments)
 
 
+def test_the_first_segment_is_walked_beside_the_transfers_of_others():
+    """In pairs of blocks like theirs, and both end before the walk that reads what they leave."""
+    call = dict(dtype="bfloat16", K=128, V=128, T=32768, H=8)
+    first, transfers, rest = launches_of(H200, ("forward",), **call)
+    assert (first.beside, transfers.beside, rest.beside) == (True, False, False)
+    assert dict(first.defines)["PLACED"] == dict(transfers.defines)["CLUSTER"] == 2
+    walked = [
+        (dict(x.defines)["FIRST"], dict(x.defines)["WALKED"]) for x in (first, transfers, rest)
+    ]
+    assert walked == [(0, 1), (1, 7), (1, 8)]
+
+
 def test_gates_take_one_slice_per_block():
     _, macros = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)
     assert macros["MATH"] == 1
