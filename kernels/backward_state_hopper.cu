@@ -5,8 +5,8 @@
 //
 // D' of every chunk, (V, K), and G are written for the gradients of the chunks.
 //
-// A long sequence of few heads is cut into SEGMENTS. TRANSFER walks all but the first from zero, and without dO from
-// the identity: what is left is H and P of D' -> P D' + H. The walk with SEGMENTS goes through all of them at once and
+// A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
+// the identity: what is left is H and P of D' -> P D' + H. The walk with JOINS goes through all of them at once and
 // joins for each those that come after it in the sequence (hopper/join.cuh). Arrays of segments are in the order of the
 // walk, last segment first.
 //
@@ -18,7 +18,7 @@
 // Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// STATE_VK (layout of dfinal_state and dinitial_state), SEGMENTS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
+// STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
 // segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
 // CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 1
@@ -140,16 +140,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
                           const __grid_constant__ TensorMap g_map,
-#if TRANSFER || WITH_JOINS
+#if TRANSFER || JOINS
                           const __grid_constant__ TensorMap transfer_map, float* h,
 #endif
                           const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
-                          float* dinitial_state, float scale, int T, int H, int HV) {
+                          float* dinitial_state, float scale, int T, int H, int HV, int segments) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV);
+  const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
   const Shared s = take_shared(smem);
-#if WITH_JOINS
+#if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
   const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
@@ -181,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + state_at, value, j * 8, lane);
   }
 #endif
-#if WITH_JOINS
-  join(D, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, column, work.hv, HV, warpgroup, thread);
+#if JOINS
+  join(D, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
   walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
 #if TRANSFER
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                   thread);
 #else
   // One per sequence, from its first segment.
-  if (work.step == SEGMENTS - 1) {
+  if (work.last) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, D[j], value, j * 8, lane);
   }

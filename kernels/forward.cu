@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
   const int n = part / WALKED, segment = part % WALKED, h = hv / (HV / H);
   const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
-  const Sequence sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, n, segment, T);
+  const Sequence sequence = find_segment<CHUNK>(cu_seqlens, n, Cut{SEGMENTS}, segment, T);
   const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
   const int64_t entering_at = ((int64_t)part * HV + hv) * HEAD_K * HEAD_V;
   const Inputs inputs = {q_or_w, k, v, core, p, beta, G};

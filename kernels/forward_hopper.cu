@@ -12,10 +12,10 @@
 // What wy_factors.cu and forward.cu compute in two kernels is one here: nothing but inputs and results touches global
 // memory.
 //
-// A long sequence of few heads is cut into SEGMENTS, of which a launch walks WALKED from the FIRST on. One with
+// A long sequence of few heads is cut into segments, of which a launch walks some. One with
 // TRANSFER leaves what each does to a state: H, from zero, and in slices of its own P, from the identity and without V.
-// A walk of several starts each from the state that hopper/join.cuh makes of those before it, and leaves that of the
-// last.
+// A walk that JOINS starts each from the state that hopper/join.cuh makes of those before it, and leaves that of the
+// last. With KEPT a transfer leaves T of its chunks, too, so that the walk need not solve them a second time.
 //
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead. The next MATH warpgroups hold 64 value channels of S^T each
 // in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain from state to state passes nothing
@@ -28,10 +28,10 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// SEGMENTS, FIRST_PERCENT (of the others' length, that of the first), FIRST, WALKED, TRANSFER, MATH (1 or 2), SOLVERS,
-// CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES,
-// FACTOR_STAGES. Grid: N * WALKED * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value
-// channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
+// TRANSFER, JOINS (of more than one segment), KEPT, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER),
+// PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV *
+// slices blocks of 128 (1 + MATH + SOLVERS) threads, for `walked` of the segments from `first` on; a slice is 64 MATH
+// value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
 // cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/join.cuh"
@@ -294,36 +294,48 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
-#if TRANSFER || WITH_JOINS
+#if TRANSFER || JOINS
                    const __grid_constant__ TensorMap p_map, float* h,
 #endif
+#if KEPT
+                   const __grid_constant__ TensorMap t_map,
+#endif
                    const float* beta, const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
-                   float* final_state, float scale, int T, int H, int HV) {
+                   float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
+                   int last_percent, int first, int walked) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
-  const int n = part / WALKED, step = part % WALKED, batch = VARLEN ? 0 : n;
+  const int n = part / walked, step = part % walked, batch = VARLEN ? 0 : n;
   const bool values = slice < VALUE_SLICES;
-  const Sequence sequence = find_segment<CHUNK, SEGMENTS, FIRST_PERCENT>(cu_seqlens, n, FIRST + step, T);
+  const Sequence sequence =
+      find_segment<CHUNK>(cu_seqlens, n, {segments, first_percent, last_percent}, first + step, T);
   Work work;
   work.sequence = sequence;
   work.chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
   work.channel = (values ? slice : slice - VALUE_SLICES) * SLICE;
   work.h = hv / (HV / H), work.hv = hv, work.batch = batch;
   work.values = !TRANSFER || values;
+  work.keeps = TRANSFER && KEPT && slice < CLUSTER;
+  work.given = WITH_GIVEN && step < walked - 1;
   work.start = (int)(sequence.first - (int64_t)batch * T);
   work.rank = slice % CLUSTER;
 
   DynSmem smem;
   const Shared s = take_shared(smem);
-#if WITH_JOINS
+#if JOINS
   DTYPE* buffers = s.k + JOIN_STAGE * KEYS;
   const Joins joins = take_joins(smem, p_map, h, buffers, buffers + KEYS);
   uint64_t* joined = joins.joined;
 #else
   uint64_t* joined = nullptr;
 #endif
+#if KEPT
+  const TensorMap* kept = &t_map;
+#else
+  const TensorMap* kept = nullptr;
+#endif
   if (threadIdx.x == 0) {
-#if WITH_JOINS
+#if JOINS
     joins.init();
 #endif
     auto solves = [&](int stage) { return stage % CLUSTER == work.rank; };
@@ -332,8 +344,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     for (int i = 0; i < VALUE_STAGES; i++)
       mbarrier_init(s.values_full + i, 1), mbarrier_init(s.values_free + i, 4 * MATH);
     for (int i = 0; i < FACTOR_STAGES; i++) {
-      mbarrier_init(s.factors_full + i, !solves(i) ? 1 : WITH_INVERTERS ? 4 + 2 : 4);
-      mbarrier_init(s.factors_free + i, 4 * MATH * CLUSTER);
+      mbarrier_init(s.factors_full + i, !solves(i) ? 1 : work.given ? 4 + 1 : WITH_INVERTERS ? 4 + 2 : 4);
+      mbarrier_init(s.factors_free + i, 4 * MATH * CLUSTER + work.keeps);
     }
     for (int i = 0; i < A_STAGES; i++) mbarrier_init(s.a_full + i, 4), mbarrier_init(s.a_free + i, 2);
     for (int i = 0; i < 2; i++) mbarrier_init(s.landed + i, 1);
@@ -349,13 +361,18 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   if (warpgroup == 0) {
     fewer_registers<LOADER_REGISTERS>();
     if (warp == 0) load(s, {&q_map, &k_map, &v_map}, work, joined, lane);
+#if WITH_GIVEN
+    else if (work.given) {
+      if (warp == 1 && lane == 0) load_kept(s, kept, work);
+    }
+#endif
 #if WITH_INVERTERS
     else if (warp <= INVERTERS)
       invert(s, work, warp - 1, lane);
 #endif
 #if CLUSTER > 1
     else if (lane == 0 && warp == 3)
-      send(s, work);
+      send(s, kept, work);
     __syncwarp();
 #endif
   } else if (warpgroup <= MATH) {
@@ -372,8 +389,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
       for (int j = 0; j < K_TILES; j++) load_state(S[j], initial, value, j * 8, lane);
     }
 #endif
-#if WITH_JOINS
-    join(S, joins, n * (int64_t)(WALKED - 1), step, column, hv, HV, warpgroup - 1, thread);
+#if JOINS
+    join(S, joins, n * (int64_t)(walked - 1), step, column, hv, HV, warpgroup - 1, thread);
 #endif
     walk(s, work, S, {&o_map, o}, scale, warpgroup - 1, HV, thread);
 #if TRANSFER
@@ -385,7 +402,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
       send_transfer(&p_map, boxes, S, column, part, hv, TRANSFER_BARRIER + warpgroup - 1, thread);
 #else
     // One per sequence, that of the last segment walked.
-    if (step == WALKED - 1) {
+    if (step == walked - 1) {
       float* final = final_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) store_state(final, S[j], value, j * 8, lane);
@@ -393,7 +410,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #endif
   } else {
     fewer_registers<SOLVER_REGISTERS>();
-    solve(s, work, SOLVERS == 1 ? 0 : __shfl_sync(~0u, warpgroup - 1 - MATH, 0), beta, g, HV, thread);
+    const int solver = SOLVERS == 1 ? 0 : __shfl_sync(~0u, warpgroup - 1 - MATH, 0);
+#if WITH_GIVEN
+    if (work.given)
+      solve<true>(s, work, solver, beta, g, HV, thread);
+    else
+#endif
+      solve<false>(s, work, solver, beta, g, HV, thread);
   }
 #if CLUSTER > 1
   // No block leaves while others still read what it sends or say that they are done.

@@ -3,7 +3,7 @@
 //
 //   R = V - K S        N^ = R + core (b R)        N = b N^        O = scale (Q S + P N)        S' = S + K^T N
 //
-// The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. SEGMENTS are as in
+// The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. Segments are as in
 // forward_hopper.cu, which makes their transfers; all are walked at once.
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
@@ -13,9 +13,10 @@
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
-// STATE_VK (layout of initial and final state), SEGMENTS, TRANSFER (0), MATH (1 or 2), CHUNK_STAGES. Grid: N * SEGMENTS
-// * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K,
-// Q, core, P, V and beta; S and O on their way out; see cupy_delta/cuda/hopper_walks.py.
+// STATE_VK (layout of initial and final state), JOINS (more than one segment), TRANSFER (0), MATH (1 or 2),
+// CHUNK_STAGES. Grid: N * segments * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels.
+// Shared memory: CHUNK_STAGES of K, Q, core, P, V and beta; S and O on their way out; see
+// cupy_delta/cuda/hopper_walks.py.
 #define BACKWARD 0
 #include "hopper/walk.cuh"
 // With the sizes that it has:
@@ -125,16 +126,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap states_map,
                              const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap n_map,
-#if WITH_JOINS
+#if JOINS
                              const __grid_constant__ TensorMap transfer_map, float* h,
 #endif
                              const float* beta, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
-                             float* final_state, DTYPE* corrections, float scale, int T, int H, int HV) {
+                             float* final_state, DTYPE* corrections, float scale, int T, int H, int HV, int segments) {
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV);
+  const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
   const Shared s = take_shared(smem);
-#if WITH_JOINS
+#if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
   const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
@@ -162,12 +163,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
-#if WITH_JOINS
-  join(S, joins, work.n * (int64_t)(SEGMENTS - 1), work.step, column, work.hv, HV, warpgroup, thread);
+#if JOINS
+  join(S, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
   walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
-  if (work.step == SEGMENTS - 1) {
+  if (work.last) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(final_state + state_at, S[j], value, j * 8, lane);
   }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..problem import Problem
-from .kernels import DeviceFacts, Launch, TensorBox, carve, i32, normal, variant
+from .kernels import DeviceFacts, Launch, TensorBox, carve, i32, normal, slots, variant
 
 CHUNK = 64
 BOX = 64  # elements of 16 bits in a row of a swizzled tile
@@ -19,8 +19,9 @@ INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
 A_STAGES = 2
 # Microseconds on an H100: per chunk of a walk with one or two slices per block and of a transfer;
-# of one more launch, and of a walk for every segment that it joins.
+# of one more launch, and of a walk for every segment that it joins. With T given a walk is faster.
 WALK = {1: 1.68, 2: 2.45}
+GIVEN_WALK = {1: 1.35, 2: 2.1}
 TRANSFER = {1: 1.25, 2: 1.47}
 LAUNCH, JOIN = 4.0, 2.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -35,7 +36,8 @@ class Division(NamedTuple):
 
     Slices of 64 channels per block, segments per sequence, and slices per block of a transfer. With
     `first_math` the first segment, whose state is known, is walked beside the transfers of others,
-    with so many slices per block, and has `first_percent` of the others' length.
+    with so many slices per block, and has `first_percent` of the others' length. With `kept` the
+    walk is given T by the transfers, but for the last segment, which has `last_percent`.
     """
 
     math: int
@@ -43,6 +45,8 @@ class Division(NamedTuple):
     transfer_math: int = 1
     first_math: int = 0
     first_percent: int = 100
+    kept: bool = False
+    last_percent: int = 100
 
 
 class Part(NamedTuple):
@@ -50,6 +54,7 @@ class Part(NamedTuple):
 
     segments: int = 1
     first_percent: int = 100
+    last_percent: int = 100
     first: int = 0
     walked: int = 1
 
@@ -75,16 +80,35 @@ def box(name: str, shape: tuple, channels: int = BOX) -> TensorBox:
     return TensorBox(name, tuple(shape), (1, CHUNK, 1, channels))
 
 
-def divisions(widths: tuple) -> Iterator[Division]:
+def blocks(size: int, math: int) -> int:
+    """Return how many blocks so many channels take."""
+    return -(-size // (BOX * math))
+
+
+def transfer_slices(problem: Problem, math: int) -> int:
+    """Return the blocks per segment and head of a transfer: of H, and of P."""
+    return blocks(problem.V, math) + blocks(problem.K, math)
+
+
+def transfer_cluster(problem: Problem, math: int) -> int:
+    """Return how many blocks of a transfer solve chunks for each other."""
+    return CLUSTER if transfer_slices(problem, math) % CLUSTER == 0 else 1
+
+
+def divisions(problem: Problem, widths: tuple) -> Iterator[Division]:
     """Yield what `division` chooses from."""
     for math in widths:
         yield Division(math)
         for segments, transfer in product(SEGMENTS[1:], widths):
-            yield Division(math, segments, transfer)
+            d = Division(math, segments, transfer)
+            if transfer_cluster(problem, transfer) > 1:
+                percent = round(100 * GIVEN_WALK[math] / WALK[math])
+                d = d._replace(kept=True, last_percent=percent)
+            yield d
             if segments > 2:
                 for first in widths:
                     percent = round(100 * TRANSFER[transfer] / WALK[first])
-                    yield Division(math, segments, transfer, first, percent)
+                    yield d._replace(first_math=first, first_percent=percent)
 
 
 def division(problem: Problem, facts: DeviceFacts) -> Division:
@@ -95,30 +119,25 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
     # With two slices a block's registers do not suffice for the decays of a gate.
     widths = (1,) if p.g is not None or p.V <= BOX else (2, 1)
 
-    def blocks(size: int, math: int) -> int:
-        return -(-size // (BOX * math))
-
     def rounds(count: int) -> int:
         return -(-count // facts.sm_count)
 
     def cost(d: Division) -> float:
-        beside = d.first_math > 0
-        length = -(-100 * chunks // (100 * (d.segments - 1) + d.first_percent))
-        walked = d.segments - beside
+        walked = d.segments - (d.first_math > 0)
         count = pairs * walked * blocks(p.V, d.math)
-        time = rounds(count) * length * WALK[d.math]
-        if d.segments > 1:
-            slices = blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math)
-            count = pairs * (walked - 1) * slices
-            before = TRANSFER[d.transfer_math] * length
-            if beside:
-                first = max(0, chunks - (d.segments - 1) * length)
-                before = max(before, WALK[d.first_math] * first)
-                count += pairs * blocks(p.V, d.first_math)
-            time += rounds(count) * before + LAUNCH + JOIN * (walked - 1)
-        return time
+        if d.segments == 1:
+            return rounds(count) * chunks * WALK[d.math]
+        length = -(-100 * chunks // (100 * (d.segments - 2) + d.first_percent + d.last_percent))
+        time = rounds(count) * length * (GIVEN_WALK if d.kept else WALK)[d.math]
+        count = pairs * (walked - 1) * transfer_slices(p, d.transfer_math)
+        before = TRANSFER[d.transfer_math] * length
+        if d.first_math:
+            first = max(0, chunks - (d.segments - 2) * length - d.last_percent * length // 100)
+            before = max(before, WALK[d.first_math] * first)
+            count += pairs * blocks(p.V, d.first_math)
+        return time + rounds(count) * before + LAUNCH + JOIN * (walked - 1)
 
-    return min(divisions(widths), key=cost)
+    return min(divisions(p, widths), key=cost)
 
 
 def walk_shared(
@@ -139,20 +158,29 @@ def walk_shared(
     return carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
 
 
-def segment_arrays(problem: Problem, transferred: int) -> dict:
-    """What transfers leave, as hopper/join.cuh has it: H in float, P in 16 bits."""
+def segment_arrays(problem: Problem, transferred: int, kept: bool = False) -> dict:
+    """What transfers leave, as hopper/join.cuh has it: H in float, P in 16 bits; if `kept`, T."""
     p = problem
     keys, values = (-(-size // BOX) * BOX for size in (p.K, p.V))
-    return {
+    arrays = {
         "segment_h": ((p.N, transferred, p.HV, values, keys), p.state_dtype),
         "segment_p": ((p.N * transferred, p.HV, p.K, p.K), p.dtype),
     }
+    if kept:
+        arrays["segment_t"] = ((slots(p, CHUNK), p.HV, CHUNK, CHUNK), p.dtype)
+    return arrays
 
 
 def transfer_box(problem: Problem, transferred: int) -> TensorBox:
     """64 rows and columns of P."""
     shape, _ = segment_arrays(problem, transferred)["segment_p"]
     return TensorBox("segment_p", shape, (1, 1, BOX, BOX))
+
+
+def kept_box(problem: Problem) -> TensorBox:
+    """T of one chunk and value head."""
+    shape, _ = segment_arrays(problem, 0, kept=True)["segment_t"]
+    return TensorBox("segment_t", shape, (1, 1, CHUNK, CHUNK))
 
 
 def forward_launches(problem: Problem, d: Division) -> tuple[list[Launch], dict]:
@@ -163,19 +191,19 @@ def forward_launches(problem: Problem, d: Division) -> tuple[list[Launch], dict]
     if d.first_math:
         initial, first = "after_first", 1
         workspace["after_first"] = (problem.state_shape, problem.state_dtype)
-        head = Part(d.segments, d.first_percent)
+        head = Part(d.segments, d.first_percent, d.last_percent)
         launches.append(walk_launch(problem, d.first_math, head, final=initial, beside=True))
-    walked = Part(d.segments, d.first_percent, first, d.segments - first)
-    workspace |= segment_arrays(problem, walked.walked - 1)
-    launches.append(transfer_launch(problem, d.transfer_math, walked))
-    launches.append(walk_launch(problem, d.math, walked, initial=initial))
+    walked = Part(d.segments, d.first_percent, d.last_percent, first, d.segments - first)
+    workspace |= segment_arrays(problem, walked.walked - 1, d.kept)
+    launches.append(transfer_launch(problem, d.transfer_math, walked, d.kept))
+    launches.append(walk_launch(problem, d.math, walked, initial=initial, kept=d.kept))
     return launches, workspace
 
 
-def transfer_launch(problem: Problem, math: int, walked: Part) -> Launch:
+def transfer_launch(problem: Problem, math: int, walked: Part, kept: bool = False) -> Launch:
     """What all segments but the last of those that are to be walked do to a state."""
     part = walked._replace(walked=walked.walked - 1)
-    return walk_launch(problem, math, part, transfer=True, initial=None, final=None)
+    return walk_launch(problem, math, part, transfer=True, initial=None, final=None, kept=kept)
 
 
 def walk_launch(
@@ -187,19 +215,21 @@ def walk_launch(
     initial: str | None = "initial_state",
     final: str | None = "final_state",
     beside: bool = False,
+    kept: bool = False,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
     `math` is the number of 64-channel slices of values per block. With `transfer`, from zero and
     from the identity; else from `initial` and, after the first segment of those walked, through
-    what transfers have left. A launch that runs `beside` transfers is placed in pairs like them:
-    else it would leave them single multiprocessors, which clusters cannot use.
+    what transfers have left; T is `kept` by these, if at all. A launch that runs `beside` transfers
+    is placed in pairs like them: else it would leave them single multiprocessors, which clusters
+    cannot use.
     """
     p = problem
     gate = p.g is not None
     joins = not transfer and part.walked > 1
-    slices = -(-p.V // (64 * math)) + (-(-p.K // (64 * math)) if transfer else 0)
-    cluster = CLUSTER if transfer and slices % CLUSTER == 0 else 1
+    slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
+    cluster = transfer_cluster(p, math) if transfer else 1
     solvers = 1 if cluster > 1 else 3 - math
     stages = CLUSTER_STAGES if cluster > 1 else STAGES[math]
     grid = p.N * part.walked * p.HV * slices
@@ -207,11 +237,9 @@ def walk_launch(
         p,
         CHUNK,
         STATE_VK=int(p.state_layout == "vk"),
-        SEGMENTS=part.segments,
-        FIRST_PERCENT=part.first_percent,
-        FIRST=part.first,
-        WALKED=part.walked,
         TRANSFER=int(transfer),
+        JOINS=int(joins),
+        KEPT=int(kept),
         MATH=math,
         SOLVERS=solvers,
         CLUSTER=cluster,
@@ -224,6 +252,8 @@ def walk_launch(
     transfers = ()
     if transfer or joins:
         transfers = transfer_box(p, part.walked - joins), "segment_h"
+    if kept:
+        transfers += (kept_box(p),)
     arguments = (
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
@@ -240,6 +270,7 @@ def walk_launch(
         i32(p.T),
         i32(p.H),
         i32(p.HV),
+        *(i32(x) for x in part),
     )
     return Launch(
         "forward_hopper.cu",

@@ -154,6 +154,7 @@ def walk_launch(
     """
     p = problem
     walked = segments - 1 if transfer else segments
+    joins = segments > 1 and not transfer
     slices = -(-p.V // (BOX * math)) + (-(-p.K // (BOX * math)) if transfer else 0)
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     maps = (
@@ -172,19 +173,19 @@ def walk_launch(
         p,
         CHUNK,
         STATE_VK=int(p.state_layout == "vk"),
-        SEGMENTS=segments,
+        JOINS=int(joins),
         TRANSFER=int(transfer),
         MATH=math,
         CHUNK_STAGES=stages,
     )
-    sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV))
+    sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV), i32(segments))
     return Launch(
         f"{entry}.cu",
         entry,
         defines,
         p.N * walked * p.HV * slices,
         384 if math == 2 else 160,
-        walk_shared(p.K, math, stages, len(results) > 2, segments > 1 and not transfer),
+        walk_shared(p.K, math, stages, len(results) > 2, joins),
         (*maps, "beta", *arguments, *sizes),
         arch="sm_90a",
     )

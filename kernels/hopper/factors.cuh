@@ -1,4 +1,4 @@
-// The solvers of forward_hopper.cu: T11, M21, T22 and P of each chunk.
+// The solvers of forward_hopper.cu: T11, M21, T22 and P of each chunk, or P alone where T is given.
 //
 // A tile of T holds T11 and T22 less diag(b) on its diagonal, M21 below it and what rounding has left out of M21 above.
 #pragma once
@@ -84,8 +84,8 @@ PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
 }
 
 #if CLUSTER > 1
-// T of this block's chunks, and columns, to the others of the cluster, by one thread.
-PRIM void send(const Shared& s, const Work& work) {
+// T of this block's chunks, and columns, to the others of the cluster, by one thread; T to `kept`, too.
+PRIM void send(const Shared& s, const TensorMap* kept, const Work& work) {
   constexpr int COLUMN = CHUNK * 4, BYTES = TILE * 2 + (1 + 2 * HAS_GATE) * COLUMN;
   for (int c = work.rank; c < work.chunks; c += CLUSTER) {
     const int stage = c % FACTOR_STAGES;
@@ -101,6 +101,12 @@ PRIM void send(const Shared& s, const Work& work) {
       send_to_rank(s.decay + stage * CHUNK, COLUMN);
       send_to_rank(s.rest + stage * CHUNK, COLUMN);
 #endif
+    }
+    if (KEPT && work.keeps) {
+      tma_store(kept, s.t + stage * TILE, 0, 0, work.hv, (int)work.sequence.slot + c);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+      mbarrier_arrive(s.factors_free + stage);
     }
   }
 }
@@ -127,6 +133,22 @@ PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_wa
 }
 #endif
 
+#if WITH_GIVEN
+// T as a transfer kept it, by one thread.
+PRIM void load_kept(const Shared& s, const TensorMap* kept, const Work& work) {
+  Ring<FACTOR_STAGES> factors;
+  for (int c = 0; c < work.chunks; c++) {
+    uint64_t* full = s.factors_full + factors.stage;
+    mbarrier_wait(s.factors_free + factors.stage, factors.parity ^ 1);
+    mbarrier_arrive_expect(full, TILE * 2);
+    tma_load(s.t + factors.stage * TILE, kept, full, 0, 0, work.hv, (int)work.sequence.slot + c);
+    factors.advance();
+  }
+}
+#endif
+
+// GIVEN: P alone.
+template <bool GIVEN>
 PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta, const float* g, int HV,
                 int thread_in_warpgroup) {
   const int id = SOLVER_BARRIER + solver;
@@ -163,18 +185,20 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     const DTYPE* k = s.k + keys.stage * KEYS;
     // K K^T, and K Q^T beside it: products of 64 x 64 with both operands in shared memory would need all of its
     // bandwidth, one of 64 x 128 does not, and leaves the registers to its sums.
-    float products[8 * (1 + WITH_OUTPUT)][4];
+    constexpr int P = GIVEN ? 0 : 8;  // tile of K Q^T
+    float products[P + 8 * WITH_OUTPUT][4];
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
-      const uint64_t rows = step_along_rows<KEY_PITCH>(k, step);
-      wgmma<DTYPE, false, false>(products, rows, rows, step > 0);
+      const DTYPE* columns = GIVEN ? k + TILE : k;
+      wgmma<DTYPE, false, false>(products, step_along_rows<KEY_PITCH>(k, step),
+                                 step_along_rows<KEY_PITCH>(columns, step), step > 0);
     }
     wgmma_commit();
     mbarrier_wait(s.factors_free + factors.stage, factors.parity ^ 1);
 #if WITH_INVERTERS
-    mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
+    if (!GIVEN) mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
 #endif
 #if HAS_GATE || !WITH_INVERTERS
     named_barrier(id, 128);  // everyone is done with the A and the G of the chunk before
@@ -192,7 +216,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     // The blocks of A to be inverted, which takes longest, then M21, then P.
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      if (j / 2 > warp || j / 4 < warp / 2) continue;
+      if (GIVEN || j / 2 > warp || j / 4 < warp / 2) continue;
       weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_above_diagonal(products[j], products[j + 1], lane);
       float* at = a + (warp * 16 + lane / 4) * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
@@ -204,9 +228,9 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     }
 #if WITH_INVERTERS
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(s.a_full + stages.stage);
+    if (lane == 0 && !GIVEN) mbarrier_arrive(s.a_full + stages.stage);
 #endif
-    if (warp >= 2) {
+    if (warp >= 2 && !GIVEN) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
         weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
@@ -221,7 +245,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
-      float (&p0)[4] = products[8 + j], (&p1)[4] = products[9 + j];  // of P transposed
+      float (&p0)[4] = products[P + j], (&p1)[4] = products[P + j + 1];  // of P transposed
       weigh<true>(p0, p1, G, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
@@ -229,7 +253,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #endif
 #if !WITH_INVERTERS
     named_barrier(id, 128);  // A is there
-    if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
+    if (warp < 2 && !GIVEN) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
 #endif
     async_proxy_fence();
     __syncwarp();

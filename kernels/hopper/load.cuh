@@ -20,7 +20,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
   for (int i = 0; i < work.chunks + AHEAD; i++) {
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     auto clears = [&](int c) { return VARLEN && work.tokens(c) < CHUNK; };
-    if (WITH_JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
+    if (JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     if (int c = i; c < work.chunks) {
       DTYPE* k = s.k + keys.stage * KEYS;
       uint64_t *full = s.keys_full + keys.stage, *barrier = clears(c) ? s.landed : full;

@@ -5,8 +5,8 @@
 #include "tiles/unit_inverse.cuh"
 
 #define WITH_OUTPUT (!TRANSFER)
-// Segments after the first that is walked start from a state that transfers make.
-#define WITH_JOINS (WITH_OUTPUT && WALKED > 1)
+// T that transfers have kept is given to all but the last segment, which has no transfer.
+#define WITH_GIVEN (JOINS && KEPT)
 // Where registers suffice, Q S is under way while R is formed.
 #define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
@@ -39,14 +39,15 @@ constexpr int SOLVER_BARRIER = 1;                           // and next: named b
 constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
 // States are joined in what is K's and Q's from this chunk on.
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
-static_assert(!WITH_JOINS || JOIN_STAGE >= 0, "two buffers");
+static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
 static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
-static_assert(FIRST + WALKED <= SEGMENTS, "of each sequence's segments");
+static_assert(!KEPT || JOINS || CLUSTER > 1, "what is kept is what a thread of a transfer sends to others");
+static_assert(!(TRANSFER && JOINS), "a transfer starts from what is known");
 static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 
@@ -103,6 +104,7 @@ struct Work {
   Sequence sequence;
   int chunks, channel, h, hv, batch;  // channel: the block's first one
   bool values;                        // or P
+  bool keeps, given;                  // T: for the walk after this transfer; by the transfer before
   int start;                          // coordinate of its first token in the tensor maps
   int rank;                           // in its cluster: it solves chunks rank, rank + CLUSTER, ...
 

@@ -15,11 +15,10 @@ constexpr int THREADS = MATH == 2 ? 384 : 160, SLICE = 64 * MATH;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
 constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
 constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
-constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;                            // of each sequence's segments
 constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
 
-// Segments after the first one start from a state that transfers make, in what is K's and Q's from this chunk on.
-#define WITH_JOINS (SEGMENTS > 1 && !TRANSFER)
+// With JOINS segments after the first one start from a state that transfers make, in what is K's and Q's from this
+// chunk on.
 constexpr int JOIN_STAGE = CHUNK_STAGES - 2;
 static_assert(JOIN_STAGE >= 0, "two buffers, each as large as two stages of K");
 
@@ -62,6 +61,7 @@ struct Work {
   Sequence sequence;
   int chunks, n, part, h, hv, batch;
   int step;     // in the order of the walk, which segment of the sequence
+  bool last;    // in that order
   int channel;  // the block's first one
   bool values;  // or P
   int start;    // coordinate of its first token in the tensor maps
@@ -71,12 +71,12 @@ struct Work {
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 
-PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
-  const int slice = blockIdx.x % SLICES;
+PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segments) {
+  const int slice = blockIdx.x % SLICES, walked = TRANSFER ? segments - 1 : segments;
   Work w;
   w.hv = blockIdx.x / SLICES % HV, w.part = blockIdx.x / (SLICES * HV), w.h = w.hv / (HV / H);
-  w.n = w.part / WALKED, w.step = w.part % WALKED, w.batch = VARLEN ? 0 : w.n;
-  w.sequence = find_segment<CHUNK, SEGMENTS>(cu_seqlens, w.n, BACKWARD ? SEGMENTS - 1 - w.step : w.step, T);
+  w.n = w.part / walked, w.step = w.part % walked, w.last = w.step == segments - 1, w.batch = VARLEN ? 0 : w.n;
+  w.sequence = find_segment<CHUNK>(cu_seqlens, w.n, {segments}, BACKWARD ? segments - 1 - w.step : w.step, T);
   w.chunks = (w.sequence.tokens + CHUNK - 1) / CHUNK;
   w.values = slice < VALUE_SLICES;
   w.channel = (w.values ? slice : slice - VALUE_SLICES) * SLICE;
@@ -134,7 +134,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
     // In a batch, tokens past the end lie outside the arrays and come as zeros.
     const bool clears = VARLEN && tokens < CHUNK;
     uint64_t* landed = clears ? s.landed : s.full + stage;
-    if (WITH_JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
+    if (JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     mbarrier_wait(s.free + stage, ring.parity ^ 1);
 #pragma unroll
     for (int j = 0; j < 2; j++) s.beta[stage * CHUNK + j * 32 + lane] = b[j];

@@ -26,16 +26,22 @@ PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
 #endif
 }
 
-// The segment-th of COUNT parts of the n-th sequence: runs of whole chunks, of one length but for the first one, which
-// has PERCENT of it or, like the last ones, less. Parts may be empty.
-template <int CHUNK_TOKENS, int COUNT, int PERCENT = 100>
-PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, int segment, int T) {
+// A sequence cut into segments: runs of whole chunks, of one length but for the first and the last one, which have so
+// many percent of it; the ones at the end may have less, or nothing.
+struct Cut {
+  int segments, first_percent = 100, last_percent = 100;
+};
+
+// The segment-th of the n-th sequence.
+template <int CHUNK_TOKENS>
+PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, const Cut& cut, int segment, int T) {
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
-  if constexpr (COUNT > 1) {
-    constexpr int WHOLE = 100 * (COUNT - 1) + PERCENT;
+  if (cut.segments > 1) {
+    const int between = cut.segments - 2, whole = 100 * between + cut.first_percent + cut.last_percent;
     const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
-    const int length = (int)((100 * (int64_t)chunks + WHOLE - 1) / WHOLE);
-    const int first = max(chunks - (COUNT - 1) * length, 0), end = min(first + segment * length, chunks);
+    const int length = (int)((100 * (int64_t)chunks + whole - 1) / whole);
+    const int first = max(chunks - between * length - cut.last_percent * length / 100, 0);
+    const int end = segment == cut.segments - 1 ? chunks : min(first + segment * length, chunks);
     const int skipped = segment == 0 ? 0 : min(first + (segment - 1) * length, chunks);
     const int start = min(skipped * CHUNK_TOKENS, s.tokens), stop = min(end * CHUNK_TOKENS, s.tokens);
     s = {s.first + start, stop - start, s.slot + skipped};

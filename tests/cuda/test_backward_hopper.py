@@ -182,7 +182,7 @@ def test_nothing_reaches_forward_in_time(divided, t):
 
 def launched(facts, **call):
     launches = launches_of(facts, ("backward",), **(dict(dtype="bfloat16", K=128, V=128) | call))
-    return {x.entry: dict(x.defines) for x in launches}
+    return {x.entry: x for x in launches}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,8 @@ def test_all_kernels_of_training_have_the_same_chunks(chunk_size):
     kernels = launched(H200, chunk_size=chunk_size)
     expected = {"wy_factors_hopper", "forward_residuals_hopper", "backward_state_hopper"}
     assert expected < set(kernels)
-    chunked = [macros["CHUNK"] for macros in kernels.values() if "CHUNK" in macros]
+    macros = [dict(x.defines) for x in kernels.values()]
+    chunked = [x["CHUNK"] for x in macros if "CHUNK" in x]
     assert chunked == [64] * len(chunked)
 
 
@@ -218,4 +219,5 @@ def test_division(B, T, H, forward, backward):
         ("forward_residuals_hopper", forward),
         ("backward_state_hopper", backward),
     ):
-        assert (kernels[entry]["MATH"], kernels[entry]["SEGMENTS"]) == expected
+        walk = kernels[entry]
+        assert (dict(walk.defines)["MATH"], int(walk.arguments[-1])) == expected

@@ -22,12 +22,15 @@ def divided(monkeypatch, emulated):
     """Return a function that fixes how a walk is divided, on a Hopper device.
 
     With `first` the first of the segments is walked beside transfers, and has so many percent.
+    With `last` T is kept for all but the last segment, which has so many percent.
     """
 
-    def use(math, segments=1, first=None, run=None):
+    def use(math, segments=1, first=None, last=None, run=None):
         fixed = hopper.Division(math, segments, math)
         if first is not None:
             fixed = fixed._replace(first_math=math, first_percent=first)
+        if last is not None:
+            fixed = fixed._replace(kept=True, last_percent=last)
         monkeypatch.setattr(hopper, "division", lambda *args: fixed)
         monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
         emulated(run, **HOPPER)
@@ -37,9 +40,13 @@ def divided(monkeypatch, emulated):
 
 
 def launched(facts, **call):
-    """The names of the kernels of a forward call, and the macros of the last one."""
-    launches = launches_of(facts, ("forward",), **(dict(K=128, V=128) | call))
-    return [x.entry for x in launches], dict(launches[-1].defines)
+    """The launches of a forward call."""
+    return launches_of(facts, ("forward",), **(dict(K=128, V=128) | call))
+
+
+def part(launch):
+    """The segments that a launch walks."""
+    return hopper.Part(*(int(x) for x in launch.arguments[-len(hopper.Part._fields) :]))
 
 
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
@@ -57,7 +64,7 @@ H200 = DeviceFacts(132, 227 * 1024, (9, 0))
     ],
 )
 def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
-    assert "forward_hopper" not in launched(facts, **call)[0]
+    assert "forward_hopper" not in {x.entry for x in launched(facts, **call)}
 
 
 @pytest.mark.parametrize(
@@ -72,25 +79,29 @@ def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
     ],
 )
 def test_division_fills_the_multiprocessors(B, T, H, math, segments):
-    _, macros = launched(H200, dtype="bfloat16", B=B, T=T, H=H)
-    assert (macros["MATH"], macros["SEGMENTS"]) == (math, segments)
+    walk = launched(H200, dtype="bfloat16", B=B, T=T, H=H)[-1]
+    assert (dict(walk.defines)["MATH"], part(walk).segments) == (math, segments)
 
 
 def test_the_first_segment_is_walked_beside_the_transfers_of_others():
     """In pairs of blocks like theirs, and both end before the walk that reads what they leave."""
-    call = dict(dtype="bfloat16", K=128, V=128, T=32768, H=8)
-    first, transfers, rest = launches_of(H200, ("forward",), **call)
+    first, transfers, rest = launched(H200, dtype="bfloat16", T=32768, H=8)
     assert (first.beside, transfers.beside, rest.beside) == (True, False, False)
     assert dict(first.defines)["PLACED"] == dict(transfers.defines)["CLUSTER"] == 2
-    walked = [
-        (dict(x.defines)["FIRST"], dict(x.defines)["WALKED"]) for x in (first, transfers, rest)
-    ]
+    walked = [(part(x).first, part(x).walked) for x in (first, transfers, rest)]
     assert walked == [(0, 1), (1, 7), (1, 8)]
 
 
+def test_lengths_of_sequences_make_no_other_kernels():
+    """What is compiled for one length serves all that are cut."""
+    lengths = (4096, 8192, 32768, 131072)
+    kernels = [{x.defines for x in launched(H200, dtype="bfloat16", T=T, H=8)} for T in lengths]
+    assert all(x == kernels[0] for x in kernels)
+
+
 def test_gates_take_one_slice_per_block():
-    _, macros = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)
-    assert macros["MATH"] == 1
+    walk = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)[-1]
+    assert dict(walk.defines)["MATH"] == 1
 
 
 def check(divided, args, kw):
@@ -152,10 +163,10 @@ def test_neighbours_do_not_matter(divided):
 
 
 @pytest.mark.parametrize("math", [1, 2])
-@pytest.mark.parametrize("first", [None, 60, 130])
+@pytest.mark.parametrize(("first", "last"), [(None, None), (60, None), (130, 60), (None, 130)])
 @pytest.mark.parametrize(("cu_seqlens", "B"), [(None, 2), ([0, 0, 3, 500, 501, 700], 1)])
-def test_segments(divided, math, first, cu_seqlens, B):
-    divided(math, 4, first)
+def test_segments(divided, math, first, last, cu_seqlens, B):
+    divided(math, 4, first, last)
     options = dict(K=128, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
     args, kw = make_inputs(700, B=B, G=2, **options)
     check(divided, args, kw)
@@ -175,22 +186,23 @@ def test_segments_of_hard_keys(divided, dtype, correlation, beta):
 @pytest.mark.parametrize("V", [72, 64])
 @pytest.mark.parametrize("decay", [0.3, 30])
 def test_segments_with_a_gate(divided, V, decay):
-    divided(1, 3)
+    divided(1, 3, last=80 if V == 72 else None)
     options = dict(gate="scalar", decay=decay, beta=(0, 2), dtype=BF16, initial=True)
     args, kw = make_inputs(300, K=128, V=V, **options)
     check(divided, args, kw)
 
 
 @pytest.mark.parametrize(
-    ("math", "segments", "first"), [(1, 1, None), (2, 1, None), (1, 2, None), (2, 4, 100)]
+    ("math", "segments", "first", "last"),
+    [(1, 1, None, None), (2, 1, None, None), (1, 2, None, 70), (2, 4, 100, 100)],
 )
-def test_any_order_of_events_gives_the_same_bits(divided, math, segments, first):
+def test_any_order_of_events_gives_the_same_bits(divided, math, segments, first, last):
     args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
     runs = [Run(), Run(schedule="descending", completion="early")]
     runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
     results = []
     for run in runs:
-        divided(math, segments, first, run=run)
+        divided(math, segments, first, last, run=run)
         results.append(cd.chunk_delta_rule(*args, **kw))
     for result in results[1:]:
         assert np.array_equal(result.o.view("u2"), results[0].o.view("u2"))
