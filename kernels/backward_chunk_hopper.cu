@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap dstates_map, const float* beta, const int64_t* cu_seqlens,
                           DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float scale, int pairs, int N, int T, int H,
                           int HV) {
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = {cu_seqlens, pairs, N, T, H, HV};
   DynSmem smem;
   const Shared s = take_shared(smem);

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
                           const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
                           float* dinitial_state, float scale, int T, int H, int HV, int segments) {
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
   const Shared s = take_shared(smem);

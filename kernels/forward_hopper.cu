@@ -125,7 +125,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   Ring<FACTOR_STAGES> factors;
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
-  for (int c = 0; c < work.chunks; c++) {
+  const int chunks = uniform(work.chunks);
+  for (int c = 0; c < chunks; c++) {
     const DTYPE* k = s.k + keys.stage * KEYS;
     const DTYPE* t = s.t + factors.stage * TILE;
     // R = V - e^G K S; without a gate V is where the sums start.
@@ -286,7 +287,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     keys.advance(), values.advance(), factors.advance();
   }
 #if WITH_OUTPUT
-  if (work.chunks > 0) send(work.chunks - 1);
+  if (chunks > 0) send(chunks - 1);
   if (lane == 0) tma_store_wait_read<0>();
 #endif
 }
@@ -303,7 +304,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
                    const float* beta, const float* g, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
                    float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
                    int last_percent, int first, int walked) {
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
   const int n = part / walked, step = part % walked, batch = VARLEN ? 0 : n;
   const bool values = slice < VALUE_SLICES;
@@ -377,7 +378,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #endif
   } else if (warpgroup <= MATH) {
     more_registers<MATH_REGISTERS>();
-    const int column = work.channel + (warpgroup - 1) * 64, value = column + warp * 16;
+    const int half = MATH == 1 ? 0 : warpgroup - 1;
+    const int column = work.channel + half * 64, value = column + warp * 16;
     float S[K_TILES][4];
     clear(S);
 #if TRANSFER
@@ -390,16 +392,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     }
 #endif
 #if JOINS
-    join(S, joins, n * (int64_t)(walked - 1), step, column, hv, HV, warpgroup - 1, thread);
+    join(S, joins, n * (int64_t)(walked - 1), step, column, hv, HV, half, thread);
 #endif
-    walk(s, work, S, {&o_map, o}, scale, warpgroup - 1, HV, thread);
+    walk(s, work, S, {&o_map, o}, scale, half, HV, thread);
 #if TRANSFER
     // The buffers of V are free: P has none.
-    DTYPE* boxes = s.v + (warpgroup - 1) * K_BOXES * TILE;
+    DTYPE* boxes = s.v + half * K_BOXES * TILE;
     if (values)
       keep_transfer(h, S, part, hv, HV, column, thread);
     else
-      send_transfer(&p_map, boxes, S, column, part, hv, TRANSFER_BARRIER + warpgroup - 1, thread);
+      send_transfer(&p_map, boxes, S, column, part, hv, TRANSFER_BARRIER + half, thread);
 #else
     // One per sequence, that of the last segment walked.
     if (step == walked - 1) {
@@ -410,7 +412,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #endif
   } else {
     fewer_registers<SOLVER_REGISTERS>();
-    const int solver = SOLVERS == 1 ? 0 : __shfl_sync(~0u, warpgroup - 1 - MATH, 0);
+    const int solver = SOLVERS == 1 ? 0 : warpgroup - 1 - MATH;
 #if WITH_GIVEN
     if (work.given)
       solve<true>(s, work, solver, beta, g, HV, thread);

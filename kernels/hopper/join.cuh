@@ -61,37 +61,42 @@ PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, const float (&S)[K_T
 // ---- what a walk makes of it --------------------------------------------------------------------------------
 
 constexpr int JOIN_BARRIERS = 5;
+// Where registers suffice, H is on its way while the products are made.
+constexpr bool EARLY_H = MATH == 1 || MATH_REGISTERS >= 216;
 
 struct Joins {
   const TensorMap* p;
   float* h;
-  DTYPE* buffers[2];
+  DTYPE *first, *second;
   uint64_t *full, *free, *joined;  // one each per buffer, and one for whoever waits for the buffers
 
   PRIM void init() const {
     for (int i = 0; i < 2; i++) mbarrier_init(full + i, 1), mbarrier_init(free + i, 4 * MATH);
     mbarrier_init(joined, 4 * MATH);
   }
+  // Not an array: indexed by what is not known, it would lie in local memory.
+  PRIM DTYPE* buffer(int i) const { return i == 0 ? first : second; }
   // P of a transfer, by one thread.
-  PRIM void load(int64_t index, int hv, int buffer) const {
-    mbarrier_arrive_expect(full + buffer, KP * KP * 2);
+  PRIM void load(int64_t index, int hv, int i) const {
+    mbarrier_arrive_expect(full + i, KP * KP * 2);
 #pragma unroll
     for (int box = 0; box < K_BOXES; box++)
 #pragma unroll
       for (int rows = 0; rows < KP; rows += BOX)
-        tma_load(buffers[buffer] + (box * KP + rows) * BOX, p, full + buffer, box * BOX, rows, hv, (int)index);
+        tma_load(buffer(i) + (box * KP + rows) * BOX, p, full + i, box * BOX, rows, hv, (int)index);
   }
 };
 
 PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, DTYPE* first, DTYPE* second) {
   uint64_t* barriers = smem.take<uint64_t>(JOIN_BARRIERS, "joins", sizeof(uint64_t));
-  return {&p, h, {first, second}, barriers, barriers + 2, barriers + 4};
+  return {&p, h, first, second, barriers, barriers + 2, barriers + 4};
 }
 
-// S += x P^T.
-PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P) {
+// S = x P^T, or S += x P^T.
+PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P, bool adds) {
 #pragma unroll
-  for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), true);
+  for (int step = 0; step < K_STEPS; step++)
+    wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), adds || step > 0);
 }
 
 // S, of 64 value channels from `column` on, after `count` transfers from `index` on.
@@ -102,26 +107,38 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
   const bool loads = warpgroup == 0 && thread == 0;
   if (loads)
     for (int i = 0; i < min(count, 2); i++) joins.load(index + i, hv, i);
+#pragma unroll 1
   for (int i = 0; i < count; i++) {
     const int buffer = i % 2, parity = i / 2 % 2;
-    uint32_t high[K_STEPS][4], rest[K_STEPS][4];
-    split_sums(high, rest, S);
     const float4* h = place_in_h(joins.h, index + i, hv, HV, min(column, HEAD_V - 1), thread);
+    auto load_h = [&](float (&d)[K_TILES][4]) {
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) {
-      const float4 x = h[j * 128];
-      S[j][0] = x.x, S[j][1] = x.y, S[j][2] = x.z, S[j][3] = x.w;
-    }
+      for (int j = 0; j < K_TILES; j++) {
+        const float4 x = h[j * 128];
+        d[j][0] = x.x, d[j][1] = x.y, d[j][2] = x.z, d[j][3] = x.w;
+      }
+    };
+    float H[K_TILES][4];
+    uint32_t high[K_STEPS][4], rest[K_STEPS][4];
+    if (EARLY_H) load_h(H);
+    split_sums(high, rest, S);
+    if (!EARLY_H) load_h(S);
     mbarrier_wait(joins.full + buffer, parity);
     pin(high);
     pin(rest);
     pin(S);
     wgmma_fence();
-    multiply_transfer(S, rest, joins.buffers[buffer]);
-    multiply_transfer(S, high, joins.buffers[buffer]);
+    multiply_transfer(S, rest, joins.buffer(buffer), !EARLY_H);
+    multiply_transfer(S, high, joins.buffer(buffer), true);
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
+    if (EARLY_H) {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(joins.free + buffer);
     if (loads && i + 2 < count) {

@@ -137,6 +137,10 @@ PRIM void pin(uint32_t (&a)[STEPS][4]) {
   for (int k = 0; k < STEPS; k++) pin(a[k]);
 }
 
+// x, which is the same in all threads of a warp, though the compiler cannot know: what counts up to it or branches by
+// it may then live in uniform registers, where descriptors of wgmma must be.
+PRIM int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // x, of which the compiler knows nothing: what depends on it is not computed ahead of a loop, for want of registers.
 PRIM int opaque(int x) {
   asm volatile("" : "+r"(x));

@@ -37,10 +37,10 @@ template <int CHUNK_TOKENS>
 PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, const Cut& cut, int segment, int T) {
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
   if (cut.segments > 1) {
-    const int between = cut.segments - 2, whole = 100 * between + cut.first_percent + cut.last_percent;
+    const unsigned between = cut.segments - 2, whole = 100 * between + cut.first_percent + cut.last_percent;
     const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
-    const int length = (int)((100 * (int64_t)chunks + whole - 1) / whole);
-    const int first = max(chunks - between * length - cut.last_percent * length / 100, 0);
+    const int length = (100u * chunks + whole - 1) / whole;  // of 31 bits of tokens 100 times the chunks fit
+    const int first = max(chunks - (int)between * length - (int)((unsigned)cut.last_percent * length / 100), 0);
     const int end = segment == cut.segments - 1 ? chunks : min(first + segment * length, chunks);
     const int skipped = segment == 0 ? 0 : min(first + (segment - 1) * length, chunks);
     const int start = min(skipped * CHUNK_TOKENS, s.tokens), stop = min(end * CHUNK_TOKENS, s.tokens);

@@ -67,6 +67,7 @@ PRIM void pin(uint32_t (&)[4]) {}
 template <int STEPS>
 PRIM void pin(uint32_t (&)[STEPS][4]) {}
 PRIM int opaque(int x) { return x; }
+PRIM int uniform(int x) { return x; }
 
 namespace emulator {
 template <class T, int TILES>
