@@ -39,14 +39,23 @@
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"
 
-// Column t of d, times factor[t].
+// Of factors of columns, those that a thread's sums want.
+template <int TILES>
+PRIM void load_factors(float2 (&f)[TILES], const float* factor, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) f[j] = *(const float2*)&factor[sum_column(lane, j, 0)];
+}
+// Column t of d, times factor t.
+template <int TILES>
+PRIM void scale_columns(float (&d)[TILES][4], const float2 (&f)[TILES]) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) d[j][0] *= f[j].x, d[j][1] *= f[j].y, d[j][2] *= f[j].x, d[j][3] *= f[j].y;
+}
 template <int TILES>
 PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
-#pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
-    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
-  }
+  float2 f[TILES];
+  load_factors(f, factor, lane);
+  scale_columns(d, f);
 }
 
 // Half of `a`, from four column tiles.
@@ -163,6 +172,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     };
     meanwhile(0);
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
+    float2 b1[4], b2[4];
+    load_factors(b1, s.beta + factors.stage * CHUNK, lane);
+    load_factors(b2, s.beta + factors.stage * CHUNK + 32, lane);
     wgmma_wait<EARLY_OUTPUT>();
     pin(R);
 #if HAS_GATE
@@ -178,13 +190,12 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     }
 #endif
     // N = T R, by halves; T's diagonal in float. A sum of its own for R2, whose registers are otherwise R's.
-    const float* b = s.beta + factors.stage * CHUNK;
     float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
-    scale_columns(N1, b, lane);
+    scale_columns(N1, b1);
     multiply_half(N1, R1, t, nullptr, a[0], a[1], [&] { meanwhile(1); });
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
@@ -193,7 +204,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int j = 0; j < 4; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
-    scale_columns(N2, b + 32, lane);
+    scale_columns(N2, b2);
     multiply_half(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3], [&] { meanwhile(3); });
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
