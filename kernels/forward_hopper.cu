@@ -91,15 +91,12 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
 
 // The 16 value channels of a warp for the tokens of a chunk, in a box of its own: rows of 32 bytes, swizzled.
 PRIM DTYPE* staged(DTYPE* box, int token, int half) { return box + token * 16 + (half ^ token / 4 % 2) * 8; }
-PRIM void stage_channels(DTYPE* box, const uint32_t (&a)[4][4], int lane) {
-  if (lane == 0) tma_store_wait_read<0>();
-  __syncwarp();
+// To rows of (token, value head) through the box: by TMA, or one by one where what follows in memory is another
+// sequence's.
+PRIM void send_channels(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int value,
+                        int HV, int lane) {
 #pragma unroll
   for (int j = 0; j < 4; j++) stmatrix_x4_trans(staged(box, j * 16 + lane % 8 + lane / 16 * 8, lane / 8 % 2), a[j]);
-}
-// To rows of (token, value head) from the box: by TMA, or one by one where what follows in memory is another
-// sequence's.
-PRIM void send_channels(const Rows& out, DTYPE* box, const Work& work, int c, int value, int HV, int lane) {
   async_proxy_fence();
   __syncwarp();
   const int tokens = work.tokens(c);
@@ -125,8 +122,12 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #if WITH_OUTPUT
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
   uint32_t out[4][4];                                           // of the chunk before
-  // Warps send for themselves: a barrier among them would cost more here than wider boxes gain.
-  DTYPE* box = s.o + (warpgroup * 4 + warp) * CHUNK * 16;
+  auto send = [&](int c) {
+    // Warps send for themselves: a barrier among them would cost more here than wider boxes gain.
+    if (lane == 0) tma_store_wait_read<0>();
+    __syncwarp();
+    send_channels(o, out, s.o + (warpgroup * 4 + warp) * CHUNK * 16, work, c, value, HV, lane);
+  };
 #endif
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
@@ -134,19 +135,14 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
   const int chunks = uniform(work.chunks);
-  // A look at a barrier takes some 100 clocks, also where nothing is to be waited for: those of the next chunk are
-  // looked at while products are under way.
-  auto wait_for_inputs = [&](const Ring<KEY_STAGES>& at) {
-    mbarrier_wait(s.keys_full + at.stage, at.parity);
-    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
-  };
-  if (chunks > 0) wait_for_inputs(keys);
   for (int c = 0; c < chunks; c++) {
     const DTYPE* k = s.k + keys.stage * KEYS;
     const DTYPE* t = s.t + factors.stage * TILE;
     // R = V - e^G K S; without a gate V is where the sums start.
     float R[8][4];
+    mbarrier_wait(s.keys_full + keys.stage, keys.parity);
     const DTYPE* v = s.v + (values.stage * MATH + warpgroup) * TILE;
+    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
 #if !HAS_GATE
     clear(R);
     if (work.values) {
@@ -175,10 +171,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
 #endif
     };
     meanwhile(0);
-#if WITH_OUTPUT
-    // What was staged a chunk ago has arrived by now: a fence right after it would wait.
-    if (c > 1) send_channels(o, box, work, c - 2, value, HV, lane);
-#endif
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     float2 b1[4], b2[4];
     load_factors(b1, s.beta + factors.stage * CHUNK, lane);
@@ -207,7 +199,6 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     multiply_half(N1, R1, t, nullptr, a[0], a[1], [&] { meanwhile(1); });
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    values.advance();
     multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1], [&] { meanwhile(2); });
 #pragma unroll
     for (int j = 0; j < 4; j++)
@@ -273,11 +264,8 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_commit();
 #if WITH_OUTPUT
     // The output of the chunk before, while the tensor cores are at this one.
-    if (c > 0) stage_channels(box, out, lane);
+    if (c > 0) send(c - 1);
 #endif
-    Ring<KEY_STAGES> next = keys;
-    next.advance();
-    if (c + 1 < chunks) wait_for_inputs(next);
 #if EARLY_OUTPUT
     wgmma_wait<1>();
     pin(S);
@@ -307,13 +295,10 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
 #endif
-    keys = next, factors.advance();
+    keys.advance(), values.advance(), factors.advance();
   }
 #if WITH_OUTPUT
-  for (int c = max(chunks - 2, 0); c < chunks; c++) {
-    if (c == chunks - 1) stage_channels(box, out, lane);
-    send_channels(o, box, work, c, value, HV, lane);
-  }
+  if (chunks > 0) send(chunks - 1);
   if (lane == 0) tma_store_wait_read<0>();
 #endif
 }
