@@ -48,6 +48,9 @@ class Idle:
     def target(self, x, name):
         return x
 
+    def prepare(self, launches):
+        pass
+
     def launch(self, launch, arrays):
         values = list(launch.arguments)
         for i, name in launch.pointers:

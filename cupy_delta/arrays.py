@@ -15,8 +15,6 @@ FLOAT_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# Classes of NumPy that are not accepted: their arithmetic differs from that of arrays.
-REFUSED = (np.ma.MaskedArray, np.matrix)
 
 
 class Look(NamedTuple):
@@ -37,6 +35,8 @@ def dtype_name(dtype: np.dtype) -> str:
 def looks(*arrays) -> tuple[Look | type | None, ...]:
     """Describe arrays: a `Look` each, None for None, and the class of anything else."""
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", ())
+    # Their arithmetic differs from that of arrays. To name the second would import it, 10 ms.
+    refused = (np.matrix, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
     new = tuple.__new__  # a named tuple's own constructor takes longer than all of this
     found = []
     for x in arrays:
@@ -44,7 +44,7 @@ def looks(*arrays) -> tuple[Look | type | None, ...]:
             found.append(None)
         elif isinstance(x, of_cupy):
             found.append(new(Look, ("cupy", x.dtype, x.shape, x.device.id)))
-        elif isinstance(x, np.ndarray) and not isinstance(x, REFUSED):
+        elif isinstance(x, np.ndarray) and not isinstance(x, refused):
             found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
         else:
             found.append(type(x))

@@ -280,8 +280,8 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
         def __exit__(self, *error):
             pass
 
-        def compile(self, launch):
-            self.compiled.append((launch.entry, dict(launch.defines)))
+        def prepare(self, launches):
+            self.compiled.extend((x.entry, dict(x.defines)) for x in launches)
 
     monkeypatch.setattr(command, "current_device", Recorder)
     argv = ["compile", "-K", "64,128", "--dtype", "float16", "--passes", "backward", "step"]

@@ -186,6 +186,16 @@ def test_importing_loads_no_framework_but_numpy():
     assert own(imported("")) == OURS
 
 
+def test_importing_leaves_the_parts_of_numpy_that_take_long():
+    code = (
+        "import sys, ml_dtypes, numpy; before = set(sys.modules); import cupy_delta;"
+        "print(*sorted(m for m in set(sys.modules) - before if m.startswith('numpy')))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == []
+
+
 def test_a_numpy_call_loads_scipy_and_no_other_framework():
     assert own(imported(CALL)) == OURS | BACKEND
 

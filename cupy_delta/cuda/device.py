@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from functools import cache, cached_property, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import cupy
@@ -19,6 +20,9 @@ from .tensor_maps import tensor_map
 # takes arrays with one element as well, should the class ever be gone.
 by_value = getattr(cupy.cuda.function, "CNumpyArray", np.asarray)
 NULL = by_value(np.zeros(1, np.uint64))
+# CuPy compiles an empty file before the first program with some options, to learn what NVRTC is.
+# Done with this one, it is not done again in every thread.
+NOTHING = 'extern "C" __global__ void nothing() {}'
 
 
 class CupyDevice:
@@ -85,9 +89,9 @@ class CupyDevice:
         """Return an array that kernels may write in place of `x`, to be copied back to it."""
         return x if x.data.ptr % 16 == 0 else x.copy()
 
-    def compile(self, launch: Launch) -> None:
-        """Compile a launch's kernel, or find it in CuPy's cache."""
-        _loaded(self.index, launch)
+    def prepare(self, launches: tuple[Launch, ...]) -> None:
+        """Compile all kernels of some launches, or find them in CuPy's cache."""
+        _prepared(self.index, launches)
 
     def launch(self, launch: Launch, arrays: dict) -> None:
         """Launch a kernel; a pointer to no array is null."""
@@ -143,7 +147,7 @@ class Loaded(NamedTuple):
 @lru_cache(1024)
 def _loaded(index: int, launch: Launch) -> Loaded:
     """Look a launch's kernel up by the launch itself, which is quicker than by its macros."""
-    kernel = _kernel(index, launch.file, launch.entry, launch.defines, launch.shared, launch.arch)
+    kernel = _kernel(index, launch.entry, Program.of(launch), launch.shared)
     arguments = [
         by_value(a.reshape(1)) if isinstance(a, np.generic) else NULL for a in launch.arguments
     ]
@@ -157,13 +161,56 @@ def _map(address: int, shape: tuple, box: tuple):
 
 
 @cache
-def _kernel(index: int, file: str, entry: str, defines: tuple, shared: int, arch: str):
-    """Compile one variant for one device, once; runs with that device current."""
-    options = ("--std=c++17", f"-I{kernel_folder()}")
-    if arch:
-        options += (f"-arch={arch}",)
-    module = cupy.RawModule(code=variant_source(file, defines), options=options)
-    kernel = module.get_function(entry)
+def _kernel(index: int, entry: str, program: Program, shared: int):
+    """Return a kernel of a program, allowed the shared memory that it takes."""
+    kernel = program.module().get_function(entry)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel.kernel
+
+
+class Program(NamedTuple):
+    """What is compiled for one or several launches."""
+
+    source: str
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, launch: Launch) -> Program:
+        options = ("--std=c++17", f"-I{kernel_folder()}")
+        if launch.arch:
+            options += (f"-arch={launch.arch}",)
+        return cls(variant_source(launch.file, launch.defines), options)
+
+    def module(self) -> cupy.RawModule:
+        """Return it as CuPy has it, which compiles equal ones once per device."""
+        return cupy.RawModule(code=self.source, options=self.options)
+
+
+_compiled: set[tuple[int, Program]] = set()
+
+
+@lru_cache(1024)
+def _prepared(index: int, launches: tuple[Launch, ...]) -> None:
+    """Compile what was not compiled yet; runs with that device current.
+
+    NVRTC takes a second or two and one core for a program: each has a thread. They are gone when
+    this returns, and of several errors the one that is raised is the first launch's.
+    """
+    programs = dict.fromkeys(Program.of(launch) for launch in launches)
+    new = [program for program in programs if (index, program) not in _compiled]
+    if len(new) == 1:
+        new[0].module().compile()
+    elif new:
+        for options in dict.fromkeys(program.options for program in new):
+            Program(NOTHING, options).module().compile()
+        with ThreadPoolExecutor(len(new)) as pool:
+            for _ in pool.map(partial(_compile, index), new):
+                pass
+    _compiled.update((index, program) for program in new)
+
+
+def _compile(index: int, program: Program) -> None:
+    """Compile in a thread in which no device is current yet."""
+    with cupy.cuda.Device(index):
+        program.module().compile()

@@ -45,10 +45,9 @@ def execute(
         if targets.get(name) is None:
             make = device.zeros if name in plan.zeroed else device.empty
             arrays[name] = make(shape, dtype, name)
-    for launch in plan.launches:
-        # A grid of zero would still run one block.
-        if launch.grid:
-            device.launch(launch, arrays)
+    device.prepare(plan.working)
+    for launch in plan.working:
+        device.launch(launch, arrays)
     for x, y in stand_ins:
         x[...] = y
     return arrays

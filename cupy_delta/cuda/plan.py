@@ -15,6 +15,7 @@ from . import hopper, hopper_gradients, hopper_walks
 from .kernels import (
     C_TYPES,
     DeviceFacts,
+    Launch,
     affine_launch,
     backward_chunk_launch,
     backward_state_launch,
@@ -47,6 +48,11 @@ class Plan:
     workspace: dict = field(default_factory=dict)
     zeroed: tuple = ()
     sums: np.dtype = SUMS
+
+    @cached_property
+    def working(self) -> tuple[Launch, ...]:
+        """The launches that have work: a grid of zero would still run one block."""
+        return tuple(launch for launch in self.launches if launch.grid)
 
     @cached_property
     def made(self) -> tuple[tuple[str, tuple, np.dtype], ...]:

@@ -12,6 +12,8 @@ from ..problem import Problem
 from . import plan as plans
 from .kernels import DeviceFacts, Launch
 
+# Kernels compiled at a time: each takes a core and up to 50 MB.
+AT_ONCE = 8
 PASSES = ("forward", "backward", "recurrent", "step", "blocks")
 
 
@@ -125,7 +127,8 @@ def _blocks(problem: Problem, facts: DeviceFacts) -> list[plans.Plan]:
 
 def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:
     """Compile kernels on a device, into CuPy's cache on disk; yield each when it is ready."""
-    for launch in launches:
+    for start in range(0, len(launches), AT_ONCE):
+        some = tuple(launches[start : start + AT_ONCE])
         with device:
-            device.compile(launch)
-        yield launch
+            device.prepare(some)
+        yield from some

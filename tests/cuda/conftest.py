@@ -29,10 +29,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --on-gpu, leave out what is about the emulator or the compiler alone."""
+    """With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone."""
     if not config.getoption("--on-gpu"):
         return
-    emulator_only = {"test_legs.py", "test_resources.py"}
+    emulator_only = {"test_device.py", "test_legs.py", "test_resources.py"}
     left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [x for x in items if x not in left_out]

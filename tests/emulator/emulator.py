@@ -310,8 +310,9 @@ class EmulatorDevice:
         # An output of the caller starts unwritten; a state that is updated does not.
         return copy_in(x, name) if name == "state" else empty(x.shape, x.dtype, name)
 
-    def compile(self, launch):
-        _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
+    def prepare(self, launches):
+        for launch in launches:
+            self._kernel(launch)
 
     def launch(self, launch, arrays):
         values = list(launch.arguments)
@@ -319,9 +320,12 @@ class EmulatorDevice:
             values[i] = arrays[name]
         for i, box in launch.boxes:
             values[i] = tensor_map(arrays[box.name], box.shape, box.box)
-        kernel = _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
+        kernel = self._kernel(launch)
         kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
         self.launches.append(launch)
+
+    def _kernel(self, launch):
+        return _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
 
 
 @cache

@@ -1,0 +1,194 @@
+"""How a device compiles, with a CuPy that compiles nothing; no GPU needed."""
+
+import sys
+import threading
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+import cupy_delta.cuda
+from cupy_delta.cuda import variants
+from cupy_delta.cuda.kernels import DeviceFacts, Launch
+from cupy_delta.cuda.launch import execute
+from cupy_delta.cuda.plan import Plan
+
+SECONDS = 10
+
+
+class Module:
+    """A RawModule: `compile` meets as many others as `meeting` waits for."""
+
+    made: ClassVar[dict] = {}
+    meeting: ClassVar[threading.Barrier] = threading.Barrier(1)
+    refused: ClassVar[dict] = {}
+    loaded: ClassVar[list] = []
+
+    def __init__(self, code, options):
+        self.key = device_in_use.index, code, options
+
+    def compile(self):
+        _, code, _ = self.key
+        if self.key in Module.made:
+            return
+        if "#include" in code:
+            Module.meeting.wait(SECONDS)
+            if code in Module.refused:
+                raise Module.refused[code]
+        Module.made[self.key] = threading.get_ident()
+
+    def get_function(self, entry):
+        assert self.key in Module.made, "looked up before it was compiled"
+        Module.loaded.append((entry, threading.get_ident()))
+        return SimpleNamespace(kernel=lambda *call: None, max_dynamic_shared_size_bytes=None)
+
+
+class InUse(threading.local):
+    index = 0
+
+
+device_in_use = InUse()
+
+
+@contextmanager
+def device(index):
+    before, device_in_use.index = device_in_use.index, index
+    yield
+    device_in_use.index = before
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Return the module of the device, imported with a CuPy of which it needs no more than this."""
+    for name, value in (("made", {}), ("refused", {}), ("loaded", [])):
+        monkeypatch.setattr(Module, name, value)
+    monkeypatch.setattr(Module, "meeting", threading.Barrier(1))
+    cuda = SimpleNamespace(function=None, Device=device)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
+    # Setting it first has it as it was afterwards.
+    monkeypatch.setattr(cupy_delta.cuda, "device", None, raising=False)
+    monkeypatch.delitem(sys.modules, "cupy_delta.cuda.device", raising=False)
+    yield import_module("cupy_delta.cuda.device")
+    sys.modules.pop("cupy_delta.cuda.device")
+
+
+def launch(entry, grid=1, **defines):
+    return Launch("l2norm.cu", entry, tuple(defines.items()), grid, 32, 0, ())
+
+
+def compiled():
+    """Which threads compiled kernels, by macros."""
+    return {code: ident for (_, code, _), ident in Module.made.items() if "#include" in code}
+
+
+def test_kernels_of_a_plan_are_compiled_side_by_side(on_device, monkeypatch):
+    launches = tuple(launch("l2norm", HEAD_K=k) for k in (8, 16, 24))
+    monkeypatch.setattr(Module, "meeting", threading.Barrier(3))  # breaks unless all three wait
+    before = threading.active_count()
+    with device(1):
+        on_device.CupyDevice(1).prepare(launches)
+    assert threading.active_count() == before
+    assert len(compiled()) == 3 and {index for index, _, _ in Module.made} == {1}
+    assert threading.get_ident() not in compiled().values()
+
+
+def test_an_empty_program_is_compiled_first_once_per_options(on_device):
+    first, second = launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=16)
+    on_device.CupyDevice(0).prepare((first, second))
+    kinds = ["#include" in code for _, code, _ in Module.made]
+    assert kinds == [False, True, True]
+
+
+def test_one_kernel_needs_no_thread_and_equal_ones_count_once(on_device):
+    device = on_device.CupyDevice(0)
+    device.prepare((launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=8)))
+    assert list(Module.made.values()) == [threading.get_ident()]
+    device.prepare((launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=16)))
+    assert list(compiled().values()) == 2 * [threading.get_ident()]
+
+
+def test_what_is_compiled_is_not_asked_for_again(on_device, monkeypatch):
+    launches = launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=16)
+    device = on_device.CupyDevice(0)
+    device.prepare(launches)
+    monkeypatch.setattr(Module, "compile", None)
+    device.prepare(launches)
+    device.prepare(launches[::-1])
+    device.prepare(())
+
+
+def test_each_device_compiles(on_device):
+    launches = launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=16)
+    for index in (0, 1):
+        with device(index):
+            on_device.CupyDevice(index).prepare(launches)
+    assert {index for index, _, _ in Module.made} == {0, 1} and len(Module.made) == 6
+
+
+def test_the_first_error_is_raised_and_the_rest_is_compiled(on_device):
+    launches = tuple(launch("l2norm", HEAD_K=k) for k in (8, 16, 24))
+    for refused, error in zip(launches[1:], ("second", "third"), strict=True):
+        source = on_device.Program.of(refused).source
+        Module.refused[source] = RuntimeError(error)
+    device, before = on_device.CupyDevice(0), threading.active_count()
+    with pytest.raises(RuntimeError, match="second"):
+        device.prepare(launches)
+    assert threading.active_count() == before and len(compiled()) == 1
+    with pytest.raises(RuntimeError, match="second"):
+        device.prepare(launches)
+    Module.refused.clear()
+    device.prepare(launches)
+    assert len(compiled()) == 3
+
+
+def test_kernels_are_looked_up_by_the_thread_that_launches(on_device):
+    launches = launch("one", HEAD_K=8), launch("two", HEAD_K=16)
+    device = on_device.CupyDevice(0)
+    device.prepare(launches)
+    assert Module.loaded == []
+    for x in launches:
+        on_device._loaded(0, x)
+    assert Module.loaded == [(x.entry, threading.get_ident()) for x in launches]
+
+
+class Recorder:
+    """A device that keeps what it is asked to do."""
+
+    facts = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+
+    def __init__(self):
+        self.asked = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def empty(self, shape, dtype, name):
+        return np.empty(shape, dtype)
+
+    def prepare(self, launches):
+        self.asked.append(launches)
+
+    def launch(self, launch, arrays):
+        self.asked.append(launch)
+
+
+def test_a_plan_is_prepared_before_its_first_launch_without_what_has_no_work():
+    idle, *working = launches = [launch("l2norm", grid=grid) for grid in (0, 1, 2)]
+    device = Recorder()
+    execute(Plan(tuple(launches), {}), {}, device)
+    assert device.asked == [tuple(working), *working] and idle not in device.asked
+
+
+def test_kernels_compiled_ahead_are_prepared_several_at_a_time():
+    launches = [launch("l2norm", HEAD_K=k) for k in range(variants.AT_ONCE + 2)]
+    device = Recorder()
+    ready = variants.compile_variants(device, launches)
+    assert next(ready) is launches[0] and len(device.asked) == 1
+    assert [launches[0], *ready] == launches
+    assert [x for some in device.asked for x in some] == launches and len(device.asked) == 2
