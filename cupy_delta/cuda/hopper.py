@@ -18,12 +18,14 @@ TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
 A_STAGES = 2
-# Microseconds on an H100: per chunk of a walk with one or two slices per block and of a transfer;
-# of one more launch, and of a walk for every segment that it joins. With T given a walk is faster.
-WALK = {1: 1.68, 2: 2.45}
-GIVEN_WALK = {1: 1.35, 2: 2.1}
-TRANSFER = {1: 1.25, 2: 1.47}
-LAUNCH, JOIN = 4.0, 2.5
+# Microseconds on an H100, by slices per block: per chunk of a walk on all multiprocessors, of one
+# beside transfers, of one that is given T, of a transfer; of one more launch, of a second stream,
+# and of a walk for every segment that it joins.
+WALK = {1: 1.66, 2: 2.4}
+BESIDE_WALK = {1: 1.54, 2: 2.4}
+GIVEN_WALK = 1.27
+TRANSFER = {1: 1.25, 2: 1.46}
+LAUNCH, BESIDE, JOIN = 4.0, 3.0, 1.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
@@ -101,13 +103,13 @@ def divisions(problem: Problem, widths: tuple) -> Iterator[Division]:
         yield Division(math)
         for segments, transfer in product(SEGMENTS[1:], widths):
             d = Division(math, segments, transfer)
-            if transfer_cluster(problem, transfer) > 1:
-                percent = round(100 * GIVEN_WALK[math] / WALK[math])
-                d = d._replace(kept=True, last_percent=percent)
+            # Walks with two slices do not wait for their solver: to be given T costs them time.
+            if math == 1 and transfer_cluster(problem, transfer) > 1:
+                d = d._replace(kept=True, last_percent=round(100 * GIVEN_WALK / WALK[math]))
             yield d
             if segments > 2:
                 for first in widths:
-                    percent = round(100 * TRANSFER[transfer] / WALK[first])
+                    percent = round(100 * TRANSFER[transfer] / BESIDE_WALK[first])
                     yield d._replace(first_math=first, first_percent=percent)
 
 
@@ -128,13 +130,14 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
         if d.segments == 1:
             return rounds(count) * chunks * WALK[d.math]
         length = -(-100 * chunks // (100 * (d.segments - 2) + d.first_percent + d.last_percent))
-        time = rounds(count) * length * (GIVEN_WALK if d.kept else WALK)[d.math]
+        time = rounds(count) * length * (GIVEN_WALK if d.kept else WALK[d.math])
         count = pairs * (walked - 1) * transfer_slices(p, d.transfer_math)
         before = TRANSFER[d.transfer_math] * length
         if d.first_math:
             first = max(0, chunks - (d.segments - 2) * length - d.last_percent * length // 100)
-            before = max(before, WALK[d.first_math] * first)
+            before = max(before, BESIDE_WALK[d.first_math] * first)
             count += pairs * blocks(p.V, d.first_math)
+            time += BESIDE
         return time + rounds(count) * before + LAUNCH + JOIN * (walked - 1)
 
     return min(divisions(p, widths), key=cost)

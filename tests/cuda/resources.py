@@ -45,6 +45,7 @@ CALLS = (
     dict(dtype="float16", K=128, V=128, B=4, H=64, state_layout="vk", passes=("forward",)),
     dict(dtype="bfloat16", K=64, V=128, B=4, H=64, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, H=4, T=32768, passes=("forward",)),
+    dict(dtype="bfloat16", K=128, V=128, H=24, T=32768, passes=("forward",)),
     dict(dtype="bfloat16", K=64, V=64, H=64, passes=("forward", "backward")),
     dict(dtype="bfloat16", K=128, V=128, gate=True, varlen=True, B=3, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, state_layout="vk", passes=("backward", "step")),

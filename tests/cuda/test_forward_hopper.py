@@ -74,7 +74,7 @@ def test_what_does_not_fit_goes_to_the_portable_kernels(call, facts):
         (1, 32768, 64, 1, 1),
         (4, 8192, 64, 2, 1),
         (1, 32768, 24, 2, 6),
-        (1, 2048, 8, 1, 5),
+        (1, 2048, 8, 1, 7),
         (1, 512, 8, 1, 1),
     ],
 )
@@ -93,10 +93,11 @@ def test_the_first_segment_is_walked_beside_the_transfers_of_others():
 
 
 def test_lengths_of_sequences_make_no_other_kernels():
-    """What is compiled for one length serves all that are cut."""
-    lengths = (4096, 8192, 32768, 131072)
-    kernels = [{x.defines for x in launched(H200, dtype="bfloat16", T=T, H=8)} for T in lengths]
-    assert all(x == kernels[0] for x in kernels)
+    """However sequences are cut: what is compiled for one length serves the others."""
+    lengths = range(2048, 131073, 2048)
+    launches = [x for T in lengths for x in launched(H200, dtype="bfloat16", T=T, H=8)]
+    assert len({part(x) for x in launches}) > 5
+    assert len({x.defines for x in launches}) == 3
 
 
 def test_gates_take_one_slice_per_block():
