@@ -173,6 +173,18 @@ def test_segments(divided, math, first, last, cu_seqlens, B):
     check(divided, args, kw)
 
 
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_t_that_is_given_has_the_bits_of_t_that_is_solved(divided, gate):
+    args, kw = make_inputs(300, K=128, V=72, gate=gate, dtype=BF16, initial=True, beta=(0, 2))
+    results = []
+    for last in (None, 100):
+        divided(1, 4, last=last)
+        results.append(cd.chunk_delta_rule(*args, **kw))
+    solved, given = results
+    assert np.array_equal(solved.o.view("u2"), given.o.view("u2"))
+    assert np.array_equal(solved.final_state, given.final_state)
+
+
 @pytest.mark.parametrize("correlation", [0.5, 0.9])
 @pytest.mark.parametrize("beta", [(0, 1), (1.99, 1.99)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
