@@ -21,7 +21,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 # What kernels of one file differ in, where the name alone does not tell them apart.
-TELLING = ("TRANSFER", "MATH", "SOLVERS", "CLUSTER", "SEGMENTS", "FIRST", "WALKED", "HEAD_V")
+TELLING = ("TRANSFER", "JOINS", "KEPT", "MATH", "CLUSTER", "PLACED", "SEGMENTS", "HEAD_V")
 
 
 def arguments() -> argparse.Namespace:

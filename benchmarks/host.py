@@ -86,7 +86,7 @@ def stages(call, check, planned, targets, wait) -> list[float]:
         arrays = execute(plan, vars(problem), device, targets)
 
         def launches():
-            for launch in plan.launches:
+            for launch in plan.working:
                 device.launch(launch, arrays)
 
         steps = (

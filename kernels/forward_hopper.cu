@@ -12,10 +12,10 @@
 // What wy_factors.cu and forward.cu compute in two kernels is one here: nothing but inputs and results touches global
 // memory.
 //
-// A long sequence of few heads is cut into segments, of which a launch walks some. One with
+// A long sequence of few heads is cut into segments, of which a launch walks `walked` from `first` on. One with
 // TRANSFER leaves what each does to a state: H, from zero, and in slices of its own P, from the identity and without V.
-// A walk that JOINS starts each from the state that hopper/join.cuh makes of those before it, and leaves that of the
-// last. With KEPT a transfer leaves T of its chunks, too, so that the walk need not solve them a second time.
+// With JOINS each of several starts from the state that hopper/join.cuh makes of those before it; the last one's is
+// left. With KEPT a transfer leaves T of its chunks, too, so that the walk need not solve them a second time.
 //
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead. The next MATH warpgroups hold 64 value channels of S^T each
 // in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain from state to state passes nothing
@@ -28,18 +28,18 @@
 // has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
-// TRANSFER, JOINS (of more than one segment), KEPT, MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER),
-// PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV *
-// slices blocks of 128 (1 + MATH + SOLVERS) threads, for `walked` of the segments from `first` on; a slice is 64 MATH
-// value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O on its way out; see
-// cupy_delta/cuda/hopper.py and, for the roles, hopper/.
+// TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
+// them), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else
+// strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV * slices blocks of 128 (1 + MATH +
+// SOLVERS) threads; a slice is 64 MATH value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O
+// on its way out; see cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/join.cuh"
 #include "hopper/load.cuh"
 #include "hopper/sums.cuh"
 #include "tiles/store.cuh"
 
-// Of factors of columns, those that a thread's sums want.
+// The factors of the columns in which this thread has sums.
 template <int TILES>
 PRIM void load_factors(float2 (&f)[TILES], const float* factor, int lane) {
 #pragma unroll

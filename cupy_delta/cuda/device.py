@@ -187,6 +187,7 @@ class Program(NamedTuple):
         return cupy.RawModule(code=self.source, options=self.options)
 
 
+THREADS = 8
 _compiled: set[tuple[int, Program]] = set()
 
 
@@ -204,13 +205,16 @@ def _prepared(index: int, launches: tuple[Launch, ...]) -> None:
     elif new:
         for options in dict.fromkeys(program.options for program in new):
             Program(NOTHING, options).module().compile()
-        with ThreadPoolExecutor(len(new)) as pool:
+        with ThreadPoolExecutor(min(len(new), THREADS)) as pool:
             for _ in pool.map(partial(_compile, index), new):
                 pass
     _compiled.update((index, program) for program in new)
 
 
 def _compile(index: int, program: Program) -> None:
-    """Compile in a thread in which no device is current yet."""
-    with cupy.cuda.Device(index):
-        program.module().compile()
+    """Compile in a thread of its own, with this device current until it ends.
+
+    As a context the device would leave the thread with device 0, where CUDA then makes a context.
+    """
+    cupy.cuda.Device(index).use()
+    program.module().compile()

@@ -19,8 +19,8 @@ INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
 A_STAGES = 2
 # Microseconds on an H100, by slices per block: per chunk of a walk on all multiprocessors, of one
-# beside transfers, of one that is given T, of a transfer; of one more launch, of a second stream,
-# and of a walk for every segment that it joins.
+# beside transfers, of one with one slice that is given T, of a transfer; of one more launch, of a
+# second stream, and of a walk for every segment that it joins.
 WALK = {1: 1.66, 2: 2.4}
 BESIDE_WALK = {1: 1.54, 2: 2.4}
 GIVEN_WALK = 1.27
@@ -52,7 +52,7 @@ class Division(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The segments of every sequence that one launch walks."""
+    """The segments of every sequence that one launch walks, as the kernel's last arguments."""
 
     segments: int = 1
     first_percent: int = 100

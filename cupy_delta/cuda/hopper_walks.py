@@ -20,8 +20,10 @@ from .hopper import (
     TILE,
     Division,
     Part,
+    blocks,
     box,
     transfer_box,
+    transfer_slices,
 )
 from .kernels import (
     DeviceFacts,
@@ -97,9 +99,6 @@ def division(
     rows = 2 * p.K / p.groups + (1 + written_rows) * p.V + 2 * CHUNK
     traffic = pairs * chunks * (CHUNK * rows + p.K * p.V) * p.dtype.itemsize / BANDWIDTH
 
-    def blocks(size: int, math: int) -> int:
-        return -(-size // (BOX * math))
-
     def rounds(count: int) -> int:
         return -(-count // facts.sm_count)
 
@@ -109,7 +108,7 @@ def division(
         time = max(traffic, rounds(count) * length * walk[d.math])
         if d.segments > 1:
             cut = pairs * (d.segments - 1)
-            count = cut * (blocks(p.V, d.transfer_math) + blocks(p.K, d.transfer_math))
+            count = cut * transfer_slices(p, d.transfer_math)
             time += rounds(count) * length * transfer[d.transfer_math]
             time += LAUNCH + JOIN * (d.segments - 1)
         return time
@@ -155,7 +154,7 @@ def walk_launch(
     p = problem
     walked = segments - 1 if transfer else segments
     joins = segments > 1 and not transfer
-    slices = -(-p.V // (BOX * math)) + (-(-p.K // (BOX * math)) if transfer else 0)
+    slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     maps = (
         box(normal(p, "q"), keys),

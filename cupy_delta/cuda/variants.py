@@ -126,7 +126,7 @@ def _blocks(problem: Problem, facts: DeviceFacts) -> list[plans.Plan]:
 
 
 def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:
-    """Compile kernels on a device, into CuPy's cache on disk; yield each when it is ready."""
+    """Compile kernels on a device, into CuPy's cache on disk, several at a time, and yield them."""
     for start in range(0, len(launches), AT_ONCE):
         some = tuple(launches[start : start + AT_ONCE])
         with device:

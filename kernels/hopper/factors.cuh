@@ -84,7 +84,8 @@ PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
 }
 
 #if CLUSTER > 1
-// T of this block's chunks, and columns, to the others of the cluster, by one thread; T to `kept`, too.
+// T of this block's chunks, and columns, to the others of the cluster, by one thread; T to `kept`, too: (chunk slots,
+// HV, 64, 64) in DTYPE, as it lies here.
 PRIM void send(const Shared& s, const TensorMap* kept, const Work& work) {
   constexpr int COLUMN = CHUNK * 4, BYTES = TILE * 2 + (1 + 2 * HAS_GATE) * COLUMN;
   for (int c = work.rank; c < work.chunks; c += CLUSTER) {
@@ -200,9 +201,8 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #if WITH_INVERTERS
     if (!GIVEN) mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
 #endif
-#if HAS_GATE || !WITH_INVERTERS
-    named_barrier(id, 128);  // everyone is done with the A and the G of the chunk before
-#endif
+    // Everyone is done with the A and the G of the chunk before.
+    if (HAS_GATE || !(WITH_INVERTERS || GIVEN)) named_barrier(id, 128);
     float *a = s.a + stages.stage * CHUNK * INVERSE_PITCH, *b = s.beta + factors.stage * CHUNK;
     if (lane < 16) b[warp * 16 + lane] = next_beta;
     const float b_low = __shfl_sync(~0u, next_beta, lane / 4), b_high = __shfl_sync(~0u, next_beta, lane / 4 + 8);
@@ -251,10 +251,10 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
 #endif
-#if !WITH_INVERTERS
-    named_barrier(id, 128);  // A is there
-    if (warp < 2 && !GIVEN) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
-#endif
+    if (!WITH_INVERTERS && !GIVEN) {
+      named_barrier(id, 128);  // A is there
+      if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, b, warp * 32, lane);
+    }
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.factors_full + factors.stage);

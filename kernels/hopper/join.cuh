@@ -62,7 +62,7 @@ PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, const float (&S)[K_T
 
 constexpr int JOIN_BARRIERS = 5;
 // Where registers suffice, H is on its way while the products are made.
-constexpr bool EARLY_H = MATH == 1 || MATH_REGISTERS >= 216;
+constexpr bool EARLY_H = MATH_REGISTERS >= 216;
 
 struct Joins {
   const TensorMap* p;

@@ -104,7 +104,7 @@ struct Work {
   Sequence sequence;
   int chunks, channel, h, hv, batch;  // channel: the block's first one
   bool values;                        // or P
-  bool keeps, given;                  // T: for the walk after this transfer; by the transfer before
+  bool keeps, given;                  // T: stored for the walk that follows; stored by the transfer before
   int start;                          // coordinate of its first token in the tensor maps
   int rank;                           // in its cluster: it solves chunks rank, rank + CLUSTER, ...
 

@@ -26,8 +26,8 @@ PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
 #endif
 }
 
-// A sequence cut into segments: runs of whole chunks, of one length but for the first and the last one, which have so
-// many percent of it; the ones at the end may have less, or nothing.
+// A sequence cut into segments: runs of whole chunks, of one length but for the first and the last one, which have
+// first_percent and last_percent of it; the ones at the end may have less, or nothing.
 struct Cut {
   int segments, first_percent = 100, last_percent = 100;
 };
@@ -37,10 +37,11 @@ template <int CHUNK_TOKENS>
 PRIM Sequence find_segment(const int64_t* cu_seqlens, int n, const Cut& cut, int segment, int T) {
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
   if (cut.segments > 1) {
-    const unsigned between = cut.segments - 2, whole = 100 * between + cut.first_percent + cut.last_percent;
+    const int between = cut.segments - 2, whole = 100 * between + cut.first_percent + cut.last_percent;
     const int chunks = (s.tokens + CHUNK_TOKENS - 1) / CHUNK_TOKENS;
-    const int length = (100u * chunks + whole - 1) / whole;  // of 31 bits of tokens 100 times the chunks fit
-    const int first = max(chunks - (int)between * length - (int)((unsigned)cut.last_percent * length / 100), 0);
+    const int length = (int)((100 * (int64_t)chunks + whole - 1) / whole);
+    const int last = (int)(cut.last_percent * (int64_t)length / 100);
+    const int first = max(chunks - between * length - last, 0);
     const int end = segment == cut.segments - 1 ? chunks : min(first + segment * length, chunks);
     const int skipped = segment == 0 ? 0 : min(first + (segment - 1) * length, chunks);
     const int start = min(skipped * CHUNK_TOKENS, s.tokens), stop = min(end * CHUNK_TOKENS, s.tokens);

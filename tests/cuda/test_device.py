@@ -2,7 +2,6 @@
 
 import sys
 import threading
-from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
 from typing import ClassVar
@@ -24,7 +23,8 @@ class Module:
 
     made: ClassVar[dict] = {}
     meeting: ClassVar[threading.Barrier] = threading.Barrier(1)
-    refused: ClassVar[dict] = {}
+    refused: ClassVar[dict] = {}  # the error, and what it waits for
+    refusals: ClassVar[dict] = {}  # what is set by one
     loaded: ClassVar[list] = []
 
     def __init__(self, code, options):
@@ -37,7 +37,11 @@ class Module:
         if "#include" in code:
             Module.meeting.wait(SECONDS)
             if code in Module.refused:
-                raise Module.refused[code]
+                error, after = Module.refused[code]
+                assert after is None or after.wait(SECONDS)
+                if code in Module.refusals:
+                    Module.refusals[code].set()
+                raise error
         Module.made[self.key] = threading.get_ident()
 
     def get_function(self, entry):
@@ -53,20 +57,35 @@ class InUse(threading.local):
 device_in_use = InUse()
 
 
-@contextmanager
-def device(index):
-    before, device_in_use.index = device_in_use.index, index
-    yield
-    device_in_use.index = before
+class Device:
+    """Of CuPy: a context that restores the device before it, or used until the thread ends."""
+
+    set_in_threads: ClassVar[list] = []
+
+    def __init__(self, index):
+        self.index = index
+
+    def use(self):
+        device_in_use.index = self.index
+        if threading.current_thread() is not threading.main_thread():
+            Device.set_in_threads.append(self.index)
+
+    def __enter__(self):
+        self.before = Device(device_in_use.index)
+        self.use()
+
+    def __exit__(self, *error):
+        self.before.use()
 
 
 @pytest.fixture
 def on_device(monkeypatch):
     """Return the module of the device, imported with a CuPy of which it needs no more than this."""
-    for name, value in (("made", {}), ("refused", {}), ("loaded", [])):
+    for name, value in (("made", {}), ("refused", {}), ("refusals", {}), ("loaded", [])):
         monkeypatch.setattr(Module, name, value)
+    monkeypatch.setattr(Device, "set_in_threads", [])
     monkeypatch.setattr(Module, "meeting", threading.Barrier(1))
-    cuda = SimpleNamespace(function=None, Device=device)
+    cuda = SimpleNamespace(function=None, Device=Device)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
     # Setting it first has it as it was afterwards.
     monkeypatch.setattr(cupy_delta.cuda, "device", None, raising=False)
@@ -88,8 +107,10 @@ def test_kernels_of_a_plan_are_compiled_side_by_side(on_device, monkeypatch):
     launches = tuple(launch("l2norm", HEAD_K=k) for k in (8, 16, 24))
     monkeypatch.setattr(Module, "meeting", threading.Barrier(3))  # breaks unless all three wait
     before = threading.active_count()
-    with device(1):
+    with Device(1):
         on_device.CupyDevice(1).prepare(launches)
+    # Not even for a moment the one that a new thread would have.
+    assert set(Device.set_in_threads) == {1}
     assert threading.active_count() == before
     assert len(compiled()) == 3 and {index for index, _, _ in Module.made} == {1}
     assert threading.get_ident() not in compiled().values()
@@ -123,16 +144,17 @@ def test_what_is_compiled_is_not_asked_for_again(on_device, monkeypatch):
 def test_each_device_compiles(on_device):
     launches = launch("l2norm", HEAD_K=8), launch("l2norm", HEAD_K=16)
     for index in (0, 1):
-        with device(index):
+        with Device(index):
             on_device.CupyDevice(index).prepare(launches)
     assert {index for index, _, _ in Module.made} == {0, 1} and len(Module.made) == 6
 
 
 def test_the_first_error_is_raised_and_the_rest_is_compiled(on_device):
     launches = tuple(launch("l2norm", HEAD_K=k) for k in (8, 16, 24))
-    for refused, error in zip(launches[1:], ("second", "third"), strict=True):
-        source = on_device.Program.of(refused).source
-        Module.refused[source] = RuntimeError(error)
+    _, second, third = (on_device.Program.of(x).source for x in launches)
+    Module.refusals[third] = threading.Event()
+    Module.refused[second] = RuntimeError("second"), Module.refusals[third]
+    Module.refused[third] = RuntimeError("third"), None
     device, before = on_device.CupyDevice(0), threading.active_count()
     with pytest.raises(RuntimeError, match="second"):
         device.prepare(launches)

@@ -22,11 +22,12 @@ def divided(monkeypatch, emulated):
     """Return a function that fixes how a walk is divided, on a Hopper device.
 
     With `first` the first of the segments is walked beside transfers, and has so many percent.
-    With `last` T is kept for all but the last segment, which has so many percent.
+    With `last` T is kept for all but the last segment, which has so many percent. Transfers have
+    slices of their own width with `transfer`.
     """
 
-    def use(math, segments=1, first=None, last=None, run=None):
-        fixed = hopper.Division(math, segments, math)
+    def use(math, segments=1, first=None, last=None, run=None, transfer=None):
+        fixed = hopper.Division(math, segments, transfer or math)
         if first is not None:
             fixed = fixed._replace(first_math=math, first_percent=first)
         if last is not None:
@@ -100,6 +101,17 @@ def test_lengths_of_sequences_make_no_other_kernels():
     assert len({x.defines for x in launches}) == 3
 
 
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("V", [64, 128, 192])
+def test_t_is_kept_by_clusters_for_walks_of_one_slice(K, V):
+    launches = launched(H200, dtype="bfloat16", K=K, V=V, T=32768, H=8)
+    macros = [dict(x.defines) for x in launches]
+    keep = [x for x in macros if x["TRANSFER"] and x["KEPT"]]
+    take = [x for x in macros if x["JOINS"] and x["KEPT"]]
+    assert len(keep) == len(take) == (V != 64 or K != 128)
+    assert all(x["CLUSTER"] == 2 for x in keep) and all(x["MATH"] == 1 for x in take)
+
+
 def test_gates_take_one_slice_per_block():
     walk = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)[-1]
     assert dict(walk.defines)["MATH"] == 1
@@ -170,6 +182,15 @@ def test_segments(divided, math, first, last, cu_seqlens, B):
     divided(math, 4, first, last)
     options = dict(K=128, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
     args, kw = make_inputs(700, B=B, G=2, **options)
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize(("cu_seqlens", "gate"), [(None, None), ([0, 3, 290, 390], "scalar")])
+def test_segments_of_one_slice_after_transfers_of_two(divided, cu_seqlens, gate):
+    """As few heads are divided: T that a cluster of wide blocks keeps, in narrow ones."""
+    divided(1, 4, first=95, last=77, transfer=2)
+    options = dict(K=128, V=128, gate=gate, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
+    args, kw = make_inputs(390, G=2, **options)
     check(divided, args, kw)
 
 

@@ -55,12 +55,14 @@ EXPECTED = {
         "stmatrix write of 2 bytes, 0 bytes past the end of shared 'copy'",
     ),
     "PRODUCT_AT_EXIT": ("async-hazard", "exits without wgmma_wait"),
+    "UNIFORM": ("divergence", "uniform of 6, and of 5 in lane 0"),
     "ONE_WARP": ("divergence", "issued 20 and 21 wgmmas"),
 }
 NO_LINE = {"STORE_AT_EXIT", "PRODUCT_AT_EXIT", "ONE_WARP"}
 # What compiled code shows in another way, or not at all: its registers move before the wait, and
 # its shared memory is one array without names.
 UNSEEN_IN_PTX = {"LATE_WGMMA_WAIT", "TOUCHED_SUMS", "BOX_OVERRUN", "OPERAND_END", "STMATRIX_ROW"}
+UNSEEN_IN_PTX |= {"UNIFORM"}  # there it is a shuffle
 
 
 def launch(bug=None, run=None, leg="source"):

@@ -112,6 +112,7 @@ struct Wgmma {
 };
 void wgmma(float* d, const Wgmma&, Site);
 void wgmma_fence(Site);
+void check_uniform(int mine, int first, Site);
 void wgmma_commit(Site);
 void wgmma_wait(int pending, Site);
 // For code made from PTX: shared memory as one array, and accesses that no compiler instruments.

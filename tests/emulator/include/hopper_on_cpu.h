@@ -67,7 +67,11 @@ PRIM void pin(uint32_t (&)[4]) {}
 template <int STEPS>
 PRIM void pin(uint32_t (&)[STEPS][4]) {}
 PRIM int opaque(int x) { return x; }
-PRIM int uniform(int x) { return x; }
+PRIM int uniform(int x, SITE) {
+  const int first = __shfl_sync(~0u, x, 0, 32, file_, line_);
+  emulator::check_uniform(x, first, HERE);
+  return first;
+}
 
 namespace emulator {
 template <class T, int TILES>

@@ -77,7 +77,12 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS)
   }
 
   float d[8][4] = {};
-  for (int t = 0; t < tiles; t++) {
+#ifdef BUG_UNIFORM
+  const int count = uniform(tiles + threadIdx.x % 32 / 31);  // blame UNIFORM
+#else
+  const int count = uniform(tiles);
+#endif
+  for (int t = 0; t < count; t++) {
     const int stage = t % STAGES, round = t / STAGES;
     bf16* tile = stages + stage * TILE;
 #if defined(BUG_PARITY)

@@ -118,6 +118,12 @@ void stmatrix(void* row, const uint32_t* r, bool transposed, Site site) {
   warp_collective(transposed ? 14 : 13, ~0u, &store, transposed ? stmatrix_body<true> : stmatrix_body<false>, site);
 }
 
+// ---- numbers that a warp shares ------------------------------------------------------------------------------
+
+void check_uniform(int mine, int first, Site site) {
+  if (mine != first) fault("divergence", site, "uniform of %d, and of %d in lane 0", mine, first);
+}
+
 static void movmatrix_body(void** arguments, unsigned) {
   uint16_t tile[8][8];
   for (int lane = 0; lane < 32; lane++) memcpy(&tile[lane >> 2][(lane & 3) * 2], arguments[lane], 4);
