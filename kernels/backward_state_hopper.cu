@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Shared s = take_shared(smem);
 #if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
-  const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
+  const Joins joins = take_joins(smem, transfer_map, h, nullptr, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
   if (threadIdx.x == 0) joins.init();
 #else
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float D[K_TILES][4];
   clear(D);
 #if TRANSFER
-  if (!work.values) set_identity(D, value, lane);
+  if (!work.values) add_identity(D, 1.0f, value, lane);
 #else
   if (dfinal_state != nullptr) {
 #pragma unroll
@@ -189,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (work.values)
     keep_transfer(h, D, work.part, work.hv, HV, column, thread);
   else
-    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, column, work.part, work.hv, 1 + warpgroup,
-                  thread);
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, 1.0f, column, work.part, work.hv,
+                  1 + warpgroup, thread);
 #else
   // One per sequence, from its first segment.
   if (work.last) {

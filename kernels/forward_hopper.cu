@@ -116,8 +116,9 @@ PRIM void send_channels(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, 
   }
 }
 
-PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup,
-               int HV, int thread) {
+// Returns the decay over all chunks, of a transfer.
+PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup,
+                int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
 #if WITH_OUTPUT
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
@@ -135,6 +136,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   uint32_t state[K_STEPS][4], a[4][4];
   round_sums<DTYPE>(state, S);
   const int chunks = uniform(work.chunks);
+  float decay = 1.0f;
   for (int c = 0; c < chunks; c++) {
     const DTYPE* k = s.k + keys.stage * KEYS;
     const DTYPE* t = s.t + factors.stage * TILE;
@@ -233,6 +235,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
       round_half(carried[2 + h], N2, h);
     }
     const float carry = s.decay[factors.stage * CHUNK + CHUNK - 1];
+#if TRANSFER
+    decay *= carry;
+#endif
 #pragma unroll
     for (int j = 0; j < K_TILES; j++)
 #pragma unroll
@@ -301,13 +306,14 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   if (chunks > 0) send(chunks - 1);
   if (lane == 0) tma_store_wait_read<0>();
 #endif
+  return decay;
 }
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
 #if TRANSFER || JOINS
-                   const __grid_constant__ TensorMap p_map, float* h,
+                   const __grid_constant__ TensorMap p_map, float* h, float* decays,
 #endif
 #if KEPT
                    const __grid_constant__ TensorMap t_map,
@@ -336,7 +342,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const Shared s = take_shared(smem);
 #if JOINS
   DTYPE* buffers = s.k + JOIN_STAGE * KEYS;
-  const Joins joins = take_joins(smem, p_map, h, buffers, buffers + KEYS);
+  const Joins joins = take_joins(smem, p_map, h, decays, buffers, buffers + KEYS);
   uint64_t* joined = joins.joined;
 #else
   uint64_t* joined = nullptr;
@@ -394,7 +400,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     float S[K_TILES][4];
     clear(S);
 #if TRANSFER
-    if (!values) set_identity(S, value, lane);
+    if (!values) add_identity(S, 1.0f, value, lane);
 #else
     if (initial_state != nullptr) {
       const float* initial = initial_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
@@ -405,15 +411,19 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #if JOINS
     join(S, joins, n * (int64_t)(walked - 1), step, column, hv, HV, half, thread);
 #endif
-    walk(s, work, S, {&o_map, o}, scale, half, HV, thread);
+    const float decay = walk(s, work, S, {&o_map, o}, scale, half, HV, thread);
 #if TRANSFER
     // The buffers of V are free: P has none.
     DTYPE* boxes = s.v + half * K_BOXES * TILE;
     if (values)
       keep_transfer(h, S, part, hv, HV, column, thread);
     else
-      send_transfer(&p_map, boxes, S, column, part, hv, TRANSFER_BARRIER + half, thread);
+      send_transfer(&p_map, boxes, S, decay, column, part, hv, TRANSFER_BARRIER + half, thread);
+#if HAS_GATE
+    if (!values && column == 0 && thread == 0) decays[(int64_t)part * HV + hv] = decay;
+#endif
 #else
+    (void)decay;
     // One per sequence, that of the last segment walked.
     if (step == walked - 1) {
       float* final = final_state + ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;

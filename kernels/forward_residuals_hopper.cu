@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Shared s = take_shared(smem);
 #if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
-  const Joins joins = take_joins(smem, transfer_map, h, s.k + buffer, s.q + buffer);
+  const Joins joins = take_joins(smem, transfer_map, h, nullptr, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
   if (threadIdx.x == 0) joins.init();
 #else

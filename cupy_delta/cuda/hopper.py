@@ -162,13 +162,15 @@ def walk_shared(
 
 
 def segment_arrays(problem: Problem, transferred: int, kept: bool = False) -> dict:
-    """What transfers leave, as hopper/join.cuh has it: H in float, P in 16 bits; if `kept`, T."""
+    """What transfers leave, as hopper/join.cuh has it: H, P and decays; T if it is `kept`."""
     p = problem
     keys, values = (-(-size // BOX) * BOX for size in (p.K, p.V))
     arrays = {
         "segment_h": ((p.N, transferred, p.HV, values, keys), p.state_dtype),
         "segment_p": ((p.N * transferred, p.HV, p.K, p.K), p.dtype),
     }
+    if p.g is not None:
+        arrays["segment_decays"] = ((p.N * transferred, p.HV), p.state_dtype)
     if kept:
         arrays["segment_t"] = ((slots(p, CHUNK), p.HV, CHUNK, CHUNK), p.dtype)
     return arrays
@@ -254,7 +256,8 @@ def walk_launch(
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     transfers = ()
     if transfer or joins:
-        transfers = transfer_box(p, part.walked - joins), "segment_h"
+        decays = "segment_decays" if gate else None
+        transfers = transfer_box(p, part.walked - joins), "segment_h", decays
     if kept:
         transfers += (kept_box(p),)
     arguments = (

@@ -2,11 +2,13 @@
 //
 //   S_0 as given      S_(i+1) = P_i S_i + H_i
 //
-// The math warpgroups of a walk do it, transposed as they hold S: S_(i+1)^T = H_i^T + S_i^T P_i^T. P is rounded to
-// DTYPE, once per segment where a walk rounds S once per chunk; S is taken to twice the digits; sums are float.
+// The math warpgroups of a walk do it, transposed as they hold S: S_(i+1)^T = c_i S_i^T + S_i^T (P_i - c_i I)^T +
+// H_i^T, with c_i the decay over the segment, 1 without a gate. Where beta is small, P_i is nearly c_i I: so only the
+// difference is rounded to DTYPE, once per segment; S is taken to twice the digits; sums are float.
 //
-// Arrays: p (N cut, HV, K, K); h (N, cut, HV, blocks of 64 value channels, K_TILES, 128, 4) in float, as the threads of
-// a math warpgroup hold H; `cut` segments of every sequence were transferred. Shared memory: two buffers of KP x KP.
+// Arrays: p (N cut, HV, K, K), of P - c I; h (N, cut, HV, blocks of 64 value channels, K_TILES, 128, 4) in float, as
+// the threads of a math warpgroup hold H; decays (N cut, HV), of c, with a gate; `cut` segments of every sequence were
+// transferred. Shared memory: two buffers of KP x KP.
 #pragma once
 #include "hopper/sums.cuh"
 
@@ -38,10 +40,11 @@ PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, i
   for (int j = 0; j < K_TILES; j++) to[j * 128] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
 }
 
-// 64 columns of P from `column` on, by a warpgroup that holds them transposed, through boxes of its own.
-PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, const float (&S)[K_TILES][4], int column, int64_t index,
+// 64 columns of P - c I from `column` on, by a warpgroup that holds P's transposed, through boxes of its own.
+PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][4], float c, int column, int64_t index,
                         int hv, int barrier, int thread) {
   const int warp = thread / 32, lane = thread % 32;
+  add_identity(S, -c, column + warp * 16, lane);
   uint32_t a[K_STEPS][4];
   round_sums<DTYPE>(a, S);
 #pragma unroll
@@ -66,7 +69,7 @@ constexpr bool EARLY_H = MATH_REGISTERS >= 216;
 
 struct Joins {
   const TensorMap* p;
-  float* h;
+  float *h, *decays;
   DTYPE *first, *second;
   uint64_t *full, *free, *joined;  // one each per buffer, and one for whoever waits for the buffers
 
@@ -87,16 +90,15 @@ struct Joins {
   }
 };
 
-PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, DTYPE* first, DTYPE* second) {
+PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, float* decays, DTYPE* first, DTYPE* second) {
   uint64_t* barriers = smem.take<uint64_t>(JOIN_BARRIERS, "joins", sizeof(uint64_t));
-  return {&p, h, first, second, barriers, barriers + 2, barriers + 4};
+  return {&p, h, decays, first, second, barriers, barriers + 2, barriers + 4};
 }
 
-// S = x P^T, or S += x P^T.
-PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P, bool adds) {
+// S += x P^T.
+PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P) {
 #pragma unroll
-  for (int step = 0; step < K_STEPS; step++)
-    wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), adds || step > 0);
+  for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), true);
 }
 
 // S, of 64 value channels from `column` on, after `count` transfers from `index` on.
@@ -111,34 +113,47 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
   for (int i = 0; i < count; i++) {
     const int buffer = i % 2, parity = i / 2 % 2;
     const float4* h = place_in_h(joins.h, index + i, hv, HV, min(column, HEAD_V - 1), thread);
-    auto load_h = [&](float (&d)[K_TILES][4]) {
+    float H[K_TILES][4];
+    auto load_h = [&] {
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) {
         const float4 x = h[j * 128];
-        d[j][0] = x.x, d[j][1] = x.y, d[j][2] = x.z, d[j][3] = x.w;
+        H[j][0] = x.x, H[j][1] = x.y, H[j][2] = x.z, H[j][3] = x.w;
       }
     };
-    float H[K_TILES][4];
+    auto add_h = [&] {
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
+    };
+#if HAS_GATE
+    const float c = joins.decays[(index + i) * HV + hv];
+#endif
+    if (EARLY_H) load_h();
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
-    if (EARLY_H) load_h(H);
     split_sums(high, rest, S);
-    if (!EARLY_H) load_h(S);
+#if HAS_GATE
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int l = 0; l < 4; l++) S[j][l] *= c;
+#endif
+    if (!EARLY_H) {
+      load_h();
+      add_h();
+    }
     mbarrier_wait(joins.full + buffer, parity);
     pin(high);
     pin(rest);
     pin(S);
     wgmma_fence();
-    multiply_transfer(S, rest, joins.buffer(buffer), !EARLY_H);
-    multiply_transfer(S, high, joins.buffer(buffer), true);
+    multiply_transfer(S, rest, joins.buffer(buffer));
+    multiply_transfer(S, high, joins.buffer(buffer));
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
-    if (EARLY_H) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
-    }
+    if (EARLY_H) add_h();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(joins.free + buffer);
     if (loads && i + 2 < count) {

@@ -67,11 +67,12 @@ PRIM void send_rows(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, cons
   }
 }
 
-// d = 1 on the diagonal of the rows from `row` on.
+// d += factor on the diagonal, of rows from `row` on.
 template <int TILES>
-PRIM void set_identity(float (&d)[TILES][4], int row, int lane) {
+PRIM void add_identity(float (&d)[TILES][4], float factor, int row, int lane) {
 #pragma unroll
   for (int j = 0; j < TILES; j++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) d[j][i] = row + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
+    for (int i = 0; i < 4; i++)
+      if (row + sum_row(lane, i) == sum_column(lane, j, i)) d[j][i] += factor;
 }

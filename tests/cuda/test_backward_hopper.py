@@ -124,6 +124,13 @@ def test_segments_of_uneven_sequences(divided, on_reference):
     check(divided, on_reference, args, kw)
 
 
+def test_states_that_hardly_change_over_segments(divided, on_reference):
+    """With small beta what a segment does to a state is nearly the identity."""
+    divided(1, 4)
+    args, kw = make_inputs(520, K=64, V=64, dtype=BF16, beta=(0, 0.05), initial=True)
+    check(divided, on_reference, args, kw)
+
+
 def test_neighbours_do_not_matter(divided):
     """NaN in one sequence leaves the bits of the others as they are."""
     divided(2, 3)
