@@ -183,7 +183,7 @@ class Kernel:
         include = [f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm * 10}"]
         if leg == "ptx":
             # What only sm_90a has, kernels for 9.0 may use.
-            text = ptx.compile_to_cpp(text, "sm_90a" if sm == 90 else f"sm_{sm}")
+            text = ptx.compile_to_cpp(text, "compute_90a" if sm == 90 else f"compute_{sm}")
             library = build([path], [*COMMON, *FROM_PTX, *include], depends, text)
         else:
             text += f"EMULATOR_EXPORT({entry})\n"
@@ -320,6 +320,11 @@ class EmulatorDevice:
             values[i] = arrays[name]
         for i, box in launch.boxes:
             values[i] = tensor_map(arrays[box.name], box.shape, box.box)
+        if launch.shared > self.facts.shared_bytes:
+            raise EmulatorFault(
+                f"bad-launch: {launch.entry} asks for {launch.shared} bytes of shared memory, "
+                f"of {self.facts.shared_bytes}"
+            )
         kernel = self._kernel(launch)
         kernel.launch(launch.grid, launch.block, launch.shared, values, self.run)
         self.launches.append(launch)

@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
 
 
 def compile_source(source: str, arch: str, options: tuple = ()) -> Compiled:
-    """Compile for a real architecture, ``"sm_80"``: to PTX, and by ptxas, whose log comes back."""
+    """Compile to PTX; for a real architecture, ``"sm_80"``, also by ptxas, whose log comes back."""
     nvrtc, program = library(), ctypes.c_void_p()
     arguments = (f"--gpu-architecture={arch}", "--std=c++17", f"-I{KERNELS}", *options)
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)

@@ -42,7 +42,7 @@ class Entry(HopperInstructions):
             self.parameters[m[2]] = len(self.sizes)
             self.sizes.append(int(m[1][1:]) // 8 * int(m[3] or 1))
         self.scopes: list[dict] = [{}]
-        self.registers: dict[str, str] = {}
+        self.registers: dict[str, tuple[str, int]] = {}
         self.locals: dict[str, str] = {}
         self.code: list[str] = []
         self.site = "Site{nullptr, 0}"
@@ -78,19 +78,21 @@ class Entry(HopperInstructions):
         else:
             guard = ""
             if m := re.match(r"@(!?)(%?[\w$]+) (.*)", text):
-                guard, text = f"if ({m[1]}{self.register(m[2])}) ", m[3]
+                guard, text = f"if ({m[1]}{self.value(m[2], 'pred')}) ", m[3]
             opcode, _, rest = text.partition(" ")
             code = self.instruction(opcode, operands(rest))
             if code:
                 self.code.append(f"{guard}{{ {code} }}")
 
     def declare(self, name: str, type_: str) -> None:
-        """Declare one register, or a family of them, ``%r<8>``."""
+        """Declare one register, or a family of them, ``%r<8>``: an array."""
         family = re.match(r"(%?[\w$]+)<(\d+)>", name)
-        for r in [f"{family[1]}{i}" for i in range(int(family[2]))] if family else [name]:
-            known = f"r{len(self.registers)}_{re.sub(r'[^0-9a-zA-Z]', '', r)}"
-            self.scopes[-1][r] = known
-            self.registers[known] = type_
+        prefix, count = (family[1], int(family[2])) if family else (name, 1)
+        known = f"r{len(self.registers)}_{re.sub(r'[^0-9a-zA-Z]', '', prefix)}"
+        self.registers[known] = (type_, count)
+        for i in range(count):
+            r = f"{prefix}{i}" if family else name
+            self.scopes[-1][r] = f"{known}[{i}]", type_
 
     # ---- the C++ function
 
@@ -102,8 +104,8 @@ class Entry(HopperInstructions):
             yield f"  alignas(16) uint8_t p{i}[{size}]; memcpy(p{i}, arguments[{i}], {size});"
         for text in self.locals.values():
             yield f"  {text}"
-        for name, type_ in self.registers.items():
-            yield f"  {type_} {name}{{}};"
+        for name, (type_, count) in self.registers.items():
+            yield f"  {type_} {name}[{count}]{{}};"
         yield from (f"  {line}" for line in self.code)
         yield "  return;\n}"
         yield f'extern "C" int emulator_sizes_{self.name}(int* sizes) {{'
@@ -137,5 +139,8 @@ def translate(ptx: str) -> str:
 
 
 def compile_to_cpp(source: str, arch: str) -> str:
-    """Return C++ for the kernels of a CUDA source, without fused multiply-adds, as in the twins."""
+    """Return C++ for the kernels of a CUDA source, without fused multiply-adds, as in the twins.
+
+    The architecture is a virtual one, ``"compute_80"``, so that no time goes into machine code.
+    """
     return translate(nvrtc.compile_source(source, arch, ("-fmad=false", "-lineinfo")).ptx)

@@ -7,7 +7,8 @@ TYPES = {
     for k, c in (("u", "uint"), ("b", "uint"), ("s", "int"))
     for n in (8, 16, 32, 64)
 }
-TYPES |= {"f32": "float", "f64": "double"}
+FLOATS = {"f32": "float", "f64": "double"}
+TYPES |= FLOATS
 REGISTERS = {"pred": "bool", **{t: f"uint{t[1:]}_t" for t in TYPES}}
 SPECIAL = {
     f"%{ptx}.{d}": f"current->{name}.{d}"
@@ -114,6 +115,7 @@ class Instructions:
         return "L" + re.sub(r"\W", "_", name)
 
     def register(self, name):
+        """The C++ name and type of a register."""
         for scope in reversed(self.scopes):
             if name in scope:
                 return scope[name]
@@ -122,7 +124,7 @@ class Instructions:
     def value(self, x, type_):
         """The operand `x` as a C++ value of a PTX type."""
         if type_ == "pred":
-            return f"({x} != 0)" if x in ("0", "1") or x.startswith("-") else self.register(x)
+            return f"({x} != 0)" if x in ("0", "1") or x.startswith("-") else self.register(x)[0]
         if x in SPECIAL:
             return f"static_cast<{TYPES[type_]}>({SPECIAL[x]})"
         if x == "dynamic_shared":
@@ -132,23 +134,29 @@ class Instructions:
         if x in self.parameters:
             return f"reinterpret_cast<uint64_t>(p{self.parameters[x]})"
         if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", x):
-            return f"get<float>(0x{m[1]}u)"
+            bits = f"0x{m[1]}u"
+            return f"__builtin_bit_cast(float, {bits})" if type_ in FLOATS else bits
         if m := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", x):
-            return f"get<double>(0x{m[1]}ull)"
+            bits = f"uint64_t{{0x{m[1]}ull}}"
+            return f"__builtin_bit_cast(double, {bits})" if type_ in FLOATS else bits
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", x):
             # INT64_MIN has no literal.
             number = int(x.rstrip("U"), 0) & (2**64 - 1)
             return f"static_cast<{TYPES[type_]}>({number}ull)"
-        r = self.register(x)
-        return f"get<{TYPES[type_]}>({r})"
+        r, declared = self.register(x)
+        if type_ in FLOATS:
+            return f"__builtin_bit_cast({TYPES[type_]}, {r})"
+        return r if TYPES[type_] == declared else f"static_cast<{TYPES[type_]}>({r})"
 
     def put(self, destination, expression, type_):
         if destination == "_":
             return f"{expression};"
-        r = self.register(destination)
+        r, declared = self.register(destination)
         if type_ == "pred":
             return f"{r} = {expression};"
-        return f"put({r}, static_cast<{TYPES[type_]}>({expression}));"
+        x = f"static_cast<{TYPES[type_]}>({expression})"
+        # Narrow integers are extended by their sign.
+        return f"{r} = __builtin_bit_cast({declared}, {x});" if type_ in FLOATS else f"{r} = {x};"
 
     def pointer(self, operand, space):
         m = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
@@ -294,7 +302,7 @@ class Instructions:
     def op_selp(self, opcode, parts, a):
         t = parts[-1]
         return self.put(
-            a[0], f"{self.register(a[3])} ? {self.value(a[1], t)} : {self.value(a[2], t)}", t
+            a[0], f"{self.value(a[3], 'pred')} ? {self.value(a[1], t)} : {self.value(a[2], t)}", t
         )
 
     def op_setp(self, opcode, parts, a):

@@ -7,24 +7,6 @@
 
 namespace emulator {
 
-template <class T, class R>
-T get(R bits) {
-  T value{};
-  memcpy(&value, &bits, std::min(sizeof(T), sizeof(R)));
-  return value;
-}
-// Narrow integers are extended by their sign.
-template <class R, class T>
-void put(R& bits, T value) {
-  if constexpr (std::is_integral_v<T>) {
-    bits = (R)value;
-  } else {
-    static_assert(sizeof(T) <= sizeof(R));
-    bits = 0;
-    memcpy(&bits, &value, sizeof value);
-  }
-}
-
 // Shared addresses count from the window's start, as in the descriptors of wgmma.
 inline uint64_t shared_to_generic(uint64_t address) { return (uint64_t)shared_window() + (uint32_t)address; }
 inline uint64_t generic_to_shared(uint64_t address) { return address - (uint64_t)shared_window(); }
