@@ -1,10 +1,11 @@
 """The chunked delta rule on a GPU beside its peers and its floor, in one process.
 
-Contestants: cupy_delta; flash-linear-attention (its delta rule, and its gated one with g = 0);
-FlashQLA with g = 0; FlashInfer's gated delta rule prefill without a gate. Each that can be imported
-takes its turn on the same arrays in every repeat. Timed by CUDA events: replays of CUDA graphs and
-eager calls, on inputs that the L2 cache has forgotten. A row is printed and the JSON file rewritten
-as soon as it is measured; beside the JSON file lie a Markdown page and a figure of the same name.
+Contestants: cupy_delta; flash-linear-attention (its delta rule, and its gated one); FlashQLA;
+FlashInfer's gated delta rule prefill. Where a row has no gate, gated ones are given g = 0, or none.
+Each that can be imported takes its turn on the same arrays in every repeat. Timed by CUDA events:
+replays of CUDA graphs and eager calls, on inputs that the L2 cache has forgotten. A row is printed
+and the JSON file rewritten as soon as it is measured; beside the JSON file lie a Markdown page and
+a figure of the same name.
 
     python benchmarks/compare.py -o benchmarks/results/DATE-GPU-compare.json
     python benchmarks/compare.py --rows equal '1x32768*' --passes backward --peers fla
@@ -59,7 +60,7 @@ def run(gpu, contestants: list, rows: list, args, save) -> dict:
     sizes = {c.name: costs.installed_mb(c) for c in able}
     report["install_mb"] = {name: size for name, (size, _) in sizes.items()}
     report["install_missing"] = {name: missing for name, (_, missing) in sizes.items() if missing}
-    for contestant in able:
+    for contestant in (c for c in able if c.refusal(small, "forward") is None):
         report["host_us"][contestant.name] = costs.host_microseconds(gpu, contestant, small)
     report |= {"rows": [], "not_measured": []}
     save(report)

@@ -51,10 +51,12 @@ def test_floor_is_the_slower_of_products_and_bytes():
     assert rows.floor_ms(equal, "forward") == pytest.approx(nbytes / 4.3e9)
 
 
-def test_inputs_are_copied_until_the_cache_is_exceeded_three_times():
-    row = rows.Row("", (2048,), 2, 8)
+@pytest.mark.parametrize("gated", [False, True])
+def test_inputs_are_copied_until_the_cache_is_exceeded_three_times(gated):
+    row = rows.Row("", (2048,), 2, 8, gated=gated)
     inputs = rows.draw(row, np)
-    size = sum(x.nbytes for x in (inputs.q, inputs.k, inputs.v, inputs.beta))
+    given = (inputs.q, inputs.k, inputs.v, inputs.beta, *([inputs.g] if gated else []))
+    size = sum(x.nbytes for x in given)
     assert row.input_bytes == size
     copies = rows.copies_past_cache(row, 60 << 20)
     assert (copies - 1) * size < 3 * (60 << 20) <= copies * size
@@ -102,7 +104,7 @@ class OnNumpy(contestants.Ours):
 
     def __init__(self, inputs):
         x = inputs
-        self.arrays, self.do = (x.q, x.k, x.v, x.beta), x.do
+        self.arrays, self.do = (x.q, x.k, x.v, x.beta, x.g), x.do
         self.library, self.options = cupy_delta, {"cu_seqlens": x.cu_seqlens}
 
     @staticmethod
@@ -116,6 +118,14 @@ class OnNumpy(contestants.Ours):
     @staticmethod
     def synchronise():
         return None
+
+
+class WithoutGate(OnNumpy):
+    name = "fla_gated"
+
+    def __init__(self, inputs):
+        super().__init__(inputs)
+        self.arrays = self.arrays[:4]
 
 
 class ForwardOnly(OnNumpy):
@@ -196,6 +206,45 @@ def test_first_calls_find_empty_caches_then_warm_ones(tmp_path):
     assert found["fla"] == {"failed": "AssertionError: no fla here"}
     assert found["cupy_delta"]["cold"] > 0.5
     assert 0 < found["cupy_delta"]["warm"] < found["cupy_delta"]["cold"]
+
+
+def test_a_contestant_that_leaves_out_the_gate_is_seen():
+    args = compare.arguments(["--repeats", "1", "--passes", "forward"])
+    gated = [rows.Row("gated", (70,), 1, 2, 16, gated=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "driver", lambda: "none")
+        report = compare.run(NoGpu, [OnNumpy, WithoutGate], gated, args, lambda r: None)
+    (row,) = report["rows"]
+    assert row["row"] == "1x70 h1/2 d16 gated"
+    assert row["error"]["cupy_delta"] < 2e-2 < 0.1 < row["error"]["fla_gated"]
+    assert row["apart"]["fla_gated"] > 0.1
+
+
+def test_one_that_refuses_every_row_is_tried_all_the_same():
+    """Whether it can be imported is known before anything is timed, and no host time is taken."""
+
+    class Refuses(ForwardOnly):
+        refusal = staticmethod(lambda row, passes: "no gate")
+
+    class AbsentToo(Absent):
+        refusal = Refuses.refusal
+
+    args = compare.arguments(["--repeats", "1", "--passes", "forward"])
+    gated = [rows.Row("gated", (70,), 1, 2, 16, gated=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "driver", lambda: "none")
+        report = compare.run(NoGpu, [OnNumpy, Refuses, AbsentToo], gated, args, lambda r: None)
+    assert report["left_out"] == {"fla": "ImportError: No module named 'fla'"}
+    assert set(report["host_us"]) == {"cupy_delta"}
+    assert report["rows"][0]["failed"] == {"flashinfer": "no gate"}
+
+
+def test_who_takes_no_gate_says_so():
+    row = rows.Row("gated", (70,), 1, 2, 128, gated=True)
+    assert contestants.Fla.refusal(row, "forward") == "no gate"
+    assert contestants.Ours.refusal(row, "backward") == "no gradients through a gate"
+    for contestant in (contestants.Ours, contestants.FlashQla, contestants.FlashInfer):
+        assert contestant.refusal(row, "forward") is None
 
 
 def test_nothing_is_started_after_the_budget():

@@ -32,7 +32,8 @@ class Ours:
 
         self.library, self.workspace = cupy_delta, Workspace()
         x = inputs
-        self.arrays = [cupy.asarray(a) for a in (x.q, x.k, x.v, x.beta)]
+        given = (x.q, x.k, x.v, x.beta, x.g)
+        self.arrays = [None if a is None else cupy.asarray(a) for a in given]
         self.do = cupy.asarray(x.do)
         cu_seqlens = None if x.cu_seqlens is None else cupy.asarray(x.cu_seqlens)
         self.options = {"cu_seqlens": cu_seqlens, "out": cupy.empty_like(self.arrays[2])}
@@ -40,6 +41,8 @@ class Ours:
 
     @staticmethod
     def refusal(row: Row, passes: str) -> str | None:
+        if row.gated and passes == "backward":
+            return "no gradients through a gate"
         return None if row.D <= 256 else "head sizes up to 256"
 
     def forward(self):
@@ -99,6 +102,7 @@ class TorchContestant:
     backward_too = True
     widths: tuple[int, ...] | None = None
     repeats_keys = False
+    takes_gates = True
 
     def __init__(self, inputs: Inputs):
         import torch
@@ -110,6 +114,7 @@ class TorchContestant:
             q, k = (a.repeat_interleave(self.row.HV // self.row.H, dim=2) for a in (q, k))
         self.plain, self.do = [q, k, v, beta], do
         self.cu_seqlens = None if x.cu_seqlens is None else self.tensor(x.cu_seqlens)
+        self.g = None if x.g is None else self.tensor(x.g)
         self.leaves, self.o = [], None
 
     def tensor(self, array):
@@ -124,6 +129,8 @@ class TorchContestant:
     def refusal(cls, row: Row, passes: str) -> str | None:
         if passes == "backward" and not cls.backward_too:
             return "no backward"
+        if row.gated and not cls.takes_gates:
+            return "no gate"
         if cls.widths and row.D not in cls.widths:
             return "head sizes " + ", ".join(map(str, cls.widths)) + " only"
         return None
@@ -182,6 +189,7 @@ class Fla(TorchContestant):
     name = "fla"
     distribution = "fla-core"
     repeats_keys = True
+    takes_gates = False
     notes = (
         "flash-linear-attention, `chunk_delta_rule`; q and k repeated for the value heads of a "
         "group beforehand, so its backward leaves out the sum over the group"
@@ -203,13 +211,14 @@ class FlaGated(TorchContestant):
     name = "fla_gated"
     distribution = "fla-core"
     notes = (
-        "flash-linear-attention, `chunk_gated_delta_rule` with g = 0 and its own kernels "
+        "flash-linear-attention, `chunk_gated_delta_rule`, g = 0 where no gate, its own kernels "
         "(FLA_FLASH_QLA=0)"
     )
 
     def __init__(self, inputs: Inputs):
         super().__init__(inputs)
-        self.g = self.torch.zeros_like(self.plain[3])
+        if self.g is None:
+            self.g = self.torch.zeros_like(self.plain[3])
 
     @staticmethod
     def load():
@@ -228,7 +237,7 @@ class FlashQla(FlaGated):
     name = "flash_qla"
     distribution = "flash_qla"
     widths = (128,)
-    notes = "FlashQLA, `chunk_gated_delta_rule` with g = 0; head size 128 only"
+    notes = "FlashQLA, `chunk_gated_delta_rule`, g = 0 where no gate; head size 128 only"
 
     @staticmethod
     def load():
@@ -243,9 +252,9 @@ class FlashInfer(TorchContestant):
     backward_too = False
     widths = (128,)
     notes = (
-        "FlashInfer, gated delta rule prefill with g=None into given outputs; its context-parallel "
-        "path, which it takes on its own for few heads, fills a gate of ones in every call; head "
-        "size 128 and forward only"
+        "FlashInfer, gated delta rule prefill into given outputs, g=None where no gate (its "
+        "context-parallel path, which it takes on its own for few heads, then fills a gate of ones "
+        "in every call); head size 128 and forward only"
     )
 
     def __init__(self, inputs: Inputs):
@@ -253,6 +262,8 @@ class FlashInfer(TorchContestant):
         torch, row = self.torch, self.row
         self.plain = [x.reshape(row.tokens, *x.shape[2:]) for x in self.plain]
         ends = torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int64, device="cuda")
+        # Its gate is the decay itself, not its logarithm.
+        self.decays = None if self.g is None else self.g.exp().reshape(row.tokens, row.HV)
         self.given = {
             "cu_seqlens": ends,
             "max_seqlen": max(row.lengths),
@@ -270,7 +281,7 @@ class FlashInfer(TorchContestant):
 
     def call(self, tensors, final_state: bool):
         q, k, v, beta = tensors
-        o, _ = self.rule(q, k, v, None, beta, output_final_state=True, **self.given)
+        o, _ = self.rule(q, k, v, self.decays, beta, output_final_state=True, **self.given)
         return o.reshape(*self.row.batch, self.row.HV, self.row.D)
 
 

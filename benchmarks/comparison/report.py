@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from .contestants import CONTESTANTS
-from .rows import BYTES_PER_SECOND, FLOOR_CHUNK, FLOP_PER_SECOND, PASSES
+from .rows import BYTES_PER_SECOND, FLOOR_CHUNK, FLOP_PER_SECOND, MEAN_DECAY, PASSES
 
 COLOURS = {
     "cupy_delta": "#d1495b",
@@ -73,10 +73,11 @@ def markdown(report: dict) -> str:
         f"# The chunked delta rule on {report['gpu']}",
         "",
         f"Driver {report['driver']}; {versions}. bfloat16, beta in float32, K = V = 128 unless a "
-        "row says d64 or d256; h16/64: 16 heads of q and k, 64 of v. Milliseconds, medians over "
-        f"{report['repeats']} repeats in which the contestants took turns, of CUDA graph replays "
-        "(e: eager calls, where no graph could be captured), on inputs that together are three "
-        "times as large as the L2 cache.",
+        "row says d64 or d256; h16/64: 16 heads of q and k, 64 of v; gated: with a log decay per "
+        "token and value head, exponentially distributed with mean "
+        f"{-MEAN_DECAY}. Milliseconds, medians over {report['repeats']} repeats in which the "
+        "contestants took turns, of CUDA graph replays (e: eager calls, where no graph could be "
+        "captured), on inputs that together are three times as large as the L2 cache.",
         "",
     ]
     for passes in PASSES:

@@ -7,7 +7,7 @@ never are); every triangle skipped; products that the value heads of a group sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,7 @@ BYTES_PER_SECOND = 4.3e12
 """Assumption: a device-to-device copy on an H200, read and written bytes together."""
 FLOOR_CHUNK = 64
 BYTES = 2  # of one bfloat16
+MEAN_DECAY = 0.1  # of the logarithms of gates
 
 PASSES = ("forward", "backward")
 
@@ -28,7 +29,8 @@ PASSES = ("forward", "backward")
 class Row:
     """One shape: H heads of q and k, HV of v, beta and o, K = V = D; which group it belongs to.
 
-    `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens.
+    `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens. A
+    `gated` row has one log decay per token and value head.
     """
 
     group: str
@@ -37,6 +39,7 @@ class Row:
     HV: int
     D: int = 128
     ragged: bool = False
+    gated: bool = False
 
     @property
     def name(self) -> str:
@@ -46,7 +49,7 @@ class Row:
             few = len(self.lengths) <= 2
             tokens = parts if few else f"{len(self.lengths)} ragged, {self.tokens}"
         width = "" if self.D == 128 else f" d{self.D}"
-        return f"{tokens} h{self.H}/{self.HV}{width}"
+        return f"{tokens} h{self.H}/{self.HV}{width}{' gated' * self.gated}"
 
     @property
     def tokens(self) -> int:
@@ -59,13 +62,14 @@ class Row:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of q, k, v and beta."""
-        return self.tokens * (2 * self.H * self.D * BYTES + self.HV * (self.D * BYTES + 4))
+        """Bytes of q, k, v, beta and g."""
+        columns = 4 * (1 + self.gated)
+        return self.tokens * (2 * self.H * self.D * BYTES + self.HV * (self.D * BYTES + columns))
 
     def shortened(self) -> Row:
         """The same heads and width with at most 512 tokens, for the float64 check."""
         lengths = (100, 37, 256, 119) if self.ragged else (500,)
-        return Row(self.group, lengths, self.H, self.HV, self.D, self.ragged)
+        return replace(self, lengths=lengths)
 
 
 def tiny(row: Row) -> Row:
@@ -74,13 +78,16 @@ def tiny(row: Row) -> Row:
     What every contestant is tried on, and what the host's time per call is taken with: heads of its
     own would have everything compiled and tuned once more.
     """
-    return Row("tiny", (128,), row.H, row.HV, row.D)
+    return Row("tiny", (128,), row.H, row.HV, row.D, gated=row.gated)
 
 
 def _rows() -> tuple[Row, ...]:
     def several(group, *shapes, D=128):
         return [Row(group, (T,) * B, H, HV, D) for B, T, H, HV in shapes]
 
+    gated = several("gated", (4, 8192, 16, 64), (1, 32768, 16, 64), (8, 4096, 16, 32))
+    gated += several("gated", (8, 1024, 16, 64), (1, 8192, 16, 64), (1, 32768, 8, 32))
+    gated += several("gated", (1, 32768, 2, 8), (1, 8192, 2, 8))
     tail = (12345, 77, 8191, 1, 513, 4096, 6001, 1544)
     return (
         *several("gva", *((1, 32768, *heads) for heads in ((2, 8), (4, 16), (8, 32), (16, 64)))),
@@ -98,6 +105,7 @@ def _rows() -> tuple[Row, ...]:
         *several("length", *((1, T, 16, 16) for T in (512, 2048, 8192, 131072))),
         *several("gva", (1, 32768, 8, 24), (1, 32768, 16, 48), (2, 16384, 16, 64)),
         *several("gva", (4, 8192, 8, 32), (8, 4096, 4, 16)),
+        *(replace(row, gated=True) for row in gated),
     )
 
 
@@ -126,11 +134,12 @@ def flops(row: Row, passes: str, chunk: int = FLOOR_CHUNK) -> float:
 def traffic(row: Row, passes: str, states: int = 1) -> float:
     """Bytes: every input read once, every output written once; `states` float32 ones per head."""
     D, G = row.D, row.HV / row.H
-    if passes == "forward":  # q, k | v, o | beta
-        each = 2 * D * BYTES / G + 2 * D * BYTES + 4
+    columns = 1 + row.gated
+    if passes == "forward":  # q, k | v, o | beta, g
+        each = 2 * D * BYTES / G + 2 * D * BYTES + 4 * columns
         ends = states * len(row.lengths) * row.HV * D * D * 4
-    else:  # q, k, dq, dk | v, do, dv | beta, dbeta
-        each, ends = 4 * D * BYTES / G + 3 * D * BYTES + 8, 0
+    else:  # q, k, dq, dk | v, do, dv | beta, dbeta, g, dg
+        each, ends = 4 * D * BYTES / G + 3 * D * BYTES + 8 * columns, 0
     return each * row.tokens * row.HV + ends
 
 
@@ -147,7 +156,7 @@ def copies_past_cache(row: Row, cache_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arrays of a row, NumPy's or CuPy's: bfloat16, beta float32, keys of unit length."""
+    """The arrays of a row, NumPy's or CuPy's: bfloat16, beta and g float32, keys of unit length."""
 
     row: Row
     q: Any
@@ -156,11 +165,13 @@ class Inputs:
     beta: Any
     do: Any
     cu_seqlens: Any
+    g: Any = None
 
     def wide(self) -> Inputs:
         """The same values in float64; NumPy arrays only."""
         wide = (x.astype(np.float64) for x in (self.q, self.k, self.v, self.beta, self.do))
-        return Inputs(self.row, *wide, self.cu_seqlens)
+        g = None if self.g is None else self.g.astype(np.float64)
+        return Inputs(self.row, *wide, self.cu_seqlens, g)
 
 
 def draw(row: Row, xp, seed: int = 0, dtype: str = "bfloat16") -> Inputs:
@@ -182,4 +193,5 @@ def draw(row: Row, xp, seed: int = 0, dtype: str = "bfloat16") -> Inputs:
     v, do = normal(row.HV, False), normal(row.HV, False)
     beta = rng.random((B, T, row.HV), xp.float32)
     ends = xp.asarray([0, *accumulate(row.lengths)], xp.int64) if row.ragged else None
-    return Inputs(row, q, k, v, beta, do, ends)
+    g = -MEAN_DECAY * rng.standard_exponential((B, T, row.HV), xp.float32) if row.gated else None
+    return Inputs(row, q, k, v, beta, do, ends, g)

@@ -213,7 +213,7 @@ class Errors:
     def of(self, contestant, row: Row, passes: str) -> float:
         """The error of o, or the largest of those of the gradients of q, k, v and beta."""
         short = row.shortened()
-        shape = (short.lengths, short.H, short.HV, short.D, passes)
+        shape = (short.lengths, short.H, short.HV, short.D, short.gated, passes)
         key = (contestant.name, *shape)
         if key not in self.known:
             inputs = draw(short, np, seed=1)
@@ -236,7 +236,7 @@ def float64_results(inputs: Inputs, passes: str) -> list[np.ndarray]:
     """What the reference computes: o, or the gradients of q, k, v and beta."""
     import cupy_delta
 
-    arrays = (inputs.q, inputs.k, inputs.v, inputs.beta)
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.beta, inputs.g)
     forward = cupy_delta.chunk_delta_rule_fwd(*arrays, cu_seqlens=inputs.cu_seqlens)
     if passes == "forward":
         return [forward.o]
@@ -250,6 +250,7 @@ def try_out(gpu, contestants, row: Row, passes) -> tuple[list, dict[str, str]]:
         for contestant in contestants:
             say(f"trying {contestant.name}")
             try:
+                contestant(draw(row, gpu.cupy))  # also of one that refuses this row, if no other
                 for each in passes:
                     if contestant.refusal(row, each) is None:
                         prepare(contestant, [draw(row, gpu.cupy)], each)
