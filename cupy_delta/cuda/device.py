@@ -13,7 +13,7 @@ import numpy as np
 from . import workspace
 from .environment import LOWEST_CAPABILITY
 from .kernels import DeviceFacts, Launch
-from .sources import kernel_folder, variant_source
+from .sources import AT_ONCE, kernel_folder, variant_source
 from .tensor_maps import tensor_map
 
 # Of most arguments CuPy makes the address of a value at every launch; one of this class is one. It
@@ -187,7 +187,6 @@ class Program(NamedTuple):
         return cupy.RawModule(code=self.source, options=self.options)
 
 
-THREADS = 8
 _compiled: set[tuple[int, Program]] = set()
 
 
@@ -205,7 +204,7 @@ def _prepared(index: int, launches: tuple[Launch, ...]) -> None:
     elif new:
         for options in dict.fromkeys(program.options for program in new):
             Program(NOTHING, options).module().compile()
-        with ThreadPoolExecutor(min(len(new), THREADS)) as pool:
+        with ThreadPoolExecutor(min(len(new), AT_ONCE)) as pool:
             for _ in pool.map(partial(_compile, index), new):
                 pass
     _compiled.update((index, program) for program in new)

@@ -6,6 +6,9 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+# Kernels compiled at a time: each takes a core and up to 50 MB.
+AT_ONCE = 8
+
 
 @cache
 def kernel_folder() -> Path:

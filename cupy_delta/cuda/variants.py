@@ -11,9 +11,8 @@ from ..arrays import FLOAT_DTYPES
 from ..problem import Problem
 from . import plan as plans
 from .kernels import DeviceFacts, Launch
+from .sources import AT_ONCE
 
-# Kernels compiled at a time: each takes a core and up to 50 MB.
-AT_ONCE = 8
 PASSES = ("forward", "backward", "recurrent", "step", "blocks")
 
 
