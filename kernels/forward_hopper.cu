@@ -25,14 +25,16 @@
 // factors.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, R, N, P and what T
-// has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double.
+// has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh; G in double, kept as two
+// floats.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
 // them), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else
 // strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV * slices blocks of 128 (1 + MATH +
 // SOLVERS) threads; a slice is 64 MATH value channels. Shared memory: rings of K and Q, of V, of T and P, and of A; O
-// on its way out; see cupy_delta/cuda/hopper.py and, for the roles, hopper/.
+// on its way out, where before, with a gate and two slices, N waits for Q S; sums of gates and decays; see
+// cupy_delta/cuda/hopper.py and, for the roles, hopper/.
 #include "hopper/factors.cuh"
 #include "hopper/join.cuh"
 #include "hopper/load.cuh"
@@ -64,8 +66,8 @@ PRIM void round_half(uint32_t (&a)[4], const float (&d)[4][4], int half) {
   for (int i = 0; i < 4; i++) a[i] = pack2<DTYPE>(d[2 * half + i / 2][i % 2 * 2], d[2 * half + i / 2][i % 2 * 2 + 1]);
 }
 // d += x L^T, or with a second part of L d -= x (L + rest)^T, for 32 tokens, L and rest in swizzled tiles; x is left
-// rounded in a0 and a1. `meanwhile` may send more products after it.
-template <class F>
+// rounded in a0 and a1. `meanwhile` may send more products after it, of which PENDING groups are not waited for.
+template <int PENDING, class F>
 PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L, const DTYPE* rest, uint32_t (&a0)[4],
                         uint32_t (&a1)[4], F meanwhile) {
   round_half(a0, x, 0);
@@ -85,7 +87,7 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], const DTYPE* L
   }
   wgmma_commit();
   meanwhile();
-  wgmma_wait<EARLY_OUTPUT>();
+  wgmma_wait<PENDING>();
   pin(d);
 }
 
@@ -116,18 +118,40 @@ PRIM void send_channels(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, 
   }
 }
 
+// Registers of a warp that wait in its box.
+PRIM void park(uint4* box, const uint32_t (&a)[4][4], int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) box[i * 32 + lane] = make_uint4(a[i][0], a[i][1], a[i][2], a[i][3]);
+}
+PRIM void take_back(uint32_t (&a)[4][4], const uint4* box, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint4 x = box[i * 32 + lane];
+    a[i][0] = x.x, a[i][1] = x.y, a[i][2] = x.z, a[i][3] = x.w;
+  }
+}
+
+// Where a part of Q S begins, of four; with a gate of three, so that O is decayed while N2 is under way.
+PRIM constexpr int output_step(int part) {
+  return !HAS_GATE ? part * K_STEPS / 4 : part < 3 ? part * ((K_STEPS + 2) / 3) : K_STEPS;
+}
+
 // Returns the decay over all chunks, of a transfer.
 PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const Rows& o, float scale, int warpgroup,
                 int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
 #if WITH_OUTPUT
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
-  uint32_t out[4][4];                                           // of the chunk before
-  auto send = [&](int c) {
-    // Warps send for themselves: a barrier among them would cost more here than wider boxes gain.
+  uint32_t out[4][4];                                           // of the chunk before, or of this one
+  auto box = [&] { return s.o + (warpgroup * 4 + warp) * CHUNK * 16; };
+  auto box_is_free = [&] {
     if (lane == 0) tma_store_wait_read<0>();
     __syncwarp();
-    send_channels(o, out, s.o + (warpgroup * 4 + warp) * CHUNK * 16, work, c, value, HV, lane);
+  };
+  auto send = [&](int c) {
+    // Warps send for themselves: a barrier among them would cost more here than wider boxes gain.
+    box_is_free();
+    send_channels(o, out, box(), work, c, value, HV, lane);
   };
 #endif
   Ring<KEY_STAGES> keys;
@@ -163,11 +187,11 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
     const DTYPE *q = s.q + keys.stage * KEYS, *p = s.p + factors.stage * TILE;
     float O[8][4];
 #endif
-    // A quarter of Q S.
-    auto meanwhile = [&](int quarter) {
+    // A part of Q S.
+    auto meanwhile = [&](int part) {
 #if EARLY_OUTPUT
 #pragma unroll
-      for (int step = quarter * K_STEPS / 4; step < (quarter + 1) * K_STEPS / 4; step++)
+      for (int step = output_step(part); step < output_step(part + 1); step++)
         wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
       wgmma_commit();
 #endif
@@ -177,6 +201,17 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
     float2 b1[4], b2[4];
     load_factors(b1, s.beta + factors.stage * CHUNK, lane);
     load_factors(b2, s.beta + factors.stage * CHUNK + 32, lane);
+#if HAS_GATE
+    const float carry = s.decay[factors.stage * CHUNK + CHUNK - 1];
+#if TRANSFER
+    decay *= carry;
+#endif
+    // Products in flight have S in 16 bits.
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) S[j][i] *= carry;
+#endif
     wgmma_wait<EARLY_OUTPUT>();
     pin(R);
 #if HAS_GATE
@@ -198,58 +233,52 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
 #pragma unroll
       for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
     scale_columns(N1, b1);
-    multiply_half(N1, R1, t, nullptr, a[0], a[1], [&] { meanwhile(1); });
+    multiply_half<EARLY_OUTPUT>(N1, R1, t, nullptr, a[0], a[1], [&] { meanwhile(1); });
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    multiply_half(R2, N1, t + 32 * BOX, t + 32, a[0], a[1], [&] { meanwhile(2); });
+    multiply_half<EARLY_OUTPUT>(R2, N1, t + 32 * BOX, t + 32, a[0], a[1], [&] { meanwhile(2); });
+#if HAS_GATE
+    // S' = e^(G_C) S + (e^(G_C - G) N)^T K, with the decays at the tokens of N.
+    uint32_t carried[4][4];
+    auto carry_half = [&](int half, float (&N)[4][4]) {
+      scale_columns(N, s.rest + factors.stage * CHUNK + half * 32, lane);
+#pragma unroll
+      for (int h = 0; h < 2; h++) round_half(carried[2 * half + h], N, h);
+    };
+#else
+    uint32_t (&carried)[4][4] = a;
+#endif
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
     scale_columns(N2, b2);
-    multiply_half(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3], [&] { meanwhile(3); });
+    multiply_half<EARLY_OUTPUT && !HAS_GATE>(N2, R2, t + 32 * BOX + 32, nullptr, a[2], a[3], [&] {
+#if HAS_GATE
+      carry_half(0, N1);
+#if EARLY_OUTPUT
+      wgmma_wait<1>();
+      pin(O);
+      scale_columns(O, s.decay + factors.stage * CHUNK, lane);
+#endif
+#else
+      meanwhile(3);
+#endif
+    });
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
+#if PARKED_N
+    box_is_free();
+    park((uint4*)box(), a, lane);
+#endif
 #if HAS_GATE
-    // O = e^G Q S so far, and S' = e^(G_C) S + (e^(G_C - G) N)^T K with the decays at the tokens of N.
-#if WITH_OUTPUT
-#if !EARLY_OUTPUT
-    pin(state);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
-    wgmma_commit();
-#endif
-    wgmma_wait<0>();
-    pin(O);
-    scale_columns(O, s.decay + factors.stage * CHUNK, lane);
-#endif
-    uint32_t carried[4][4];
-    const float* rest = s.rest + factors.stage * CHUNK;
-    scale_columns(N1, rest, lane);
-    scale_columns(N2, rest + 32, lane);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      round_half(carried[h], N1, h);
-      round_half(carried[2 + h], N2, h);
-    }
-    const float carry = s.decay[factors.stage * CHUNK + CHUNK - 1];
-#if TRANSFER
-    decay *= carry;
-#endif
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) S[j][i] *= carry;
+    carry_half(1, N2);
     pin(carried);
-#else
-    uint32_t (&carried)[4][4] = a;
 #endif
     pin(a);
     pin(S);
-#if WITH_OUTPUT && HAS_GATE
-    pin(O);
+#if WITH_OUTPUT
+    if (HAS_GATE && EARLY_OUTPUT) pin(O);
 #endif
     wgmma_fence();
 #pragma unroll
@@ -257,17 +286,28 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
 #if WITH_OUTPUT
 #if EARLY_OUTPUT
     wgmma_commit();
-#endif
-#if !HAS_GATE && !EARLY_OUTPUT
+#else
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
       wgmma<DTYPE, false>(O, state[step], step_along_rows<KEY_PITCH>(q, step), step > 0);
+#endif
+#if PARKED_N
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
+    pin(O);
+    round_sums<DTYPE>(state, S);
+    scale_columns(O, s.decay + factors.stage * CHUNK, lane);
+    take_back(a, (const uint4*)box(), lane);
+    pin(a);
+    pin(O);
+    wgmma_fence();
 #endif
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
 #endif
     wgmma_commit();
-#if WITH_OUTPUT
+#if WITH_OUTPUT && !PARKED_N
     // The output of the chunk before, while the tensor cores are at this one.
     if (c > 0) send(c - 1);
 #endif
@@ -275,9 +315,9 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
     wgmma_wait<1>();
     pin(S);
     round_sums<DTYPE>(state, S);
+#endif
     wgmma_wait<0>();
-#else
-    wgmma_wait<0>();
+#if !EARLY_OUTPUT && !PARKED_N
     pin(S);
 #endif
     __syncwarp();
@@ -289,7 +329,7 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
       mbarrier_arrive(s.factors_free + factors.stage);
 #endif
     }
-#if !EARLY_OUTPUT
+#if !EARLY_OUTPUT && !PARKED_N
     round_sums<DTYPE>(state, S);
 #endif
 #if WITH_OUTPUT
@@ -299,11 +339,12 @@ PRIM float walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
+    if (PARKED_N) send(c);
 #endif
     keys.advance(), values.advance(), factors.advance();
   }
 #if WITH_OUTPUT
-  if (chunks > 0) send(chunks - 1);
+  if (!PARKED_N && chunks > 0) send(chunks - 1);
   if (lane == 0) tma_store_wait_read<0>();
 #endif
   return decay;

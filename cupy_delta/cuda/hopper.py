@@ -16,21 +16,36 @@ BOX = 64  # elements of 16 bits in a row of a swizzled tile
 WARP_CHANNELS = 16  # of the output that a warp sends
 TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
+GATE_WORDS = 4 * CHUNK
 BARRIER, JOIN_BARRIERS = 8, 5
 A_STAGES = 2
-# Microseconds on an H100, by slices per block: per chunk of a walk on all multiprocessors, of one
-# beside transfers, of one with one slice that is given T, of a transfer; of one more launch, of a
-# second stream, and of a walk for every segment that it joins.
-WALK = {1: 1.66, 2: 2.4}
-BESIDE_WALK = {1: 1.54, 2: 2.4}
-GIVEN_WALK = 1.27
-TRANSFER = {1: 1.25, 2: 1.46}
+# Microseconds on an H100 of one more launch, of a second stream, and of a walk for every segment
+# that it joins.
 LAUNCH, BESIDE, JOIN = 4.0, 3.0, 1.5
 SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 # Buffers of K and Q, of V, of T and P, by slices per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
+GATED_STAGES = {1: (3, 3, 3), 2: (3, 2, 3)}
 # Blocks of a transfer that solve chunks for each other, where their number allows; their buffers.
 CLUSTER, CLUSTER_STAGES = 2, (4, 2, 4)
+
+
+class Rates(NamedTuple):
+    """Microseconds per chunk, most of them by slices per block.
+
+    Of a walk on all multiprocessors, of one beside transfers, of one with one slice that is given
+    T, and of a transfer.
+    """
+
+    walk: dict
+    beside_walk: dict
+    given_walk: float
+    transfer: dict
+
+
+# Measured on an H100; with a gate these are predictions (docs/performance.md).
+PLAIN = Rates({1: 1.66, 2: 2.4}, {1: 1.54, 2: 2.4}, 1.27, {1: 1.25, 2: 1.46})
+GATED = Rates({1: 1.75, 2: 2.75}, {1: 1.65, 2: 2.75}, 1.35, {1: 1.3, 2: 1.55})
 
 
 class Division(NamedTuple):
@@ -99,17 +114,19 @@ def transfer_cluster(problem: Problem, math: int) -> int:
 
 def divisions(problem: Problem, widths: tuple) -> Iterator[Division]:
     """Yield what `division` chooses from."""
+    rates = PLAIN if problem.g is None else GATED
+    given_percent = round(100 * rates.given_walk / rates.walk[1])
     for math in widths:
         yield Division(math)
         for segments, transfer in product(SEGMENTS[1:], widths):
             d = Division(math, segments, transfer)
             # Walks with two slices do not wait for their solver: to be given T costs them time.
             if math == 1 and transfer_cluster(problem, transfer) > 1:
-                d = d._replace(kept=True, last_percent=round(100 * GIVEN_WALK / WALK[math]))
+                d = d._replace(kept=True, last_percent=given_percent)
             yield d
             if segments > 2:
                 for first in widths:
-                    percent = round(100 * TRANSFER[transfer] / BESIDE_WALK[first])
+                    percent = round(100 * rates.transfer[transfer] / rates.beside_walk[first])
                     yield d._replace(first_math=first, first_percent=percent)
 
 
@@ -118,8 +135,8 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
     p = problem
     chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
     pairs = p.N * p.HV
-    # With two slices a block's registers do not suffice for the decays of a gate.
-    widths = (1,) if p.g is not None or p.V <= BOX else (2, 1)
+    widths = (1,) if p.V <= BOX else (2, 1)
+    rates = PLAIN if p.g is None else GATED
 
     def rounds(count: int) -> int:
         return -(-count // facts.sm_count)
@@ -128,14 +145,14 @@ def division(problem: Problem, facts: DeviceFacts) -> Division:
         walked = d.segments - (d.first_math > 0)
         count = pairs * walked * blocks(p.V, d.math)
         if d.segments == 1:
-            return rounds(count) * chunks * WALK[d.math]
+            return rounds(count) * chunks * rates.walk[d.math]
         length = -(-100 * chunks // (100 * (d.segments - 2) + d.first_percent + d.last_percent))
-        time = rounds(count) * length * (GIVEN_WALK if d.kept else WALK[d.math])
+        time = rounds(count) * length * (rates.given_walk if d.kept else rates.walk[d.math])
         count = pairs * (walked - 1) * transfer_slices(p, d.transfer_math)
-        before = TRANSFER[d.transfer_math] * length
+        before = rates.transfer[d.transfer_math] * length
         if d.first_math:
             first = max(0, chunks - (d.segments - 2) * length - d.last_percent * length // 100)
-            before = max(before, BESIDE_WALK[d.first_math] * first)
+            before = max(before, rates.beside_walk[d.first_math] * first)
             count += pairs * blocks(p.V, d.first_math)
             time += BESIDE
         return time + rounds(count) * before + LAUNCH + JOIN * (walked - 1)
@@ -156,7 +173,7 @@ def walk_shared(
     tiles += [(values * math * count, size), (factors * count, size)]
     rest = [(A_STAGES * INVERSE, 4), (factors * CHUNK, 4)]
     if gate:
-        rest += [(factors * CHUNK, 4), (factors * CHUNK, 4), (solvers * CHUNK, 8)]
+        rest += [(factors * CHUNK, 4), (factors * CHUNK, 4), (solvers * GATE_WORDS, 4)]
     barriers = 2 * (keys + values + factors + A_STAGES) + 2 + joins * JOIN_BARRIERS
     return carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
 
@@ -236,7 +253,7 @@ def walk_launch(
     slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
     cluster = transfer_cluster(p, math) if transfer else 1
     solvers = 1 if cluster > 1 else 3 - math
-    stages = CLUSTER_STAGES if cluster > 1 else STAGES[math]
+    stages = CLUSTER_STAGES if cluster > 1 else (GATED_STAGES if gate else STAGES)[math]
     grid = p.N * part.walked * p.HV * slices
     defines = variant(
         p,

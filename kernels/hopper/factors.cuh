@@ -6,8 +6,12 @@
 
 PRIM float no_less_than_lowest(float g) { return g < -1000.0f ? -1000.0f : g; }  // NaN stays
 
-// Running sums of the gates of a chunk, by one warp: a lane has two tokens.
-PRIM void sum_gates(const Shared& s, double* G, int stage, float2 g, int lane) {
+// A sum of gates as two floats, so that differences of large ones are as good as those of doubles.
+PRIM float2 split(double x) { return make_float2((float)x, (float)(x - (float)x)); }
+PRIM float difference(float2 x, float2 y) { return (x.x - y.x) + (x.y - y.y); }
+
+// Running sums G of the gates of a chunk, and what is made of them, by one warp: a lane has two tokens.
+PRIM void sum_gates(const Shared& s, const Gates& gates, int stage, float2 g, int lane) {
   const double first = no_less_than_lowest(g.x), pair = first + no_less_than_lowest(g.y);
   double sum = pair;
 #pragma unroll
@@ -15,25 +19,49 @@ PRIM void sum_gates(const Shared& s, double* G, int stage, float2 g, int lane) {
     const double below = __shfl_sync(~0u, sum, max(lane - distance, 0));
     if (lane >= distance) sum += below;
   }
-  const double end = __shfl_sync(~0u, sum, 31), before = sum - pair + first;
-  G[2 * lane] = before, G[2 * lane + 1] = sum;
-  float *decay = s.decay + stage * CHUNK + 2 * lane, *rest = s.rest + stage * CHUNK + 2 * lane;
-  decay[0] = expf((float)before), decay[1] = expf((float)sum);
-  rest[0] = expf((float)(end - before)), rest[1] = expf((float)(end - sum));
+  // Nothing of the later of two tokens is in the sum of the earlier one.
+  const double end = __shfl_sync(~0u, sum, 31), below = __shfl_sync(~0u, sum, max(lane - 1, 0));
+  const double before = (lane > 0 ? below : 0.0) + first;
+  const int token = 2 * lane, at = stage * CHUNK + token;
+  gates.G[token] = split(before), gates.G[token + 1] = split(sum);
+  *(float2*)&s.decay[at] = make_float2(expf((float)before), expf((float)sum));
+  *(float2*)&s.rest[at] = make_float2(expf((float)(end - before)), expf((float)(end - sum)));
+  // Of the 16 tokens of a block, those of eight lanes.
+  const double last = __shfl_sync(~0u, sum, lane / 8 * 8 + 7), other = __shfl_sync(~0u, sum, max(lane / 8 * 8 - 1, 0));
+  const double start = lane < 8 ? 0.0 : other;
+  *(float2*)&gates.since[token] = make_float2(expf((float)(before - start)), expf((float)(sum - start)));
+  *(float2*)&gates.until[token] = make_float2(expf((float)(last - before)), expf((float)(last - sum)));
 }
 
-// Two column tiles times those of D (TRANSPOSED: of D^T), from `row` and `column` on.
+// Two column tiles, 16 x 16, times those of D (TRANSPOSED: of D^T), from `row` and `column` on.
+//
+// A block on the diagonal. On the other side of it e^x may overflow, which is cut away after.
 template <bool TRANSPOSED>
-PRIM void weigh(float (&d0)[4], float (&d1)[4], const double* G, int row, int column, int lane) {
+PRIM void weigh_diagonal(float (&d0)[4], float (&d1)[4], const Gates& gates, int row, int lane) {
 #if HAS_GATE
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int r = row + sum_row(lane, i), c = column + sum_column(lane, 0, i);
-    const double below = TRANSPOSED ? G[c] - G[r] : G[r] - G[c], next = TRANSPOSED ? G[c + 8] - G[r] : G[r] - G[c + 8];
-    // On the other side of the diagonal e^x may overflow.
-    d0[i] *= below > 0.0 ? 0.0f : expf((float)below);
-    d1[i] *= next > 0.0 ? 0.0f : expf((float)next);
+    const float2 r = gates.G[row + sum_row(lane, i)];
+    const float2 c0 = gates.G[row + sum_column(lane, 0, i)], c1 = gates.G[row + sum_column(lane, 1, i)];
+    d0[i] *= expf(TRANSPOSED ? difference(c0, r) : difference(r, c0));
+    d1[i] *= expf(TRANSPOSED ? difference(c1, r) : difference(r, c1));
   }
+#endif
+}
+// What later tokens read of an earlier block: D is a product of three decays, none of which can overflow, of the later
+// token since the end of the block before its own, from the end of the earlier block to that, and of the earlier token
+// until the end of its block.
+template <bool TRANSPOSED>
+PRIM void weigh(float (&d0)[4], float (&d1)[4], const Gates& gates, int row, int column, int lane) {
+#if HAS_GATE
+  const int later = TRANSPOSED ? column : row, earlier = TRANSPOSED ? row : column;
+  const float between = expf(difference(gates.G[later - 1], gates.G[earlier + 15]));
+  const float *rows = TRANSPOSED ? gates.until : gates.since, *columns = TRANSPOSED ? gates.since : gates.until;
+  const float low = between * rows[row + sum_row(lane, 0)], high = between * rows[row + sum_row(lane, 2)];
+  const float2 f0 = *(const float2*)&columns[column + sum_column(lane, 0, 0)];
+  const float2 f1 = *(const float2*)&columns[column + sum_column(lane, 1, 0)];
+  d0[0] *= low * f0.x, d0[1] *= low * f0.y, d0[2] *= high * f0.x, d0[3] *= high * f0.y;
+  d1[0] *= low * f1.x, d1[1] *= low * f1.y, d1[2] *= high * f1.x, d1[3] *= high * f1.y;
 #endif
 }
 // A block on the diagonal: zero on and above it; below it.
@@ -153,7 +181,7 @@ template <bool GIVEN>
 PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta, const float* g, int HV,
                 int thread_in_warpgroup) {
   const int id = SOLVER_BARRIER + solver;
-  double* G = s.G + solver * CHUNK;
+  const Gates gates = s.gates(solver);
   const int64_t first = work.sequence.first * HV + work.hv;  // row of (token, value head)
   // b of the 16 rows of A that a warp has.
   auto beta_of = [&](int c) {
@@ -201,13 +229,13 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #if WITH_INVERTERS
     if (!GIVEN) mbarrier_wait(s.a_free + stages.stage, stages.parity ^ 1);
 #endif
-    // Everyone is done with the A and the G of the chunk before.
+    // Everyone is done with the A and the gates of the chunk before.
     if (HAS_GATE || !(WITH_INVERTERS || GIVEN)) named_barrier(id, 128);
     float *a = s.a + stages.stage * CHUNK * INVERSE_PITCH, *b = s.beta + factors.stage * CHUNK;
     if (lane < 16) b[warp * 16 + lane] = next_beta;
     const float b_low = __shfl_sync(~0u, next_beta, lane / 4), b_high = __shfl_sync(~0u, next_beta, lane / 4 + 8);
 #if HAS_GATE
-    if (warp == 0) sum_gates(s, G, factors.stage, next_gates, lane);
+    if (warp == 0) sum_gates(s, gates, factors.stage, next_gates, lane);
     named_barrier(id, 128);
 #endif
     wgmma_wait<0>();
@@ -217,8 +245,12 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (GIVEN || j / 2 > warp || j / 4 < warp / 2) continue;
-      weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
-      if (j / 2 == warp) cut_above_diagonal(products[j], products[j + 1], lane);
+      if (j / 2 == warp) {
+        weigh_diagonal<false>(products[j], products[j + 1], gates, warp * 16, lane);
+        cut_above_diagonal(products[j], products[j + 1], lane);
+      } else {
+        weigh<false>(products[j], products[j + 1], gates, warp * 16, j * 8, lane);
+      }
       float* at = a + (warp * 16 + lane / 4) * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
       *(float2*)at = make_float2(b_low * products[j][0], b_low * products[j][1]);
       *(float2*)(at + 8) = make_float2(b_low * products[j + 1][0], b_low * products[j + 1][1]);
@@ -233,7 +265,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     if (warp >= 2 && !GIVEN) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        weigh<false>(products[j], products[j + 1], G, warp * 16, j * 8, lane);
+        weigh<false>(products[j], products[j + 1], gates, warp * 16, j * 8, lane);
         write_box(t, products[j], products[j + 1], warp * 16, j * 8, lane);
         keep_rest(products[j]);
         keep_rest(products[j + 1]);
@@ -246,8 +278,12 @@ PRIM void solve(const Shared& s, const Work& work, int solver, const float* beta
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
       float (&p0)[4] = products[P + j], (&p1)[4] = products[P + j + 1];  // of P transposed
-      weigh<true>(p0, p1, G, warp * 16, j * 8, lane);
-      if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
+      if (j / 2 == warp) {
+        weigh_diagonal<true>(p0, p1, gates, warp * 16, lane);
+        cut_below_diagonal(p0, p1, lane);
+      } else {
+        weigh<true>(p0, p1, gates, warp * 16, j * 8, lane);
+      }
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
 #endif

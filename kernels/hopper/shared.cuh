@@ -9,6 +9,8 @@
 #define WITH_GIVEN (JOINS && KEPT)
 // Where registers suffice, Q S is under way while R is formed.
 #define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
+// Where they do not even for N beside what a gate needs, N waits for Q S in the box of O.
+#define PARKED_N (WITH_OUTPUT && MATH == 2 && HAS_GATE)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
 #if CLUSTER > 1
@@ -29,8 +31,8 @@ constexpr int TILE = CHUNK * BOX;                                               
 // takes both.
 constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;
 // Registers per thread: 65536 in all.
-constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
-constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 2 ? 96 : 120;
+constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 && !HAS_GATE ? 64 : 56;
+constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 1 ? 120 : HAS_GATE ? 104 : 96;
 constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
@@ -40,6 +42,7 @@ constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per
 // States are joined in what is K's and Q's from this chunk on.
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
 static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
+constexpr int GATE_WORDS = 4 * CHUNK;  // of a solver
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
@@ -51,11 +54,23 @@ static_assert(!(TRANSFER && JOINS), "a transfer starts from what is known");
 static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 
+// Of a chunk that is being solved: running sums of gates, and the decays of a token since the block of 16 before its
+// own and until its block's end.
+struct Gates {
+  float2* G;
+  float *since, *until;
+};
+
 struct Shared {
   DTYPE *k, *q, *v, *o, *t, *p;
   float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
-  double* G;
+  float* solved_gates;
   uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+
+  PRIM Gates gates(int solver) const {
+    float* x = solved_gates + solver * GATE_WORDS;
+    return {(float2*)x, x + 2 * CHUNK, x + 3 * CHUNK};
+  }
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -73,7 +88,7 @@ PRIM Shared take_shared(DynSmem& smem) {
 #if HAS_GATE
   s.decay = smem.take<float>(FACTOR_STAGES * CHUNK, "decay");
   s.rest = smem.take<float>(FACTOR_STAGES * CHUNK, "rest");
-  s.G = smem.take<double>(SOLVERS * CHUNK, "G");
+  s.solved_gates = smem.take<float>(SOLVERS * GATE_WORDS, "gates of solvers");
 #endif
   auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
   s.keys_full = barriers(KEY_STAGES, "keys full");

@@ -112,9 +112,10 @@ def test_t_is_kept_by_clusters_for_walks_of_one_slice(K, V):
     assert all(x["CLUSTER"] == 2 for x in keep) and all(x["MATH"] == 1 for x in take)
 
 
-def test_gates_take_one_slice_per_block():
-    walk = launched(H200, dtype="bfloat16", B=8, T=8192, H=64, gate=True)[-1]
-    assert dict(walk.defines)["MATH"] == 1
+@pytest.mark.parametrize(("heads", "math"), [(64, 2), (4, 1)])
+def test_gates_take_as_many_slices_as_fill_the_multiprocessors(heads, math):
+    walk = launched(H200, dtype="bfloat16", B=4, T=8192, H=heads, gate=True)[-1]
+    assert dict(walk.defines)["MATH"] == math
 
 
 def check(divided, args, kw):
@@ -159,14 +160,17 @@ def test_sequences_of_any_lengths(divided, math, decay):
     check(divided, args, kw)
 
 
-def test_neighbours_do_not_matter(divided):
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_neighbours_do_not_matter(divided, gate):
     """NaN after a ragged chunk leaves the bits of the other sequences as they are."""
     divided(2)
-    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    options = dict(gate=gate, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    args, kw = make_inputs(200, K=64, V=64, **options)
     clean = cd.chunk_delta_rule(*args, **kw)
     spoilt = [None if x is None else x.copy() for x in args]
-    for x in spoilt[:4]:
-        x[:, 64:128] = np.nan
+    for x in spoilt:
+        if x is not None:
+            x[:, 64:128] = np.nan
     result = cd.chunk_delta_rule(*spoilt, **kw)
     others = np.r_[0:64, 128:200]
     assert np.array_equal(result.o[:, others].view("u2"), clean.o[:, others].view("u2"))
@@ -176,12 +180,42 @@ def test_neighbours_do_not_matter(divided):
 
 
 @pytest.mark.parametrize("math", [1, 2])
-@pytest.mark.parametrize(("first", "last"), [(None, None), (60, None), (130, 60), (None, 130)])
-@pytest.mark.parametrize(("cu_seqlens", "B"), [(None, 2), ([0, 0, 3, 500, 501, 700], 1)])
-def test_segments(divided, math, first, last, cu_seqlens, B):
+def test_nan_in_a_gate_reaches_no_chunk_before_it_and_no_other_head(divided, math):
+    divided(math)
+    args, kw = make_inputs(200, H=2, K=64, V=128, gate="scalar", dtype=BF16, initial=True)
+    clean = cd.chunk_delta_rule(*args, **kw)
+    args[4] = args[4].copy()
+    args[4][0, 100, 0] = np.nan
+    result = cd.chunk_delta_rule(*args, **kw)
+    assert np.array_equal(result.o[:, :64].view("u2"), clean.o[:, :64].view("u2"))
+    assert np.array_equal(result.o[:, :, 1].view("u2"), clean.o[:, :, 1].view("u2"))
+    assert np.array_equal(result.final_state[:, 1], clean.final_state[:, 1])
+    assert np.isnan(result.o[:, 100:, 0].astype(float)).all()
+    assert np.isnan(result.final_state[:, 0]).all()
+
+
+UNEVEN = [0, 0, 3, 260, 261, 390]
+
+
+# Every pair of slices per block, lengths of segments and sequences; of slices and K.
+@pytest.mark.parametrize(
+    ("math", "K", "first", "last", "cu_seqlens"),
+    [
+        (1, 128, None, None, None),
+        (2, 128, None, None, UNEVEN),
+        (1, 64, 60, None, UNEVEN),
+        (2, 64, 60, None, None),
+        (1, 64, 130, 60, None),
+        (2, 128, 130, 60, UNEVEN),
+        (1, 128, None, 130, UNEVEN),
+        (2, 64, None, 130, None),
+    ],
+)
+def test_segments(divided, math, K, first, last, cu_seqlens):
     divided(math, 4, first, last)
-    options = dict(K=128, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
-    args, kw = make_inputs(700, B=B, G=2, **options)
+    B = 2 if cu_seqlens is None else 1
+    options = dict(K=K, V=72, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
+    args, kw = make_inputs(390, B=B, G=3 - B, **options)
     check(divided, args, kw)
 
 
@@ -226,21 +260,29 @@ def test_segments_of_hard_keys(divided, dtype, correlation, beta):
 
 
 # The slices of a transfer make clusters of two; or, as there are three of them, none.
-@pytest.mark.parametrize("V", [72, 64])
+@pytest.mark.parametrize(("math", "V"), [(1, 72), (1, 64), (2, 136)])
 @pytest.mark.parametrize("decay", [0.3, 30])
-def test_segments_with_a_gate(divided, V, decay):
-    divided(1, 3, last=80 if V == 72 else None)
+def test_segments_with_a_gate(divided, math, V, decay):
+    divided(math, 3, last=80 if (math, V) == (1, 72) else None)
     options = dict(gate="scalar", decay=decay, beta=(0, 2), dtype=BF16, initial=True)
     args, kw = make_inputs(300, K=128, V=V, **options)
     check(divided, args, kw)
 
 
 @pytest.mark.parametrize(
-    ("math", "segments", "first", "last"),
-    [(1, 1, None, None), (2, 1, None, None), (1, 2, None, 70), (2, 4, 100, 100)],
+    ("gate", "math", "segments", "first", "last"),
+    [
+        (None, 1, 1, None, None),
+        (None, 2, 1, None, None),
+        (None, 1, 2, None, 70),
+        (None, 2, 4, 100, 100),
+        ("scalar", 2, 1, None, None),
+        ("scalar", 1, 2, None, 70),
+    ],
 )
-def test_any_order_of_events_gives_the_same_bits(divided, math, segments, first, last):
-    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+def test_any_order_of_events_gives_the_same_bits(divided, gate, math, segments, first, last):
+    options = dict(gate=gate, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    args, kw = make_inputs(200, K=64, V=64, **options)
     runs = [Run(), Run(schedule="descending", completion="early")]
     runs += [Run(schedule="random", completion="either", preempt=30, seed=s) for s in range(2)]
     results = []

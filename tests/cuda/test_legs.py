@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from emulator import HOPPER, EmulatorFault
 from helpers import make_inputs
 
 import cupy_delta as cd
@@ -108,3 +109,9 @@ def test_both_legs_agree_up_to_the_exponential(both_legs, name):
         wide = y.astype(np.float64)
         bound = 2 * float(ml_dtypes.finfo(y.dtype).eps) * np.abs(wide).max()
         assert x.any() and np.abs(x.astype(np.float64) - wide).max() <= bound
+
+
+def test_more_shared_memory_than_the_device_has_is_refused(emulated):
+    emulated(**(HOPPER | dict(shared_bytes=64 << 10)))
+    with pytest.raises(EmulatorFault, match=r"asks for .* bytes of shared memory, of 65536"):
+        chunk(70, BF16, K=64, V=64)()
