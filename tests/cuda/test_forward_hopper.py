@@ -201,11 +201,11 @@ UNEVEN = [0, 0, 3, 260, 261, 390]
 @pytest.mark.parametrize(
     ("math", "K", "first", "last", "cu_seqlens"),
     [
-        (1, 128, None, None, None),
+        (1, 64, None, None, None),
         (2, 128, None, None, UNEVEN),
         (1, 64, 60, None, UNEVEN),
         (2, 64, 60, None, None),
-        (1, 64, 130, 60, None),
+        (1, 128, 130, 60, None),
         (2, 128, 130, 60, UNEVEN),
         (1, 128, None, 130, UNEVEN),
         (2, 64, None, 130, None),
