@@ -33,6 +33,15 @@ def test_kernel_compiles_within_its_resources(arch, name):
     assert shared <= resources.ARCHITECTURES[arch].shared_bytes
 
 
+def test_what_8_9_has_is_what_8_6_has():
+    """Of every kernel file one, compiled for both: why `cases` leaves out what they share."""
+    launches = resources.launches("sm_89")
+    both = {x.file: n for n, x in launches.items() if n in resources.launches("sm_86")}
+    assert set(both) == {x.file for x in launches.values()}
+    for name in both.values():
+        assert resources.measure("sm_86", name) == resources.measure("sm_89", name)
+
+
 def test_the_table_has_no_kernel_that_is_gone():
     assert {(arch, name) for arch in GOLDEN for name in GOLDEN[arch]} == set(CASES)
 
