@@ -18,7 +18,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from ..problem import Problem
-from .decay import lower_triangle, make_decay, transpose
+from .decay import lower_triangle, make_decay, sum_before, sum_from, transpose
 from .tiles import Span, l2norm, l2norm_gradient
 
 
@@ -176,23 +176,19 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
     dP = lower_triangle(do @ transpose(N))
     E = lower_triangle(dR @ transpose(N), -1)
     np.negative(E, out=E)
-    dq = decay.lower(dP, block.k)
-    dq += decay.read(dO_S)
-    k_late, k_early = decay.lower(E, block.k), decay.upper(E, block.k)
-    k_early += decay.upper(dP, block.q)
-    k_state, k_write = decay.read(dR_S), decay.write(N_D)
-    dk = k_late + k_early
-    dk -= k_state
-    dk += k_write
-    dg = None
+    dq, dk, dg = decay.pairs_gradients(dP, block.q, block.k, block.P)
+    k_late, k_early, dg_keys = decay.pairs_gradients(E, block.k, block.k, block.KK)
+    q_read, k_read, k_write = decay.read(dO_S), decay.read(dR_S), decay.write(N_D)
     if problem.gate:
-        # G_i enters with the later token of a pair and with reads, -G_j with the earlier token
-        # and with writes; G_C with every write and with the state carried through.
-        dG = block.q * dq + block.k * (k_late - k_early - k_state - k_write)
-        dG[:, :, :, -1] += np.sum(block.k * k_write, axis=3) + carried
-        if problem.gate == "scalar":
-            dG = np.sum(dG, axis=-1)
-        dg = np.cumsum(dG[:, :, :, ::-1], axis=3, dtype=np.float64)[:, :, :, ::-1]
+        dg += dg_keys
+        dg += sum_from(decay.per_gate(block.q * q_read - block.k * k_read))
+        dg += sum_before(decay.per_gate(block.k * k_write))
+        dg += decay.per_gate(carried)[:, :, :, None]
+    dq += q_read
+    dk += k_late
+    dk += k_early
+    dk -= k_read
+    dk += k_write
     gradients = BlockGradients(
         q=_through_norm(dq.sum(axis=1) * dtype.type(problem.scale), block.q_norm),
         k=_through_norm(dk.sum(axis=1), block.k_norm),

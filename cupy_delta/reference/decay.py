@@ -6,7 +6,10 @@ exp(G_C - G_j), and the state itself exp(G_C). Only such differences are ever ex
 are at most 0, whereas exp(-G_j) overflows.
 
 Arrays are stacks (h, G, n, C, ...): key heads, value heads per key head, chunks, tokens.
-`lower(L, x)` is sum_{j <= i} L_ij exp(G_i - G_j) x_j and `upper` its transpose; L is triangular.
+
+The gradient of g_t sums the terms whose factor holds g_t, and no others: pairs with i >= t > j,
+reads with i >= t, writes with j < t, the state always. Each of them carries exp(g_t) itself, so a
+small gradient is never the difference of large sums, and that of g_t = -inf is exactly 0.
 """
 
 from __future__ import annotations
@@ -30,6 +33,18 @@ def transpose(x):
     return x.swapaxes(-1, -2)
 
 
+def sum_from(x):
+    """sum_{i >= t} x_i for every token t, over axis 3, in float64."""
+    return np.cumsum(x[:, :, :, ::-1], axis=3, dtype=np.float64)[:, :, :, ::-1]
+
+
+def sum_before(x):
+    """sum_{j < t} x_j for every token t, over axis 3, in float64."""
+    sums = np.zeros(x.shape)
+    np.cumsum(x[:, :, :, :-1], axis=3, dtype=np.float64, out=sums[:, :, :, 1:])
+    return sums
+
+
 class NoDecay:
     """No gate: every factor is 1."""
 
@@ -46,14 +61,12 @@ class NoDecay:
         return state
 
     def pairs(self, a, b):
-        """tril(a b^T), diagonal included."""
+        """P_ij = sum over channels of a_i exp(G_i - G_j) b_j, for i >= j; else 0."""
         return lower_triangle(a @ transpose(b))
 
-    def lower(self, L, x):
-        return L @ x
-
-    def upper(self, L, x):
-        return transpose(L) @ x
+    def pairs_gradients(self, dP, a, b, P):
+        """Gradients of a, b and g through P = pairs(a, b), from a lower triangular dP."""
+        return dP @ b, transpose(dP) @ a, None
 
 
 class ScalarDecay:
@@ -80,11 +93,16 @@ class ScalarDecay:
     def pairs(self, a, b):
         return lower_triangle((a @ transpose(b)) * self._pair)
 
-    def lower(self, L, x):
-        return (L * self._pair) @ x
+    def pairs_gradients(self, dP, a, b, P):
+        before = np.zeros(dP.shape)
+        np.cumsum((dP * P)[..., :-1], axis=-1, dtype=np.float64, out=before[..., 1:])
+        dg = np.sum(lower_triangle(before), axis=-2)
+        decayed = dP * self._pair
+        return decayed @ b, transpose(decayed) @ a, dg
 
-    def upper(self, L, x):
-        return transpose(L * self._pair) @ x
+    def per_gate(self, x):
+        """Sum what concerns one gate: x has a value per channel."""
+        return np.sum(x, axis=-1)
 
 
 class ChannelDecay:
@@ -133,18 +151,22 @@ class ChannelDecay:
             product[..., late, early] = rows @ transpose(b[..., early, :] * before)
         return product
 
-    def lower(self, L, x):
-        total = np.diagonal(L, axis1=-2, axis2=-1)[..., None] * x
+    def pairs_gradients(self, dP, a, b, P):
+        diagonal = np.diagonal(dP, axis1=-2, axis2=-1)[..., None]
+        da, db = diagonal * b, diagonal * a
+        dg = np.zeros(da.shape)
         for late, early, after, before in self._levels:
-            total[..., late, :] += after * (L[..., late, early] @ (x[..., early, :] * before))
-        return total
+            block = dP[..., late, early]
+            rows = after * (block @ (b[..., early, :] * before))
+            columns = before * (transpose(block) @ (a[..., late, :] * after))
+            da[..., late, :] += rows
+            db[..., early, :] += columns
+            dg[..., late, :] += sum_from(a[..., late, :] * rows)
+            dg[..., early, :] += sum_before(b[..., early, :] * columns)
+        return da, db, dg
 
-    def upper(self, L, x):
-        total = np.diagonal(L, axis1=-2, axis2=-1)[..., None] * x
-        for late, early, after, before in self._levels:
-            sums = transpose(L[..., late, early]) @ (x[..., late, :] * after)
-            total[..., early, :] += before * sums
-        return total
+    def per_gate(self, x):
+        return x
 
 
 def lower_triangle(x, diagonal: int = 0):
