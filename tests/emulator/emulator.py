@@ -7,11 +7,7 @@ offers, so that the CUDA backend runs on it unchanged.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
-import tempfile
 import weakref
 from dataclasses import dataclass
 from functools import cache
@@ -19,15 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import ptx
+from compile_cache import shared_library
 from tensor_map import tensor_map
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
 
-COMMON = ["-std=c++17", "-g", "-fPIC", "-fno-strict-aliasing"]
+COMMON = ["-std=c++17", "-fPIC", "-fno-strict-aliasing"]
 # What makes the check: every access calls back, and undefined behaviour traps.
 CHECK = [
     "-O1",
+    "-g1",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow,alignment",
@@ -87,53 +85,17 @@ class Run:
         )
 
 
-# ---- building ------------------------------------------------------------------------------------
-
-
-def compiler() -> str:
-    """The C++ compiler, from CXX or the path."""
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
-        raise RuntimeError(f"the emulator needs a C++ compiler, and there is no {name}")
-    return name
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "cupy_delta" / "emulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def build(sources: list[Path], flags: list[str], depends: list[Path], text: str = "") -> Path:
-    """Compile to a shared library, once per content of `sources`, `depends`, flags and text."""
-    digest = hashlib.sha256(repr((compiler(), flags, text)).encode())
-    for path in sorted({*sources, *depends}):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    library = cache_folder() / f"{sources[0].stem}-{digest.hexdigest()[:24]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            if text:
-                unit = Path(folder) / f"{sources[0].stem}.cpp"
-                unit.write_text(text)
-                sources = [unit]
-            part = Path(folder) / "out.so"
-            command = [compiler(), "-shared", *flags, *map(str, sources), "-o", str(part)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-            os.replace(part, library)
-    return library
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @cache
 def runtime() -> ctypes.CDLL:
     """The emulator's runtime, loaded so that kernels find its symbols."""
     folder = HERE / "runtime"
-    depends = [folder / "runtime.h", HERE / "include" / "cuda_on_cpu.h"]
+    units = [f'#include "{path.name}"\n' for path in sorted(folder.glob("*.cpp"))]
     flags = [*COMMON, "-O3", "-march=x86-64-v2", "-Wall", "-ldl"]
-    library = ctypes.CDLL(str(build(sorted(folder.glob("*.cpp")), flags, depends)), os.RTLD_GLOBAL)
+    path = shared_library("runtime", units, flags, [folder, HERE / "include"])
+    library = ctypes.CDLL(str(path), os.RTLD_GLOBAL)
     library.emulator_fault.restype = ctypes.c_char_p
     library.emulator_allocate.restype = ctypes.c_void_p
     library.emulator_allocate.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
@@ -177,18 +139,21 @@ class Kernel:
     ):
         self.entry = entry
         runtime()
-        text = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
-        text += f'#include "{path}"\n'
-        depends = [*KERNELS.rglob("*.cuh"), *(HERE / "include").glob("*.h")]
-        include = [f"-I{KERNELS}", f"-I{HERE / 'include'}", "-DCUEMU", f"-DKSM={sm * 10}"]
+        # The same unit from every checkout: a file of kernels/ by its place there, others by name.
+        inside = path.is_relative_to(KERNELS)
+        file = path.relative_to(KERNELS).as_posix() if inside else path.name
+        roots = [KERNELS, HERE / "include", *([] if inside else [path.parent])]
+        unit = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
+        unit += f'#include "{file}"\n'
+        flags = [*COMMON, "-DCUEMU", f"-DKSM={sm * 10}"]
         if leg == "ptx":
             # What only sm_90a has, kernels for 9.0 may use.
-            text = ptx.compile_to_cpp(text, "compute_90a" if sm == 90 else f"compute_{sm}")
-            library = build([path], [*COMMON, *FROM_PTX, *include], depends, text)
+            unit = ptx.compile_to_cpp(unit, "compute_90a" if sm == 90 else f"compute_{sm}", roots)
+            flags += FROM_PTX
         else:
-            text += f"EMULATOR_EXPORT({entry})\n"
-            flags = [*COMMON, *CHECK, *include, "-nodefaultlibs", "-lc", "-lm"]
-            library = build([path], flags, depends, text)
+            unit += f"EMULATOR_EXPORT({entry})\n"
+            flags += [*CHECK, "-nodefaultlibs", "-lc", "-lm"]
+        library = shared_library(f"{path.stem}-{leg}", [unit], flags, roots)
         self.library = _load(library)
         self._function = ctypes.cast(
             getattr(self.library, f"emulator_kernel_{entry}"), ctypes.c_void_p

@@ -30,6 +30,13 @@ def library() -> ctypes.CDLL:
     raise RuntimeError("no NVRTC: install nvidia-cuda-nvrtc-cu12, or cupy_delta[test]")
 
 
+def version() -> str:
+    """Return the version of the NVRTC that compiles."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value} of {Path(library()._name).stat().st_size} bytes"
+
+
 def compile_source(source: str, arch: str, options: tuple = ()) -> Compiled:
     """Compile to PTX; for a real architecture, ``"sm_80"``, also by ptxas, whose log comes back."""
     nvrtc, program = library(), ctypes.c_void_p()

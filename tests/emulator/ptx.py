@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import nvrtc
+from compile_cache import digest_of, kept
 from ptx_hopper import HopperInstructions
 from ptx_instructions import REGISTERS, UnknownInstruction, operands
 
+# The files whose text decides what a translation says.
+TRANSLATOR = ("ptx", "ptx_hopper", "ptx_instructions")
 STATEMENT = re.compile(
     r"\s*(?:(?P<open>\{)|(?P<close>\})|\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*"
     r"|(?P<label>[\w$]+):(?!:)|(?P<statement>[^;]+);)"
@@ -125,7 +129,7 @@ def cluster_size(directives: str) -> int:
 
 def translate(ptx: str) -> str:
     """Return C++ for every entry of a PTX module."""
-    files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"', ptx))
     ptx = re.sub(r"/\*.*?\*/|//[^\n]*", "", ptx, flags=re.S)
     lines = ['#include "ptx_on_cpu.h"', "using namespace emulator;"]
     for m in re.finditer(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.S):
@@ -138,9 +142,18 @@ def translate(ptx: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compile_to_cpp(source: str, arch: str) -> str:
+def compile_to_cpp(unit: str, arch: str, roots: list[Path]) -> str:
     """Return C++ for the kernels of a CUDA source, without fused multiply-adds, as in the twins.
 
     The architecture is a virtual one, ``"compute_80"``, so that no time goes into machine code.
+    The source includes files of kernels/ and of `roots`.
     """
-    return translate(nvrtc.compile_source(source, arch, ("-fmad=false", "-lineinfo")).ptx)
+    options = ("-fmad=false", "-lineinfo")
+    translator = [Path(__file__).with_name(f"{name}.py").read_text() for name in TRANSLATOR]
+    digest = digest_of(unit, [nvrtc.KERNELS, *roots], nvrtc.version(), arch, *options, *translator)
+
+    def make(part: Path) -> None:
+        found = nvrtc.compile_source(unit, arch, (*(f"-I{root}" for root in roots), *options))
+        part.write_text(translate(found.ptx))
+
+    return kept(f"ptx-{digest}.cpp", make).read_text()
