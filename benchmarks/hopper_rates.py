@@ -2,7 +2,7 @@
 
 One or two warpgroups of a block multiply without pause; a third does one thing over and over. The
 table gives the clocks that this thing takes beside none, one and two of them, and the clocks per
-wgmma itself. What the design of `kernels/forward_hopper.cu` rests on: docs/performance.md.
+wgmma itself. What the design of `kernels/sm90/forward.cu` rests on: docs/performance.md.
 
     python benchmarks/hopper_rates.py
 """
@@ -15,7 +15,7 @@ import cupy
 import numpy as np
 
 from cupy_delta.commands.console import print_table
-from cupy_delta.cuda.sources import kernel_folder
+from cupy_delta.cuda.runtime.sources import kernel_folder
 
 SOURCE = r"""
 #include "primitives/hopper.cuh"

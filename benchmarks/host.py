@@ -15,8 +15,8 @@ import numpy as np
 import cupy_delta
 from cupy_delta import cuda, dispatch
 from cupy_delta.cuda import operators, plan
-from cupy_delta.cuda.kernels import DeviceFacts
-from cupy_delta.cuda.launch import execute
+from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.problem import operator_problem, step_problem
 
 # Batch, tokens, heads of q and k, and of v; K = V = 128, bfloat16.

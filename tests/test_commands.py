@@ -268,7 +268,7 @@ def test_commands_for_a_gpu_say_why_there_is_none(capsys, monkeypatch):
 
 def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     from cupy_delta.commands import compile as command
-    from cupy_delta.cuda.kernels import DeviceFacts
+    from cupy_delta.cuda.spec import DeviceFacts
 
     class Recorder:
         facts = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)

@@ -66,6 +66,6 @@ def current_device():
         raise CommandError(f"no GPU can be used: {problem}")
     import cupy
 
-    from ..cuda.device import CupyDevice
+    from ..cuda.runtime.device import CupyDevice
 
     return CupyDevice(cupy.cuda.Device().id)

@@ -1,6 +1,5 @@
 """The CuPy backend: a problem becomes a plan, a plan becomes kernel launches."""
 
-from .environment import environment
 from .operators import (
     affine,
     chunk_delta_rule,
@@ -13,8 +12,9 @@ from .operators import (
     state_pass,
     wy_factors,
 )
+from .runtime.environment import environment
+from .runtime.workspace import Workspace
 from .variants import compile_variants, launches_of
-from .workspace import Workspace
 
 __all__ = [
     "Workspace",

@@ -6,8 +6,8 @@ from functools import cache
 
 from ..problem import Problem
 from . import plan as plans
-from .launch import execute
-from .workspace import left_aside
+from .runtime.execute import execute
+from .runtime.workspace import left_aside
 
 
 def device_of(x):
@@ -17,7 +17,7 @@ def device_of(x):
 
 @cache
 def _device(index: int):
-    from .device import CupyDevice
+    from .runtime.device import CupyDevice
 
     return CupyDevice(index)
 

@@ -11,24 +11,20 @@ from functools import cached_property, lru_cache, wraps
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
-from . import hopper, hopper_gradients, hopper_walks
-from .kernels import (
-    C_TYPES,
-    DeviceFacts,
-    Launch,
-    affine_launch,
-    backward_chunk_launch,
-    backward_state_launch,
+from .portable.backward import backward_chunk_launch, backward_state_launch
+from .portable.decode import step_launch
+from .portable.factors import wy_factors_launch
+from .portable.forward import (
     chunk_output_launch,
-    norm_launch,
-    normal,
     segment_count,
     segment_states_launch,
-    token_launch,
     walk_launch,
-    wy_factors_launch,
 )
-from .step import step_launch
+from .portable.tokens import affine_launch, norm_launch, token_launch
+from .sm90 import backward as sm90_backward
+from .sm90 import forward as sm90
+from .sm90 import training as sm90_training
+from .spec import C_TYPES, DeviceFacts, Launch, normal
 
 MAX_HEAD = 256
 SUMS = np.dtype(np.float32)
@@ -136,7 +132,7 @@ def chunk_of(problem: Problem) -> int:
 def training_chunk(problem: Problem, facts: DeviceFacts) -> int:
     """Return the chunk size of the gradients' kernels and of the forward that leaves residuals."""
     chunk = chunk_of(problem)
-    return hopper.CHUNK if hopper_walks.available(problem, facts) else chunk
+    return sm90.CHUNK if sm90_training.available(problem, facts) else chunk
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -156,10 +152,10 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         for name, x in (("q", problem.q), ("k", problem.k)):
             workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
             launches.append(norm_launch(problem, name, normal(problem, name)))
-    if hopper.available(problem, facts) and not residuals:
-        walks, between = hopper.forward_launches(problem, hopper.division(problem, facts))
+    if sm90.available(problem, facts) and not residuals:
+        walks, between = sm90.forward_launches(problem, sm90.division(problem, facts))
         return Plan((*launches, *walks), outputs, workspace | between)
-    on_hopper = residuals and hopper_walks.available(problem, facts)
+    on_hopper = residuals and sm90_training.available(problem, facts)
     # Without a gate P is the same for all value heads of a key head: there it is kept once.
     heads = problem.H if on_hopper else problem.HV
     workspace["core"] = ((*tokens, chunk), problem.dtype)
@@ -172,11 +168,11 @@ def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) 
         workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
         workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
     if on_hopper:
-        launches.append(hopper_walks.factors_launch(problem))
-        division = hopper_walks.forward_division(problem, facts)
+        launches.append(sm90_training.factors_launch(problem))
+        division = sm90_training.forward_division(problem, facts)
         if division.segments > 1:
-            workspace |= hopper.segment_arrays(problem, division.segments - 1)
-        launches += hopper_walks.forward_launches(problem, division)
+            workspace |= sm90.segment_arrays(problem, division.segments - 1)
+        launches += sm90_training.forward_launches(problem, division)
         return Plan(tuple(launches), outputs, workspace)
     launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
     segments = segment_count(problem, chunk, facts)
@@ -224,13 +220,13 @@ def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Pla
         "dstates": (chunked_states(problem, chunk), dtype),
         "g_rows": ((*tokens, problem.V), dtype),
     }
-    if hopper_walks.available(problem, facts):
-        division = hopper_walks.backward_division(problem, facts)
+    if sm90_training.available(problem, facts):
+        division = sm90_training.backward_division(problem, facts)
         if division.segments > 1:
-            workspace |= hopper.segment_arrays(problem, division.segments - 1)
+            workspace |= sm90.segment_arrays(problem, division.segments - 1)
         launches = [
-            *hopper_walks.backward_launches(problem, division, has_dfinal),
-            hopper_gradients.backward_chunk_launch(problem, facts),
+            *sm90_training.backward_launches(problem, division, has_dfinal),
+            sm90_backward.backward_chunk_launch(problem, facts),
         ]
     else:
         launches = [

@@ -10,8 +10,8 @@ import numpy as np
 from ..arrays import FLOAT_DTYPES
 from ..problem import Problem
 from . import plan as plans
-from .kernels import DeviceFacts, Launch
-from .sources import AT_ONCE
+from .runtime.sources import AT_ONCE
+from .spec import DeviceFacts, Launch
 
 PASSES = ("forward", "backward", "recurrent", "step", "blocks")
 

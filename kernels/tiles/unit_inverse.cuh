@@ -3,8 +3,8 @@
 //
 //   L = -M (I + diag(b) M)^-1
 //
-// which is (I + A)^-1 - I for M = A and b = 1, and what wy_factors.cu calls core for b = beta. The 16 x 16 blocks on
-// the diagonal by forward substitution, a column per lane; then neighbours merge,
+// which is (I + A)^-1 - I for M = A and b = 1, and what portable/factors.cu calls core for b = beta. The 16 x 16 blocks
+// on the diagonal by forward substitution, a column per lane; then neighbours merge,
 //
 //   L21 = -(I + L22 diag(b2)) M21 (I + diag(b1) L11)
 //

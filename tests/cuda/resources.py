@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import nvrtc
 
-from cupy_delta.cuda.kernels import DeviceFacts
-from cupy_delta.cuda.sources import variant_source
+from cupy_delta.cuda.runtime.sources import variant_source
+from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"

@@ -8,9 +8,10 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda import hopper_walks, plan
-from cupy_delta.cuda.hopper import Division
-from cupy_delta.cuda.kernels import DeviceFacts
+from cupy_delta.cuda import plan
+from cupy_delta.cuda.sm90 import training
+from cupy_delta.cuda.sm90.forward import Division
+from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -26,7 +27,7 @@ def divided(monkeypatch, emulated):
     def use(math, segments=1, run=None):
         fixed = Division(math, segments, math)
         for name in ("forward_division", "backward_division"):
-            monkeypatch.setattr(hopper_walks, name, lambda *args: fixed)
+            monkeypatch.setattr(training, name, lambda *args: fixed)
         for name in ("plan_forward", "plan_backward"):
             monkeypatch.setattr(plan, name, plan.planned(getattr(plan, name).__wrapped__))
         emulated(run, **HOPPER)

@@ -11,9 +11,9 @@ import pytest
 
 import cupy_delta.cuda
 from cupy_delta.cuda import variants
-from cupy_delta.cuda.kernels import DeviceFacts, Launch
-from cupy_delta.cuda.launch import execute
 from cupy_delta.cuda.plan import Plan
+from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.spec import DeviceFacts, Launch
 
 SECONDS = 10
 
@@ -88,14 +88,14 @@ def on_device(monkeypatch):
     cuda = SimpleNamespace(function=None, Device=Device)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
     # Setting it first has it as it was afterwards.
-    monkeypatch.setattr(cupy_delta.cuda, "device", None, raising=False)
-    monkeypatch.delitem(sys.modules, "cupy_delta.cuda.device", raising=False)
-    yield import_module("cupy_delta.cuda.device")
-    sys.modules.pop("cupy_delta.cuda.device")
+    monkeypatch.setattr(cupy_delta.cuda.runtime, "device", None, raising=False)
+    monkeypatch.delitem(sys.modules, "cupy_delta.cuda.runtime.device", raising=False)
+    yield import_module("cupy_delta.cuda.runtime.device")
+    sys.modules.pop("cupy_delta.cuda.runtime.device")
 
 
 def launch(entry, grid=1, **defines):
-    return Launch("l2norm.cu", entry, tuple(defines.items()), grid, 32, 0, ())
+    return Launch("tokens/l2norm.cu", entry, tuple(defines.items()), grid, 32, 0, ())
 
 
 def compiled():

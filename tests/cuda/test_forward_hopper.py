@@ -8,8 +8,9 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda import hopper, plan
-from cupy_delta.cuda.kernels import DeviceFacts
+from cupy_delta.cuda import plan
+from cupy_delta.cuda.sm90 import forward
+from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -27,12 +28,12 @@ def divided(monkeypatch, emulated):
     """
 
     def use(math, segments=1, first=None, last=None, run=None, transfer=None):
-        fixed = hopper.Division(math, segments, transfer or math)
+        fixed = forward.Division(math, segments, transfer or math)
         if first is not None:
             fixed = fixed._replace(first_math=math, first_percent=first)
         if last is not None:
             fixed = fixed._replace(kept=True, last_percent=last)
-        monkeypatch.setattr(hopper, "division", lambda *args: fixed)
+        monkeypatch.setattr(forward, "division", lambda *args: fixed)
         monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
         emulated(run, **HOPPER)
 
@@ -47,7 +48,7 @@ def launched(facts, **call):
 
 def part(launch):
     """The segments that a launch walks."""
-    return hopper.Part(*(int(x) for x in launch.arguments[-len(hopper.Part._fields) :]))
+    return forward.Part(*(int(x) for x in launch.arguments[-len(forward.Part._fields) :]))
 
 
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
@@ -127,7 +128,7 @@ def check(divided, args, kw):
         assert "forward" not in entries
     wide_args, wide_kw = wide(args, kw)
     exact = definition(*wide_args, **wide_kw)
-    plain = rounded_products(args, kw, hopper.CHUNK)
+    plain = rounded_products(args, kw, forward.CHUNK)
     for x, y, other in zip(result, exact, plain, strict=True):
         assert x.shape == y.shape
         assert error(x, y) < twice(other, y)

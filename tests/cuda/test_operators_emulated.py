@@ -12,8 +12,8 @@ from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import operators
-from cupy_delta.cuda.launch import execute
 from cupy_delta.cuda.plan import plan_forward
+from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.problem import operator_problem
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)

@@ -6,7 +6,7 @@ from helpers import make_inputs
 
 from cupy_delta.checker import KEPT_CALLS
 from cupy_delta.cuda import plan as plans
-from cupy_delta.cuda import sources
+from cupy_delta.cuda.runtime import sources
 from cupy_delta.cuda.variants import launches_of
 from cupy_delta.problem import factors_problem, operator_problem, step_problem
 
@@ -174,5 +174,5 @@ def test_digest_changes_with_any_header(tmp_path):
 
 def test_kernels_are_found():
     folder = sources.kernel_folder()
-    assert (folder / "forward.cu").is_file()
+    assert (folder / "portable/forward.cu").is_file()
     assert sources.digest(folder) == sources.digest(folder)

@@ -8,7 +8,8 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda import kernels
+from cupy_delta.cuda.portable import forward
+from cupy_delta.cuda.spec import DeviceFacts
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 FACTS = dict(sm_count=132)
@@ -21,7 +22,7 @@ def short_segments(monkeypatch):
     """Cut sequences that are short enough for the emulator."""
     from cupy_delta.cuda import plan
 
-    monkeypatch.setattr(kernels, "SEGMENT_CHUNKS", 1)
+    monkeypatch.setattr(forward, "SEGMENT_CHUNKS", 1)
     monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
 
 
@@ -116,7 +117,7 @@ def test_only_long_sequences_of_few_heads_are_cut():
     from cupy_delta.cuda.variants import launches_of
 
     def segments(T, H, **sizes):
-        facts = kernels.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+        facts = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
         sizes = dict(dtype="bfloat16", K=128, V=128) | sizes
         names = launches_of(facts, ("forward",), T=T, H=H, **sizes)
         return max(dict(x.defines).get("SEGMENTS", 1) for x in names)

@@ -1,7 +1,7 @@
 """Build CUDA kernels with g++ and run them on the CPU, every access checked.
 
-`Kernel` is one compiled entry; `EmulatorDevice` offers what `cupy_delta.cuda.device.CupyDevice`
-offers, so that the CUDA backend runs on it unchanged.
+`Kernel` is one compiled entry; `EmulatorDevice` offers what
+`cupy_delta.cuda.runtime.device.CupyDevice` offers, so that the CUDA backend runs on it unchanged.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class EmulatorDevice:
         sm: int = 80,
         leg: str = "source",
     ):
-        from cupy_delta.cuda.kernels import DeviceFacts
+        from cupy_delta.cuda.spec import DeviceFacts
 
         self.run, self.sm, self.leg = run, sm, leg
         self.facts = DeviceFacts(sm_count, shared_bytes, capability=(sm // 10, sm % 10))

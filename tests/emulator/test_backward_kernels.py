@@ -6,9 +6,9 @@ import pytest
 from emulator import EmulatorDevice, Run
 from helpers import make_inputs
 
-from cupy_delta.cuda.kernels import DeviceFacts
-from cupy_delta.cuda.launch import execute
 from cupy_delta.cuda.plan import plan_backward, plan_forward
+from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.problem import operator_problem
 from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
 

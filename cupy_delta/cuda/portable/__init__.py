@@ -1,0 +1,1 @@
+"""Launches of the kernels that run on every architecture."""

@@ -1,0 +1,100 @@
+"""The launches of the gradients: the reverse walk, and what is chunk-parallel."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...problem import Problem
+from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
+from .forward import walk_shape
+
+
+def backward_state_launch(
+    problem: Problem, chunk: int, facts: DeviceFacts, has_dfinal: bool
+) -> Launch:
+    """The reverse walk: the gradient of the state leaving each chunk, and G."""
+    size, K = problem.dtype.itemsize, padded(problem.K)
+    # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
+    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
+    slice_ = 16 * row_tiles * warps
+    key_rows = (chunk * pitch(K, size), size)
+    square = (chunk * pitch(chunk, size), size)
+    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
+    shared = carve(*stage, *stage)
+    fits("the gradients' state pass", chunk, shared, facts)
+    return Launch(
+        "portable/backward_state.cu",
+        "backward_state",
+        variant(
+            problem,
+            chunk,
+            STATE_VK=int(problem.state_layout == "vk"),
+            WARPS=warps,
+            ROW_TILES=row_tiles,
+        ),
+        problem.N * problem.HV * -(-padded(problem.V) // slice_),
+        32 * warps,
+        shared,
+        (
+            normal(problem, "q"),
+            normal(problem, "k"),
+            "core",
+            "p",
+            "beta",
+            "do",
+            "dfinal_state" if has_dfinal else None,
+            "cu_seqlens",
+            "dstates",
+            "g_rows",
+            "dinitial_state",
+            np.float32(problem.scale),
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+        ),
+    )
+
+
+def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
+    """The chunk-parallel gradients, with as wide a slice of values as fits."""
+    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    # So that the sums over the group fit the registers of a warp.
+    warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
+    key_rows = (chunk * pitch(K, size), size)
+    square = (chunk * pitch(chunk, size), size)
+    for slice_ in (64, 32, 16) if size == 2 else (32, 16):
+        slice_ = min(slice_, V)
+        state, rows = (slice_ * pitch(K, size), size), (chunk * pitch(slice_, size), size)
+        arrays = [key_rows, key_rows, state, state, rows, rows, rows, square, square, square]
+        shared = carve(*arrays, (chunk, 4), (chunk, 4))
+        if shared <= facts.shared_bytes:
+            break
+    fits("the gradients", chunk, shared, facts)
+    return Launch(
+        "portable/backward_chunk.cu",
+        "backward_chunk",
+        variant(problem, chunk, WARPS=warps, SLICE=slice_),
+        slots(problem, chunk) * problem.H if problem.T else 0,
+        32 * warps,
+        shared,
+        (
+            normal(problem, "q"),
+            normal(problem, "k"),
+            "beta",
+            "corrections",
+            "g_rows",
+            "do",
+            "states",
+            "dstates",
+            "cu_seqlens",
+            "dq",
+            "dk",
+            "dv",
+            "dbeta",
+            np.float32(problem.scale),
+            i32(problem.N),
+            i32(problem.T),
+            i32(problem.H),
+            i32(problem.HV),
+        ),
+    )

@@ -1,0 +1,103 @@
+"""The launch of a decoding step: how the threads of `tokens/decode.cu` share a state."""
+
+from __future__ import annotations
+
+import math
+
+from ...problem import Problem
+from ..spec import C_TYPES, Launch, i32
+
+# The fastest of those measured (docs/performance.md). Bytes of a thread's part of a state in the
+# type of its sums, and for (K, V) by bytes per element of the state.
+TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
+# Bytes of a row of a (K, V) state that a warp takes, likewise.
+PIECE_BYTES, KV_PIECE_BYTES = 64, {2: 128, 4: 256}
+# Threads per block of warps that share nothing.
+THREADS = 128
+VECTOR_BYTES = 16
+WARP, MOST_WARPS = 32, 16
+
+
+def power_of_two(least: int) -> int:
+    """Return the smallest power of two that is at least `least`."""
+    return 1 << (least - 1).bit_length()
+
+
+def step_tile(problem: Problem) -> dict:
+    """Return the macros of `tokens/decode.cu` that say which part of a state a thread has.
+
+    A (V, K) state: PARTS threads side by side have a row of keys, and several rows. A (K, V) state:
+    a thread has one vector of some keys, ACROSS threads are side by side, and the PARTS others of
+    its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
+    """
+    K, V, itemsize = problem.K, problem.V, problem.state.dtype.itemsize
+    if problem.state_layout == "vk":
+        vector = math.gcd(K, VECTOR_BYTES // itemsize)
+        parts = min(WARP, power_of_two(K // vector))
+        keys = -(-K // (parts * vector)) * vector
+        tile = TILE_BYTES // problem.compute_dtype.itemsize
+        fitting = 1 << (max(1, tile // keys).bit_length() - 1)
+        values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
+        per_warp = WARP // parts * values
+    else:
+        values = vector = math.gcd(V, VECTOR_BYTES // itemsize)
+        widest = min(WARP, power_of_two(V // vector))
+        piece = KV_PIECE_BYTES.get(itemsize, PIECE_BYTES) // itemsize
+        across = min(widest, max(1, piece // vector))
+        parts = WARP // across
+        per_warp = across * values
+        tile = KV_TILE_BYTES.get(itemsize, TILE_BYTES) // problem.compute_dtype.itemsize
+        enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
+        warps = min(MOST_WARPS, power_of_two(enough))
+    alone = min(THREADS // WARP, -(-V // per_warp)) if warps == 1 else 1
+    return dict(
+        VECTOR=vector,
+        VALUES=values,
+        PARTS=parts,
+        WARPS=warps,
+        ACROSS=across,
+        CHANNELS=per_warp * alone,
+    )
+
+
+def step_launch(problem: Problem) -> Launch:
+    """The new tokens of all sequences, on the slots of a pool, in place."""
+    real = problem.compute_dtype
+    tile = step_tile(problem)
+    defines = dict(
+        DTYPE=C_TYPES[problem.dtype.name],
+        STATE_DTYPE=C_TYPES[problem.state.dtype.name],
+        HEAD_K=problem.K,
+        HEAD_V=problem.V,
+        GROUP=problem.groups,
+        HAS_GATE=int(problem.g is not None),
+        STATE_VK=int(problem.state_layout == "vk"),
+        L2NORM=int(problem.qk_l2norm),
+        ONE_TOKEN=int(problem.T == 1),
+    )
+    # As decode.cu's Passed: per warp two sums of each channel and four more, and what is written.
+    passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 4 * tile["WARPS"]
+    shared = passed * real.itemsize if tile["WARPS"] > 1 else 0
+    threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
+    return Launch(
+        "tokens/decode.cu",
+        "decode",
+        tuple((defines | tile).items()),
+        problem.N * problem.HV * -(-problem.V // tile["CHANNELS"]) if problem.T else 0,
+        threads,
+        shared,
+        (
+            "q",
+            "k",
+            "v",
+            "beta",
+            "g",
+            "state_indices",
+            "state",
+            "o",
+            real.type(problem.scale),
+            i32(problem.T),
+            i32(problem.HV),
+            i32(problem.state.shape[0]),
+        ),
+    )

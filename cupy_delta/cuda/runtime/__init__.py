@@ -1,0 +1,1 @@
+"""From plans and arrays to work on a device, and what the machine has."""

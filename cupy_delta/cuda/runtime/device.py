@@ -1,0 +1,219 @@
+"""A CUDA device as the backend sees it: memory, kernels, launches, on the current stream."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property, lru_cache, partial
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from ..spec import DeviceFacts, Launch
+from . import workspace
+from .environment import LOWEST_CAPABILITY
+from .sources import AT_ONCE, kernel_folder, variant_source
+from .tensor_maps import tensor_map
+
+# Of most arguments CuPy makes the address of a value at every launch; one of this class is one. It
+# takes arrays with one element as well, should the class ever be gone.
+by_value = getattr(cupy.cuda.function, "CNumpyArray", np.asarray)
+NULL = by_value(np.zeros(1, np.uint64))
+# CuPy compiles an empty file before the first program with some options, to learn what NVRTC is.
+# Done with this one, it is not done again in every thread.
+NOTHING = 'extern "C" __global__ void nothing() {}'
+
+
+class CupyDevice:
+    """Memory and launches on the device where a problem's arrays live.
+
+    Work goes to CuPy's current stream of that device, or to a second one that the current one waits
+    for before the call returns; nothing here makes the host wait.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+        self._device = cupy.cuda.Device(index)
+
+    def __enter__(self):
+        self._device.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._device.__exit__(*error)
+
+    @cached_property
+    def facts(self) -> DeviceFacts:
+        capability = self._device.compute_capability
+        if int(capability) < 10 * LOWEST_CAPABILITY:
+            raise NotImplementedError(
+                f"device {self.index} has compute capability {capability[:-1]}.{capability[-1]};"
+                f" CuPy arrays need {LOWEST_CAPABILITY}.0 or newer, NumPy arrays no GPU"
+            )
+        attributes = self._device.attributes
+        return DeviceFacts(
+            sm_count=attributes["MultiProcessorCount"],
+            shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+            capability=(int(capability[:-1]), int(capability[-1])),
+        )
+
+    def empty(self, shape, dtype, name: str):
+        kept = workspace.current()
+        if kept is None:
+            return cupy.ndarray(shape, dtype)
+        return kept.take(self.index, name, shape, dtype, cupy.ndarray)
+
+    def zeros(self, shape, dtype, name: str):
+        x = self.empty(shape, dtype, name)
+        x.fill(0)
+        return x
+
+    def bring(self, x, name: str, dtype):
+        """Return `x` on the device, C-contiguous, aligned to 16 bytes, in `dtype` if given."""
+        dtype = x.dtype if dtype is None else dtype
+        if not isinstance(x, cupy.ndarray):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise ValueError(
+                    f"{name}: expected a CuPy array while a CUDA graph is captured,"
+                    f" got a NumPy array of shape {x.shape}"
+                )
+            return cupy.asarray(np.ascontiguousarray(x, dtype))
+        if x.dtype == dtype and x.flags.c_contiguous and x.data.ptr % 16 == 0:
+            return x
+        y = self.empty(x.shape, dtype, f"{name} as read")
+        cupy.copyto(y, x)
+        return y
+
+    def target(self, x, name: str):
+        """Return an array that kernels may write in place of `x`, to be copied back to it."""
+        return x if x.data.ptr % 16 == 0 else x.copy()
+
+    def prepare(self, launches: tuple[Launch, ...]) -> None:
+        """Compile all kernels of some launches, or find them in CuPy's cache."""
+        _prepared(self.index, launches)
+
+    def launch(self, launch: Launch, arrays: dict) -> None:
+        """Launch a kernel; a pointer to no array is null."""
+        loaded = _loaded(self.index, launch)
+        arguments = loaded.arguments.copy()
+        for i, name in launch.pointers:
+            x = arrays[name]
+            if x is not None:
+                arguments[i] = x.data
+        for i, box in launch.boxes:
+            arguments[i] = _map(arrays[box.name].data.ptr, box.shape, box.box)
+        call = loaded.grid, loaded.block, arguments, launch.shared
+        if launch.beside:
+            # On a stream of its own, which the current one waits for after the next launch.
+            side = _side_stream(self.index)
+            side.wait_event(cupy.cuda.get_current_stream().record())
+            loaded.kernel(*call, side)
+            _beside.ends[self.index] = side.record()
+            return
+        loaded.kernel(*call)
+        end = _beside.ends.pop(self.index, None)
+        if end is not None:
+            cupy.cuda.get_current_stream().wait_event(end)
+
+
+class _Beside(threading.local):
+    """This thread's second stream of each device, and the end of what runs on it."""
+
+    def __init__(self):
+        self.streams: dict = {}
+        self.ends: dict = {}
+
+
+_beside = _Beside()
+
+
+def _side_stream(index: int):
+    """Return this thread's second stream of a device, with that device current."""
+    if index not in _beside.streams:
+        _beside.streams[index] = cupy.cuda.Stream(non_blocking=True)
+    return _beside.streams[index]
+
+
+class Loaded(NamedTuple):
+    """A launch on one device: the kernel, and arguments as CuPy passes them with the least ado."""
+
+    kernel: Any
+    grid: tuple[int]
+    block: tuple[int]
+    arguments: list
+
+
+@lru_cache(1024)
+def _loaded(index: int, launch: Launch) -> Loaded:
+    """Look a launch's kernel up by the launch itself, which is quicker than by its macros."""
+    kernel = _kernel(index, launch.entry, Program.of(launch), launch.shared)
+    arguments = [
+        by_value(a.reshape(1)) if isinstance(a, np.generic) else NULL for a in launch.arguments
+    ]
+    return Loaded(kernel, (launch.grid,), (launch.block,), arguments)
+
+
+@lru_cache(4096)
+def _map(address: int, shape: tuple, box: tuple):
+    """Keep maps by all that they depend on: memory that is used again has the same one."""
+    return by_value(tensor_map(address, shape, box))
+
+
+@cache
+def _kernel(index: int, entry: str, program: Program, shared: int):
+    """Return a kernel of a program, allowed the shared memory that it takes."""
+    kernel = program.module().get_function(entry)
+    if shared > 48 * 1024:
+        kernel.max_dynamic_shared_size_bytes = shared
+    return kernel.kernel
+
+
+class Program(NamedTuple):
+    """What is compiled for one or several launches."""
+
+    source: str
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, launch: Launch) -> Program:
+        options = ("--std=c++17", f"-I{kernel_folder()}")
+        if launch.arch:
+            options += (f"-arch={launch.arch}",)
+        return cls(variant_source(launch.file, launch.defines), options)
+
+    def module(self) -> cupy.RawModule:
+        """Return it as CuPy has it, which compiles equal ones once per device."""
+        return cupy.RawModule(code=self.source, options=self.options)
+
+
+_compiled: set[tuple[int, Program]] = set()
+
+
+@lru_cache(1024)
+def _prepared(index: int, launches: tuple[Launch, ...]) -> None:
+    """Compile what was not compiled yet; runs with that device current.
+
+    NVRTC takes a second or two and one core for a program: each has a thread. They are gone when
+    this returns, and of several errors the one that is raised is the first launch's.
+    """
+    programs = dict.fromkeys(Program.of(launch) for launch in launches)
+    new = [program for program in programs if (index, program) not in _compiled]
+    if len(new) == 1:
+        new[0].module().compile()
+    elif new:
+        for options in dict.fromkeys(program.options for program in new):
+            Program(NOTHING, options).module().compile()
+        with ThreadPoolExecutor(min(len(new), AT_ONCE)) as pool:
+            for _ in pool.map(partial(_compile, index), new):
+                pass
+    _compiled.update((index, program) for program in new)
+
+
+def _compile(index: int, program: Program) -> None:
+    """Compile in a thread of its own, with this device current until it ends.
+
+    As a context the device would leave the thread with device 0, where CUDA then makes a context.
+    """
+    cupy.cuda.Device(index).use()
+    program.module().compile()

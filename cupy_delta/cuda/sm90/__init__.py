@@ -1,0 +1,1 @@
+"""Launches of the kernels for compute capability 9.0."""

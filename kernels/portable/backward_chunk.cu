@@ -1,0 +1,196 @@
+// The gradients of q, k, v and beta, all chunks in parallel. Per chunk and value head, with S the state entering it,
+// D' the gradient of the state leaving it and G from backward_state.cu, N^ from forward.cu, b = beta:
+//
+//   N = b N^      dV = dR = b G      dbeta = rowsum(G . N^)
+//   dP = tril(dO N^T)      E = -tril(dR N^T, -1)
+//   dQ = scale (dO S^T + dP K)      dK = scale dP^T Q + N D'^T - dR S^T + (E + E^T) K
+//
+// Nothing is divided by beta, so beta = 0 is exact. dQ and dK are summed over the value heads of a key head in
+// registers, in their order: no atomics, the same bits every time.
+//
+// Numbers: operands of products in DTYPE, sums in float (float: 3xTF32), results rounded once; dbeta in float.
+//
+// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE (0), VARLEN, WARPS (a multiple of CHUNK / 16), SLICE (value channels
+// at a time, a multiple of 16).
+// Grid: slots * H blocks of 32 WARPS threads.
+// Shared memory: Q and K tiles; slices of S, D', dO, N and -dR; three CHUNK x CHUNK matrices; beta and dbeta; see
+// cupy_delta/cuda/portable/backward.py.
+#include "tiles/fragments.cuh"
+#include "tiles/load.cuh"
+#include "tiles/sequence.cuh"
+
+typedef Mma<DTYPE> Product;
+constexpr int THREADS = 32 * WARPS, BLOCKS = WARPS == 4 ? 3 : 1;  // blocks per multiprocessor, as registers allow
+constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
+constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
+// A warp owns one tile of 16 rows and every ACROSS-th tile of 16 columns.
+constexpr int ROWS = CHUNK / 16, ACROSS = WARPS / ROWS;
+constexpr int K_JOBS = (KP / 16 + ACROSS - 1) / ACROSS, C_JOBS = (ROWS + ACROSS - 1) / ACROSS;
+
+// d[job] += A B for the warp's row tile: a[row][k] and, per job, b[column][k] (BY_ROWS) or b[k][column].
+template <int JOBS, int DEPTH_TOTAL, bool BY_ROWS>
+PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, const DTYPE* b, int b_pitch, int across,
+                        int columns, int lane) {
+#pragma unroll
+  for (int k = 0; k < DEPTH_TOTAL; k += Product::DEPTH) {
+    Product::order_loads();
+    typename Product::A fa;
+    Product::load_a(fa, a + k, a_pitch, lane);
+#pragma unroll
+    for (int job = 0; job < JOBS; job++) {
+      const int column = (across + job * ACROSS) * 16;
+      if (column >= columns) continue;  // the whole warp
+      typename Product::B fb;
+      if constexpr (BY_ROWS)
+        Product::load_b(fb, b + column * b_pitch + k, b_pitch, lane);
+      else
+        Product::load_b_transposed(fb, b + k * b_pitch + column, b_pitch, lane);
+      Product::multiply(d[job][0], d[job][1], fa, fb);
+    }
+  }
+}
+
+// d[job] += A^T B with A^T[row][k] = a[k][row], b[k][column].
+PRIM void multiply_transposed_jobs(float (&d)[K_JOBS][2][4], const DTYPE* a, const DTYPE* b, int across, int lane) {
+#pragma unroll
+  for (int k = 0; k < CHUNK; k += Product::DEPTH) {
+    Product::order_loads();
+    typename Product::A fa;
+    Product::load_a_transposed(fa, a + k * C_PITCH, C_PITCH, lane);
+#pragma unroll
+    for (int job = 0; job < K_JOBS; job++) {
+      const int column = (across + job * ACROSS) * 16;
+      if (column >= KP) continue;
+      typename Product::B fb;
+      Product::load_b_transposed(fb, b + k * K_PITCH + column, K_PITCH, lane);
+      Product::multiply(d[job][0], d[job][1], fa, fb);
+    }
+  }
+}
+
+template <int JOBS>
+PRIM void clear_jobs(float (&d)[JOBS][2][4]) {
+#pragma unroll
+  for (int job = 0; job < JOBS; job++) clear(d[job]);
+}
+
+PRIM void write_jobs(DTYPE* out, int64_t stride, const float (&d)[K_JOBS][2][4], float factor, int row, int tokens,
+                     int across, int lane) {
+#pragma unroll
+  for (int job = 0; job < K_JOBS; job++)
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int token = row + sum_row(lane, i), column = (across + job * ACROSS) * 16 + sum_column(lane, j, i);
+        if (token < tokens && column < HEAD_K) out[token * stride + column] = narrow<DTYPE>(factor * d[job][j][i]);
+      }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    backward_chunk(const DTYPE* q, const DTYPE* k, const float* beta, const DTYPE* corrections, const DTYPE* g_rows,
+                   const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates, const int64_t* cu_seqlens, DTYPE* dq,
+                   DTYPE* dk, DTYPE* dv, float* dbeta, float scale, int N, int T, int H, int HV) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int h = blockIdx.x % H, groups = HV / H;
+  const int64_t slot = blockIdx.x / H;
+  const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
+  if (chunk.tokens <= 0) return;
+  const int row = warp % ROWS * 16, across = warp / ROWS;
+
+  DynSmem smem;
+  DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+  DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+  DTYPE* tile_s = smem.take<DTYPE>(SLICE * K_PITCH, "state");
+  DTYPE* tile_d = smem.take<DTYPE>(SLICE * K_PITCH, "dstate");
+  DTYPE* tile_o = smem.take<DTYPE>(CHUNK * V_PITCH, "do");
+  DTYPE* tile_n = smem.take<DTYPE>(CHUNK * V_PITCH, "n");
+  DTYPE* tile_r = smem.take<DTYPE>(CHUNK * V_PITCH, "minus dr");
+  DTYPE* pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "dp");
+  DTYPE* scaled_pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "scaled dp");
+  DTYPE* symmetric = smem.take<DTYPE>(CHUNK * C_PITCH, "e + e^t");
+  float* b = smem.take<float>(CHUNK, "beta");
+  float* b_sums = smem.take<float>(CHUNK, "dbeta");
+
+  const int64_t key_row = chunk.first * H + h;
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
+
+  float sum_q[K_JOBS][2][4], sum_k[K_JOBS][2][4];
+  clear_jobs(sum_q);
+  clear_jobs(sum_k);
+  for (int group = 0; group < groups; group++) {
+    const int hv = h * groups + group;
+    const int64_t value_row = chunk.first * HV + hv, state_at = (slot * HV + hv) * HEAD_K * HEAD_V;
+    const int64_t stride = (int64_t)HV * HEAD_V;
+    float dP[C_JOBS][2][4], E[C_JOBS][2][4];
+    clear_jobs(dP);
+    clear_jobs(E);
+    load_column<CHUNK, THREADS>(b, beta + value_row, HV, chunk.tokens, thread);
+    for (int slice = 0; slice < SLICES; slice++) {
+      const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
+      const int64_t at = value_row * HEAD_V + first;
+      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_s, states + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
+                                                   thread);
+      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_d, dstates + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
+                                                   thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_o, d_o + at, stride, chunk.tokens, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, corrections + at, stride, chunk.tokens, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, g_rows + at, stride, chunk.tokens, width, thread);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+
+      // N^ and G become N and -dR; a warp per token.
+      for (int t = warp; t < CHUNK; t += WARPS) {
+        float sum = 0.0f;
+        for (int c = lane; c < SLICE; c += 32) {
+          DTYPE &n = tile_n[t * V_PITCH + c], &r = tile_r[t * V_PITCH + c];
+          const float n_hat = widen(n), g = widen(r), gradient = b[t] * g;
+          sum += g * n_hat;
+          n = narrow<DTYPE>(b[t] * n_hat);
+          r = narrow<DTYPE>(-gradient);
+          if (t < chunk.tokens && c < width) dv[at + t * stride + c] = narrow<DTYPE>(gradient);
+        }
+#pragma unroll
+        for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+        if (lane == 0) b_sums[t] = slice == 0 ? sum : b_sums[t] + sum;
+      }
+      __syncthreads();
+
+      multiply_jobs<C_JOBS, SLICE, true>(dP, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
+      multiply_jobs<C_JOBS, SLICE, true>(E, tile_r + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_q, tile_o + row * V_PITCH, V_PITCH, tile_s, K_PITCH, across, KP, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_k, tile_n + row * V_PITCH, V_PITCH, tile_d, K_PITCH, across, KP, lane);
+      multiply_jobs<K_JOBS, SLICE, false>(sum_k, tile_r + row * V_PITCH, V_PITCH, tile_s, K_PITCH, across, KP, lane);
+      __syncthreads();
+    }
+    if (thread < chunk.tokens) dbeta[value_row + (int64_t)thread * HV] = b_sums[thread];
+
+#pragma unroll
+    for (int job = 0; job < C_JOBS; job++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int column = (across + job * ACROSS) * 16 + sum_column(lane, j, i), r = row + sum_row(lane, i);
+          if (column >= CHUNK) continue;
+          const float pair = column <= r ? dP[job][j][i] : 0.0f;
+          pairs[r * C_PITCH + column] = narrow<DTYPE>(pair);
+          scaled_pairs[r * C_PITCH + column] = narrow<DTYPE>(scale * pair);
+          if (column > r) continue;
+          const DTYPE e = narrow<DTYPE>(column < r ? E[job][j][i] : 0.0f);
+          symmetric[r * C_PITCH + column] = e;
+          if (column < r) symmetric[column * C_PITCH + r] = e;
+        }
+    __syncthreads();
+    multiply_jobs<K_JOBS, CHUNK, false>(sum_q, pairs + row * C_PITCH, C_PITCH, tile_k, K_PITCH, across, KP, lane);
+    multiply_jobs<K_JOBS, CHUNK, false>(sum_k, symmetric + row * C_PITCH, C_PITCH, tile_k, K_PITCH, across, KP, lane);
+    multiply_transposed_jobs(sum_k, scaled_pairs + row, tile_q, across, lane);
+    __syncthreads();
+  }
+  write_jobs(dq + key_row * HEAD_K, (int64_t)H * HEAD_K, sum_q, scale, row, chunk.tokens, across, lane);
+  write_jobs(dk + key_row * HEAD_K, (int64_t)H * HEAD_K, sum_k, 1.0f, row, chunk.tokens, across, lane);
+}

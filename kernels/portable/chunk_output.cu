@@ -1,0 +1,79 @@
+// The outputs of every chunk, all chunks in parallel: with S the state entering the chunk and N its v_new,
+//
+//   O = scale (Q S + tril(Q K^T) N)
+//
+// Numbers: operands rounded to DTYPE (S and the pairs included), sums in float (float: 3xTF32), O rounded once.
+// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, VARLEN, SLICE (value channels per block, a multiple of 16).
+// Grid: slots * HV * ceil(padded(HEAD_V) / SLICE) blocks of 128 threads.
+// Shared memory: Q and K tiles, the slice of N and of S, the pairs; see cupy_delta/cuda/portable/forward.py.
+#include "tiles/fragments.cuh"
+#include "tiles/load.cuh"
+#include "tiles/sequence.cuh"
+
+constexpr int THREADS = 128, KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
+constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    chunk_output(const DTYPE* q, const DTYPE* k, const DTYPE* v_new, const float* states, const int64_t* cu_seqlens,
+                 DTYPE* o, float scale, int N, int T, int H, int HV) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, h = hv / (HV / H);
+  const int64_t slot = blockIdx.x / (SLICES * HV);
+  const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
+  if (chunk.tokens <= 0) return;
+  const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
+
+  DynSmem smem;
+  DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+  DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+  DTYPE* tile_n = smem.take<DTYPE>(CHUNK * V_PITCH, "v_new");
+  DTYPE* state = smem.take<DTYPE>(KP * V_PITCH, "state");
+  DTYPE* pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "pairs");
+
+  const int64_t key = (chunk.first * H + h) * HEAD_K, value = (chunk.first * HV + hv) * HEAD_V + first;
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, v_new + value, (int64_t)HV * HEAD_V, chunk.tokens, width,
+                                                  thread);
+  cp_async_commit();
+  const float* S = states + (slot * HV + hv) * HEAD_K * HEAD_V + first;
+  for (int i = thread; i < KP * SLICE; i += THREADS) {
+    int row = i / SLICE, column = i % SLICE;
+    bool inside = row < HEAD_K && column < width;
+    state[row * V_PITCH + column] = narrow<DTYPE>(inside ? S[(int64_t)row * HEAD_V + column] : 0.0f);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  for (int tile = warp; tile < CHUNK / 16 * (CHUNK / 16); tile += THREADS / 32) {
+    int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
+    float d[2][4];
+    clear(d);
+    if (c <= r)
+      multiply_tiles<DTYPE, 2, KP, false>(d, tile_q + r * K_PITCH, K_PITCH, tile_k + c * K_PITCH, K_PITCH, lane);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int row = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
+        pairs[row * C_PITCH + column] = narrow<DTYPE>(column <= row ? d[j][i] : 0.0f);
+      }
+  }
+  __syncthreads();
+
+  for (int tile = warp; tile < CHUNK / 16 * (SLICE / 16); tile += THREADS / 32) {
+    int r = tile / (SLICE / 16) * 16, c = tile % (SLICE / 16) * 16;
+    float d[2][4];
+    clear(d);
+    multiply_tiles<DTYPE, 2, KP, true>(d, tile_q + r * K_PITCH, K_PITCH, state + c, V_PITCH, lane);
+    multiply_tiles<DTYPE, 2, CHUNK, true>(d, pairs + r * C_PITCH, C_PITCH, tile_n + c, V_PITCH, lane);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int row = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
+        if (row < chunk.tokens && column < width)
+          o[value + (int64_t)row * HV * HEAD_V + column] = narrow<DTYPE>(scale * d[j][i]);
+      }
+  }
+}

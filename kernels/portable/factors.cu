@@ -1,0 +1,185 @@
+// The factors of every chunk, all chunks in parallel. With K, Q, V the rows of a chunk, b = beta and
+// D_ij = exp(G_i - G_j) for i >= j, G the running sum of g in the chunk (1 without a gate):
+//
+//   M = tril(K K^T . D, -1),   X = (I + diag(b) M)^-1
+//   WRITE_CORE:  core = -M X,  p = tril(Q K^T . D),  running_sum = G     what forward.cu and the gradients read
+//   WRITE_WU:  t = T = X diag(b),  w = T K,  u = T V                     the public WY factors (no gate)
+//
+// X = I + diag(b) core, so T R = b (R + core (b R)): the core serves where T would, without dividing by b.
+//
+// Numbers: G in double, since small differences of large sums count; g below -1000 counts as -1000, whose exponential
+// is 0 like that of anything below, -inf included. Products of DTYPE operands with float sums (float: 3xTF32); the
+// inverse and the core in 3xTF32, see tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
+//
+// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WRITE_CORE or WRITE_WU.
+// Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
+// Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, A, X, half a
+// scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/portable/factors.py.
+#include "tiles/fragments.cuh"
+#include "tiles/load.cuh"
+#include "tiles/sequence.cuh"
+#include "tiles/triangular_inverse.cuh"
+
+// As many blocks as shared memory admits at HEAD_K = 128 (float: as registers do without spilling).
+constexpr int THREADS = 128, BLOCKS = sizeof(DTYPE) == 2 ? 5 : 2;
+constexpr int KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
+constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
+
+PRIM float no_less_than_lowest(float g) { return g < -1000.0f ? -1000.0f : g; }  // NaN stays
+
+// out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
+PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, int warp, int lane) {
+  for (int tile = warp; tile < CHUNK / 16 * (CHUNK / 16); tile += THREADS / 32) {
+    int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
+    if (c > r) continue;
+    float d[2][4];
+    clear(d);
+    multiply_tiles<DTYPE, 2, KP, false>(d, rows + r * K_PITCH, K_PITCH, columns + c * K_PITCH, K_PITCH, lane);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) out[(r + sum_row(lane, i)) * A_PITCH + c + sum_column(lane, j, i)] = d[j][i];
+  }
+}
+
+#if WRITE_WU
+constexpr int VP = padded(HEAD_V), V_PITCH = pitch_of<DTYPE>(VP), C_PITCH = pitch_of<DTYPE>(CHUNK);
+
+// out[token][column] = T tile, for the tokens of the chunk.
+template <int HEAD, int PITCH>
+PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE* tile, int tokens, int warp, int lane) {
+  constexpr int STEPS = padded(HEAD) / 16;
+  for (int job = warp; job < CHUNK / 16 * STEPS; job += THREADS / 32) {
+    int r = job / STEPS * 16, c = job % STEPS * 16;
+    float d[2][4];
+    clear(d);
+    multiply_tiles<DTYPE, 2, CHUNK, true>(d, t + r * C_PITCH, C_PITCH, tile + c, PITCH, lane);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int row = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
+        if (row < tokens && column < HEAD) out[row * stride + column] = narrow<DTYPE>(d[j][i]);
+      }
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    wy_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
+               const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, double* running_sum, DTYPE* t, DTYPE* w, DTYPE* u,
+               int N, int T, int H, int HV) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int h = blockIdx.x % H, groups = HV / H;
+  const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, blockIdx.x / H, N, T);
+  if (chunk.tokens <= 0) return;
+
+  DynSmem smem;
+  DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+#if WRITE_CORE
+  DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+  float* qk = smem.take<float>(CHUNK * A_PITCH, "qk");
+#else
+  DTYPE* tile_v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
+  DTYPE* tile_t = smem.take<DTYPE>(CHUNK * C_PITCH, "t");
+#endif
+  float* kk = smem.take<float>(CHUNK * A_PITCH, "kk");
+  float* a = smem.take<float>(CHUNK * A_PITCH, "a");
+  float* inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
+  float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
+  float* b = smem.take<float>(CHUNK, "beta");
+  double* G = smem.take<double>(CHUNK, "G");
+
+  const int64_t key_row = chunk.first * H + h;
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
+#if WRITE_CORE
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
+                                               thread);
+#endif
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  lower_products(kk, tile_k, tile_k, warp, lane);
+#if WRITE_CORE
+  lower_products(qk, tile_q, tile_k, warp, lane);
+#endif
+
+  for (int group = 0; group < groups; group++) {
+    const int64_t row = chunk.first * HV + h * groups + group;  // of (token, value head)
+    load_column<CHUNK, THREADS>(b, beta + row, HV, chunk.tokens, thread);
+#if HAS_GATE
+    for (int i = thread; i < CHUNK; i += THREADS)
+      G[i] = i < chunk.tokens ? no_less_than_lowest(g[row + (int64_t)i * HV]) : 0.0f;
+#endif
+#if WRITE_WU
+    load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V,
+                                                 thread);
+#endif
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+#if HAS_GATE
+    if (thread == 0) {
+      for (int i = 1; i < CHUNK; i++) G[i] += G[i - 1];
+    }
+    __syncthreads();
+    if (thread < chunk.tokens) running_sum[row + (int64_t)thread * HV] = G[thread];
+#endif
+    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+      int r = i / CHUNK, c = i % CHUNK;
+      if (c > r) continue;
+#if HAS_GATE
+      float decay = expf((float)(G[r] - G[c]));
+#else
+      float decay = 1.0f;
+#endif
+      a[r * A_PITCH + c] = b[r] * kk[r * A_PITCH + c] * decay;
+    }
+    __syncthreads();
+    invert_unit_lower<CHUNK, THREADS>(inverse, a, scratch, thread);
+
+#if WRITE_CORE
+    // M takes the place of A.
+    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+      int r = i / CHUNK, c = i % CHUNK;
+      float decay = 1.0f;
+#if HAS_GATE
+      if (c <= r) decay = expf((float)(G[r] - G[c]));
+#endif
+      a[r * A_PITCH + c] = c < r ? kk[r * A_PITCH + c] * decay : 0.0f;
+      if (r < chunk.tokens)
+        p[(row + (int64_t)r * HV) * CHUNK + c] = narrow<DTYPE>(c <= r ? qk[r * A_PITCH + c] * decay : 0.0f);
+    }
+    __syncthreads();
+    for (int tile = warp; tile < CHUNK / 16 * (CHUNK / 16); tile += THREADS / 32) {
+      int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
+      float d[2][4];
+      clear(d);
+      if (c <= r) multiply_tiles<float, 2, CHUNK, true>(d, a + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int token = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
+          if (token < chunk.tokens)
+            core[(row + (int64_t)token * HV) * CHUNK + column] = narrow<DTYPE>(column < token ? -d[j][i] : 0.0f);
+        }
+    }
+    __syncthreads();
+#else
+    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+      int r = i / CHUNK, c = i % CHUNK;
+      bool inside = c <= r && r < chunk.tokens;
+      DTYPE rounded = narrow<DTYPE>(inside ? inverse[r * A_PITCH + c] * b[c] : 0.0f);
+      tile_t[r * C_PITCH + c] = rounded;
+      if (r < chunk.tokens) t[(row + (int64_t)r * HV) * CHUNK + c] = rounded;
+    }
+    __syncthreads();
+    const int64_t stride = HV;
+    write_product<HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp, lane);
+    write_product<HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp, lane);
+    __syncthreads();
+#endif
+  }
+}

@@ -1,0 +1,201 @@
+// The walk of portable/backward_state.cu in chunks of 64 tokens on compute capability 9.0. Per chunk, from the last to
+// the first, with D' the gradient of the state leaving it, core and P from sm90/factors.cu, b = beta, dO^ = scale dO:
+//
+//   dN = P^T dO^ + K D'        G = dN + core^T (b dN)        D = D' + Q^T dO^ - K^T (b G)
+//
+// D' of every chunk, (V, K), and G are written for the gradients of the chunks.
+//
+// A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
+// the identity: what is left is H and P of D' -> P D' + H. The walk with JOINS goes through all of them at once and
+// joins for each those that come after it in the sequence (sm90/join.cuh). Arrays of segments are in the order of the
+// walk, last segment first.
+//
+// A math warpgroup holds 64 value channels of D^T in accumulators, from which D'^T, (b dN)^T and (b G)^T are left
+// operands of wgmma: the chain from D' to D passes nothing through shared memory. What is not of the chain, the
+// products with dO and all stores, runs while the chain waits. G leaves through the place of dO. Roles:
+// sm90/training/walk.cuh.
+//
+// Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
+//
+// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
+// STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
+// segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
+// CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see cupy_delta/cuda/sm90/training.py.
+#define BACKWARD 1
+#include "sm90/training/walk.cuh"
+// With the sizes that it has:
+#include "sm90/join.cuh"
+#include "sm90/sums.cuh"
+#include "tiles/store.cuh"
+
+// dO^T of 16 value channels as left operand, times scale, or zero: tokens 16 step to 16 step + 15 in dO[step].
+PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, bool zero, int warp, int lane) {
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    ldmatrix_x4_trans(dO[step], box + swizzled(step * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 x = unpack2<DTYPE>(dO[step][i]);
+      dO[step][i] = zero ? 0 : pack2<DTYPE>(scale * x.x, scale * x.y);
+    }
+  }
+}
+
+PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const TensorMap* dstates, const Rows& g_rows,
+               float scale, int warpgroup, int HV, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  if (work.chunks == 0) return;
+#if !TRANSFER
+  const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
+  DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
+#endif
+  Ring<CHUNK_STAGES> ring;
+  float dN[8][4];  // then G
+  uint32_t state[K_STEPS][4], dO[4][4], a[4][4];
+  round_sums<DTYPE>(state, D);
+  // dN = P^T dO^ of the chunk that is next.
+  auto begin = [&](int stage) {
+    load_gradient(dO, s.rows + (stage * MATH + warpgroup) * TILE, scale, !work.values, warp, lane);
+    pin(dO);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++)
+      wgmma<DTYPE, true>(dN, dO[step], step_of_rows(s.p + stage * TILE, step), step > 0);
+    wgmma_commit();
+  };
+  mbarrier_wait(s.full, 0);
+  begin(0);
+  wgmma_wait<0>();
+  pin(dN);
+  for (int i = 0; i < work.chunks; i++) {
+    const DTYPE *k = s.k + ring.stage * K_BOXES * TILE, *q = s.q + ring.stage * K_BOXES * TILE;
+    const DTYPE* core = s.core + ring.stage * TILE;
+    const float* b = s.beta + ring.stage * CHUNK;
+    // dN += K D', and half of D += Q^T dO^ while b dN is made.
+    pin(state);
+    pin(dN);
+    pin(D);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(dN, state[step], step_along_rows(k, step), true);
+    wgmma_commit();
+#pragma unroll
+    for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(dN);
+    // G = dN + core^T (b dN), and the other half while b G is made.
+    round_columns<DTYPE>(a, dN, b, lane);
+    pin(a);
+    pin(dN);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(dN, a[step], step_of_rows(core, step), true);
+    wgmma_commit();
+#pragma unroll
+    for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
+    wgmma_commit();
+#if !TRANSFER
+    const int c = work.chunk(i);
+    stage_state(state_boxes, state, lane);
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) send_state(dstates, state_boxes, work, value, c);
+#endif
+    wgmma_wait<1>();
+    pin(dN);
+    // D -= K^T (b G), and the start of the next chunk while D is rounded; the last one starts in vain.
+#if !TRANSFER
+    uint32_t G[4][4];
+    round_sums<DTYPE>(G, dN);
+#endif
+    round_columns<DTYPE>(a, dN, b, lane);
+    pin(a);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true, true>(D, a[step], step_of_rows(k, step), true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    Ring<CHUNK_STAGES> next = ring;
+    if (i + 1 < work.chunks) next.advance();
+    mbarrier_wait(s.full + next.stage, next.parity);
+    begin(next.stage);
+#if !TRANSFER
+    send_rows(g_rows, G, s.rows + (ring.stage * MATH + warpgroup) * TILE, work, c, work.tokens(c), value, 1 + warpgroup,
+              HV, thread);
+#endif
+    wgmma_wait<1>();
+    pin(D);
+    free_stage(s, ring.stage, thread);
+    round_sums<DTYPE>(state, D);
+    wgmma_wait<0>();
+    pin(dN);
+    ring = next;
+  }
+  if (lane == 0) tma_store_wait_read<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                          const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
+                          const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
+                          const __grid_constant__ TensorMap g_map,
+#if TRANSFER || JOINS
+                          const __grid_constant__ TensorMap transfer_map, float* h,
+#endif
+                          const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
+                          float* dinitial_state, float scale, int T, int H, int HV, int segments) {
+  const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const Work work = find_work(cu_seqlens, T, H, HV, segments);
+  DynSmem smem;
+  const Shared s = take_shared(smem);
+#if JOINS
+  const int buffer = JOIN_STAGE * K_BOXES * TILE;
+  const Joins joins = take_joins(smem, transfer_map, h, nullptr, s.k + buffer, s.q + buffer);
+  uint64_t* joined = joins.joined;
+  if (threadIdx.x == 0) joins.init();
+#else
+  uint64_t* joined = nullptr;
+#endif
+  if (threadIdx.x == 0) init_barriers(s);
+  __syncthreads();
+  if (warpgroup == MATH) {
+#if MATH == 2
+    fewer_registers<LOADER_REGISTERS>();
+#endif
+    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &do_map}, work, joined, beta, HV, lane);
+    return;
+  }
+#if MATH == 2
+  more_registers<MATH_REGISTERS>();
+#endif
+  const int column = work.channel + warpgroup * 64, value = column + warp * 16;
+  const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
+  float D[K_TILES][4];
+  clear(D);
+#if TRANSFER
+  if (!work.values) add_identity(D, 1.0f, value, lane);
+#else
+  if (dfinal_state != nullptr) {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + state_at, value, j * 8, lane);
+  }
+#endif
+#if JOINS
+  join(D, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
+#endif
+  walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
+#if TRANSFER
+  if (work.values)
+    keep_transfer(h, D, work.part, work.hv, HV, column, thread);
+  else
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, 1.0f, column, work.part, work.hv,
+                  1 + warpgroup, thread);
+#else
+  // One per sequence, from its first segment.
+  if (work.last) {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, D[j], value, j * 8, lane);
+  }
+#endif
+}

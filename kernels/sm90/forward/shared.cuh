@@ -1,0 +1,131 @@
+// What the roles of sm90/forward.cu share: sizes, registers, shared memory and what a block works on.
+#pragma once
+#include "tiles/sequence.cuh"
+#include "tiles/swizzled.cuh"
+#include "tiles/unit_inverse.cuh"
+
+#define WITH_OUTPUT (!TRANSFER)
+// T that transfers have kept is given to all but the last segment, which has no transfer.
+#define WITH_GIVEN (JOINS && KEPT)
+// Where registers suffice, Q S is under way while R is formed.
+#define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
+// Where they do not even for N beside what a gate needs, N waits for Q S in the box of O.
+#define PARKED_N (WITH_OUTPUT && MATH == 2 && HAS_GATE)
+// Two solvers invert for themselves; for one, warps of the loading warpgroup do.
+#define WITH_INVERTERS (SOLVERS == 1)
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#elif PLACED > 1
+#define CLUSTERED __cluster_dims__(PLACED, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
+constexpr int WARPGROUPS = 1 + MATH + SOLVERS, THREADS = 128 * WARPGROUPS, SLICE = 64 * MATH;
+constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
+constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
+constexpr int SLICES = VALUE_SLICES + (TRANSFER ? (HEAD_K + SLICE - 1) / SLICE : 0);  // of values, then of P
+constexpr int TILE = CHUNK * BOX;                                                     // elements of one box
+// Elements of a buffer of K and Q, and from a box of K to its next: behind each lies one of Q, so that one product
+// takes both.
+constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;
+// Registers per thread: 65536 in all.
+constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 && !HAS_GATE ? 64 : 56;
+constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 1 ? 120 : HAS_GATE ? 104 : 96;
+constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
+static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
+                  512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
+              "a warpgroup would wait for registers for ever");
+constexpr int SOLVER_BARRIER = 1;                           // and next: named barriers, one per solver
+constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
+// States are joined in what is K's and Q's from this chunk on.
+constexpr int JOIN_STAGE = KEY_STAGES - 2;
+static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
+constexpr int GATE_WORDS = 4 * CHUNK;  // of a solver
+constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
+static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
+static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
+static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
+static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
+              "what is in a buffer is always solved by the same block");
+static_assert(!KEPT || JOINS || CLUSTER > 1, "what is kept is what a thread of a transfer sends to others");
+static_assert(!(TRANSFER && JOINS), "a transfer starts from what is known");
+static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
+              "no solver begins in a ring's second round");
+
+// Of a chunk that is being solved: running sums of gates, and the decays of a token since the block of 16 before its
+// own and until its block's end.
+struct Gates {
+  float2* G;
+  float *since, *until;
+};
+
+struct Shared {
+  DTYPE *k, *q, *v, *o, *t, *p;
+  float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
+  float* solved_gates;
+  uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+
+  PRIM Gates gates(int solver) const {
+    float* x = solved_gates + solver * GATE_WORDS;
+    return {(float2*)x, x + 2 * CHUNK, x + 3 * CHUNK};
+  }
+};
+
+PRIM Shared take_shared(DynSmem& smem) {
+  Shared s = {};
+  s.k = smem.take<DTYPE>(KEY_STAGES * KEYS, "k and q", 1024);
+#if WITH_OUTPUT
+  s.q = s.k + TILE;
+  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
+  s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
+#endif
+  s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
+  s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
+  s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
+  s.beta = smem.take<float>(FACTOR_STAGES * CHUNK, "beta");
+#if HAS_GATE
+  s.decay = smem.take<float>(FACTOR_STAGES * CHUNK, "decay");
+  s.rest = smem.take<float>(FACTOR_STAGES * CHUNK, "rest");
+  s.solved_gates = smem.take<float>(SOLVERS * GATE_WORDS, "gates of solvers");
+#endif
+  auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
+  s.keys_full = barriers(KEY_STAGES, "keys full");
+  s.keys_free = barriers(KEY_STAGES, "keys free");
+  s.values_full = barriers(VALUE_STAGES, "values full");
+  s.values_free = barriers(VALUE_STAGES, "values free");
+  s.factors_full = barriers(FACTOR_STAGES, "factors full");
+  s.factors_free = barriers(FACTOR_STAGES, "factors free");
+  s.a_full = barriers(A_STAGES, "a full");
+  s.a_free = barriers(A_STAGES, "a free");
+  s.landed = barriers(2, "last chunk landed");
+  return s;
+}
+
+// Zeros where T and P have zeros in every chunk.
+PRIM void clear_factors(const Shared& s, int thread) {
+  for (int i = thread; i < FACTOR_STAGES * TILE / 8; i += THREADS) {
+    *(uint4*)&s.t[i * 8] = {};
+#if WITH_OUTPUT
+    *(uint4*)&s.p[i * 8] = {};
+#endif
+  }
+  async_proxy_fence();
+}
+
+// What a block works on.
+struct Work {
+  Sequence sequence;
+  int chunks, channel, h, hv, batch;  // channel: the block's first one
+  bool values;                        // or P
+  bool keeps, given;                  // T: stored for the walk that follows; stored by the transfer before
+  int start;                          // coordinate of its first token in the tensor maps
+  int rank;                           // in its cluster: it solves chunks rank, rank + CLUSTER, ...
+
+  PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
+};
+
+struct Maps {
+  const TensorMap *q, *k, *v;
+};
