@@ -183,7 +183,7 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
         dg += dg_keys
         dg += sum_from(decay.per_gate(block.q * q_read - block.k * k_read))
         dg += sum_before(decay.per_gate(block.k * k_write))
-        dg += decay.per_gate(carried)[:, :, :, None]
+        dg += decay.per_gate(carried[:, :, :, None])
     dq += q_read
     dk += k_late
     dk += k_early
@@ -194,7 +194,7 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
         k=_through_norm(dk.sum(axis=1), block.k_norm),
         v=dR,
         beta=dbeta[..., 0],
-        g=dg,
+        g=dg[..., 0] if problem.gate == "scalar" else dg,
     )
     return gradients, D
 

@@ -34,15 +34,13 @@ def transpose(x):
 
 
 def sum_from(x):
-    """sum_{i >= t} x_i for every token t, over axis 3, in float64."""
-    return np.cumsum(x[:, :, :, ::-1], axis=3, dtype=np.float64)[:, :, :, ::-1]
+    """sum_{i >= t} x_i for every token t of rows (..., C, K): a product, faster than cumsum."""
+    return np.tri(x.shape[-2], dtype=x.dtype).T @ x
 
 
 def sum_before(x):
-    """sum_{j < t} x_j for every token t, over axis 3, in float64."""
-    sums = np.zeros(x.shape)
-    np.cumsum(x[:, :, :, :-1], axis=3, dtype=np.float64, out=sums[:, :, :, 1:])
-    return sums
+    """sum_{j < t} x_j for every token t of rows (..., C, K)."""
+    return np.tri(x.shape[-2], k=-1, dtype=x.dtype) @ x
 
 
 class NoDecay:
@@ -94,15 +92,14 @@ class ScalarDecay:
         return lower_triangle((a @ transpose(b)) * self._pair)
 
     def pairs_gradients(self, dP, a, b, P):
-        before = np.zeros(dP.shape)
-        np.cumsum((dP * P)[..., :-1], axis=-1, dtype=np.float64, out=before[..., 1:])
-        dg = np.sum(lower_triangle(before), axis=-2)
+        before = transpose(sum_before(transpose(dP * P)))
+        dg = np.sum(lower_triangle(before), axis=-2)[..., None]
         decayed = dP * self._pair
         return decayed @ b, transpose(decayed) @ a, dg
 
     def per_gate(self, x):
-        """Sum what concerns one gate: x has a value per channel."""
-        return np.sum(x, axis=-1)
+        """Sum what concerns one gate over the channels, which stay as an axis of length 1."""
+        return np.sum(x, axis=-1, keepdims=True)
 
 
 class ChannelDecay:
@@ -154,15 +151,17 @@ class ChannelDecay:
     def pairs_gradients(self, dP, a, b, P):
         diagonal = np.diagonal(dP, axis1=-2, axis2=-1)[..., None]
         da, db = diagonal * b, diagonal * a
-        dg = np.zeros(da.shape)
+        dg = np.zeros_like(da)
         for late, early, after, before in self._levels:
             block = dP[..., late, early]
             rows = after * (block @ (b[..., early, :] * before))
             columns = before * (transpose(block) @ (a[..., late, :] * after))
             da[..., late, :] += rows
             db[..., early, :] += columns
-            dg[..., late, :] += sum_from(a[..., late, :] * rows)
-            dg[..., early, :] += sum_before(b[..., early, :] * columns)
+            rows *= a[..., late, :]
+            columns *= b[..., early, :]
+            dg[..., late, :] += sum_from(rows)
+            dg[..., early, :] += sum_before(columns)
         return da, db, dg
 
     def per_gate(self, x):
