@@ -10,6 +10,8 @@ import re
 
 import pytest
 
+from cupy_delta.extras import EXTRAS
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -44,6 +46,11 @@ def test_every_kernel_source_is_package_data(setup_cfg):
         )
     ]
     assert not left_out
+
+
+def test_what_remedies_install_is_what_the_extras_install(setup_cfg):
+    for extra, packages in EXTRAS.items():
+        assert tuple(lines(setup_cfg["options.extras_require"][extra])) == packages
 
 
 def test_pythons(setup_cfg):

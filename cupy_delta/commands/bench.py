@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from ..arrays import FLOAT_DTYPES
+from ..extras import EXTRAS, install_command
 from ..operators import chunk_delta_rule, chunk_delta_rule_bwd, chunk_delta_rule_fwd
 from ..version import __version__
 from .console import (
@@ -140,7 +141,8 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise CommandError('--plot needs matplotlib: pip install "cupy_delta[plot]"') from error
+        needs = install_command(*EXTRAS["plot"])
+        raise CommandError(f"--plot needs matplotlib: {needs}") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..extras import EXTRAS, install_command
 from ..operators import chunk_delta_rule
 from .console import print_table, save_figure
 
@@ -55,7 +56,7 @@ def run_command(args) -> int:
     try:
         import matplotlib
     except ImportError:
-        print('No picture: it needs matplotlib, pip install "cupy_delta[plot]"')
+        print(f"No picture, it needs matplotlib: {install_command(*EXTRAS['plot'])}")
         return 0
     matplotlib.use("Agg")
     _draw(args.output, truth, delta, additive, errors)

@@ -1,7 +1,7 @@
 """Show versions, devices and what runs where.
 
-Works on a machine with nothing but NumPy and SciPy, and with a broken CuPy: the reason is then
-one line of the output.
+Works on a machine with nothing but NumPy and SciPy, and with a broken CuPy: every reason why CuPy
+arrays cannot be used is then one line of the output, with what helps.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def run_command(args) -> int:
     lines.append(("NumPy arrays", f"run the NumPy/SciPy backend on {thread_count()} threads"))
     cuda = environment()
     lines += [(name, value) for name, value in cuda["facts"].items()]
-    if cuda["problem"]:
-        lines.append(("CuPy arrays", f"cannot be used here: {cuda['problem']}"))
-    else:
+    lines += [("CuPy arrays", f"cannot be used here: {line}") for line in cuda["problems"]]
+    if not cuda["problems"]:
         lines.append(("CuPy arrays", cuda["support"]))
+    lines += [("take care", line) for line in cuda["notices"]]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name.ljust(width)}  {value}")

@@ -166,6 +166,17 @@ def test_the_first_error_is_raised_and_the_rest_is_compiled(on_device):
     assert len(compiled()) == 3
 
 
+def test_a_full_disk_is_one_line_that_says_what_helps(on_device, monkeypatch, tmp_path):
+    some = launch("l2norm", HEAD_K=8)
+    Module.refused[on_device.Program.of(some).source] = OSError(28, "No space left"), None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
+    device = on_device.CupyDevice(0)
+    with pytest.raises(OSError, match=r"kernel cache .* cannot be .* set CUPY_CACHE_DIR"), device:
+        device.prepare((some,))
+    assert device_in_use.index == 0
+
+
 def test_kernels_are_looked_up_by_the_thread_that_launches(on_device):
     launches = launch("one", HEAD_K=8), launch("two", HEAD_K=16)
     device = on_device.CupyDevice(0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..spec import DeviceFacts, Launch
 from . import workspace
-from .environment import LOWEST_CAPABILITY
+from .environment import LOWEST_CAPABILITY, explained
 from .sources import AT_ONCE, kernel_folder, variant_source
 from .tensor_maps import tensor_map
 
@@ -40,8 +40,10 @@ class CupyDevice:
         self._device.__enter__()
         return self
 
-    def __exit__(self, *error):
-        self._device.__exit__(*error)
+    def __exit__(self, kind, error, trace):
+        self._device.__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            raise explained(error) from error
 
     @cached_property
     def facts(self) -> DeviceFacts:

@@ -1,58 +1,208 @@
-"""What CuPy and CUDA this machine has; asking never raises."""
+"""What CuPy and CUDA this machine has, and what keeps CuPy arrays from running; never raises."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import packages_distributions
+
+from ...extras import EXTRAS, install_command
+from .sources import kernel_folder
 
 LOWEST_CAPABILITY = 8
+# What a kernel may take on disk, as cubin and as source.
+ROOM = 2**20
+# Two headers that kernels include: of NVRTC itself, and of the CUDA runtime.
+PROBE = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n__global__ void probe() {}\n"
 
 
 def environment() -> dict:
-    """Describe the CUDA side of this machine.
+    """Describe the CUDA side of this machine, and judge it.
 
     Returns
     -------
     dict
-        ``facts``, names and values to print; ``problem``, one line why CuPy arrays cannot be used
-        here and what to do, or None; ``support``, what runs on them.
+        ``facts``, names and values to print; ``problems``, one line for everything that keeps
+        CuPy arrays from being used here, with its remedy; ``problem``, the first of them or None;
+        ``notices``, one line for everything that works but will hurt; ``support``, what runs.
     """
     facts: dict[str, str] = {}
+    notices: list[str] = []
+    problems = _explore(facts, notices)
     return {
         "facts": facts,
-        "problem": _explore(facts),
+        "problems": problems,
+        "problem": problems[0] if problems else None,
+        "notices": notices,
         "support": "run the CUDA kernels; gradients through gates and per-channel gates do not",
     }
 
 
-def _explore(facts: dict[str, str]) -> str | None:
+def _explore(facts: dict[str, str], notices: list[str]) -> list[str]:
+    """Fill facts and notices in, and return the problems, the first to mend first."""
     if importlib.util.find_spec("cupy") is None:
         facts["CuPy"] = "not installed"
-        return 'CuPy is not installed: pip install "cupy_delta[cuda12]" (or cuda13)'
+        return [
+            f"CuPy is not installed: {install_command(*EXTRAS['cuda12'])}"
+            " (for CUDA 13 with 13 in place of 12)"
+        ]
+    twice = _two_cupys()
+    if twice:
+        notices.append(twice)
+    facts["kernel cache"] = cache_folder()
     try:
-        import cupy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of two CuPys, which is said in a line of our own
+            import cupy
+    except OSError as error:
+        facts["CuPy"] = "cannot be imported"
+        return [_folder_problem() or f"import cupy fails ({_line(error)})"]
     except Exception as error:
         facts["CuPy"] = "broken"
-        return f"import cupy fails ({_line(error)}): reinstall cupy-cuda12x or cupy-cuda13x"
+        found = " and ".join(_cupys()) or "CuPy"
+        return [
+            f"import cupy fails ({_line(error)}): reinstall it; uninstall {found}, then"
+            f" {install_command(*EXTRAS['cuda12'])}"
+        ]
     facts["CuPy"] = cupy.__version__
-    facts["kernel cache"] = os.environ.get("CUPY_CACHE_DIR") or os.path.join(
-        "~", ".cupy", "kernel_cache"
-    )
     facts["NVRTC"] = _try(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())))
     facts["CUDA headers"] = _try(_headers)
     facts["driver"] = _try(lambda: str(cupy.cuda.runtime.driverGetVersion()))
+    if os.path.expanduser("~") == "~" and "CUPY_CACHE_DIR" not in os.environ:
+        notices.append(
+            "HOME is not set and this user has none: compiled kernels go to a folder named ~ where"
+            " Python was started; set HOME or CUPY_CACHE_DIR"
+        )
+    judges = (_sources_problem, _nvrtc_problem, _folder_problem, lambda: _device_problem(facts))
+    return [problem for problem in (judge() for judge in judges) if problem]
+
+
+# ---- one judgement each: a line with its remedy, or None -----------------------------------------
+
+
+def _two_cupys() -> str | None:
+    names = _cupys()
+    if len(names) < 2:
+        return None
+    return (
+        f"{' and '.join(names)} are both installed, in one folder, and overwrite each other:"
+        f" uninstall them all, then {install_command(*EXTRAS[_extra(names[-1])])}"
+    )
+
+
+def _cupys() -> list[str]:
+    """Names of the installed distributions that are CuPy."""
+    try:
+        return sorted(set(packages_distributions().get("cupy", ())))
+    except Exception:  # an installation whose metadata cannot be read
+        return []
+
+
+def _extra(name: str) -> str:
+    return "cuda13" if "13" in name else "cuda12"
+
+
+def _sources_problem() -> str | None:
+    try:
+        kernel_folder()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _nvrtc_problem() -> str | None:
+    import cupy
+
+    _, toolkit = EXTRAS[_extra(" ".join(_cupys()))]
+    remedy = install_command(toolkit)
+    try:
+        version = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    except Exception as error:
+        return f"NVRTC, which compiles the kernels, cannot be loaded ({_line(error)}): {remedy}"
+    try:
+        options = cupy._core.core.assemble_cupy_compiler_options(("--std=c++17",))
+        cupy.cuda.compiler._NVRTCProgram(PROBE).compile((*options, "-arch=compute_80"))
+    except Exception as error:
+        return (
+            f"NVRTC {version} cannot compile with the headers it finds ({_line(error)}): {remedy}"
+        )
+    return None
+
+
+def cache_folder() -> str:
+    """Return the folder where CuPy keeps compiled kernels."""
+    return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+
+
+def _folder_problem() -> str | None:
+    """Judge the two folders that CuPy writes while it compiles."""
+    if not os.environ.get("CUPY_CACHE_DIR", "unset"):
+        return "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
+    error = _write_error(cache_folder)
+    if error:
+        return f"the kernel cache {cache_folder()} {_cannot(error, 'CUPY_CACHE_DIR')}"
+    error = _write_error(tempfile.gettempdir)
+    if error:
+        return f"the folder of temporary files {_cannot(error, 'TMPDIR')}"
+    return None
+
+
+def _write_error(folder: Callable[[], str]) -> OSError | None:
+    try:
+        with tempfile.TemporaryFile(dir=folder()) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _cannot(error: OSError, variable: str) -> str:
+    """Say that a folder cannot be written, why, and what helps."""
+    elsewhere = f"set {variable} to a folder that can be written, before Python starts"
+    remedies = {
+        errno.ENOSPC: f"make room there, or {elsewhere}",
+        errno.EDQUOT: f"make room there, or {elsewhere}",
+        errno.ENOTDIR: f"a file is in its way: remove that, or {elsewhere}",
+    }
+    return f"cannot be written ({error.strerror}): {remedies.get(error.errno or 0, elsewhere)}"
+
+
+def explained(error: OSError) -> OSError:
+    """Return an error that says what helps, for one that CuPy's compilation has raised."""
+    if str(error.filename).endswith(".cubin"):
+        line = f"the compiled kernel {error.filename} cannot be read ({error.strerror}): remove it"
+    else:
+        line = _folder_problem() or str(error)
+    return type(error)(line)
+
+
+def _device_problem(facts: dict[str, str]) -> str | None:
+    import cupy
+
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        return f"no usable NVIDIA driver ({_line(error)})"
+        return (
+            f"no usable NVIDIA driver ({_line(error)}): install or update it until nvidia-smi"
+            " works here; a container needs --gpus all"
+        )
     for i in range(count):
-        facts[f"device {i}"] = _try(lambda i=i: _device(i))
+        facts[f"device {i}"] = _try(partial(_device, i))
     if not count:
-        return "CuPy finds no NVIDIA GPU"
+        return "CuPy finds no NVIDIA GPU: look at CUDA_VISIBLE_DEVICES and nvidia-smi"
     majors = [cupy.cuda.runtime.getDeviceProperties(i)["major"] for i in range(count)]
     if max(majors) < LOWEST_CAPABILITY:
-        return f"no GPU of compute capability {LOWEST_CAPABILITY}.0 or newer"
+        return f"no GPU of compute capability {LOWEST_CAPABILITY}.0 or newer: use NumPy arrays"
     return None
+
+
+# ---- facts ---------------------------------------------------------------------------------------
 
 
 def _device(index: int) -> str:
@@ -70,7 +220,7 @@ def _headers() -> str:
     return str(pathfinder.find_nvidia_header_directory("cudart") or "not found")
 
 
-def _try(ask) -> str:
+def _try(ask: Callable[[], str]) -> str:
     try:
         return ask()
     except Exception as error:
@@ -78,4 +228,4 @@ def _try(ask) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:160] or type(error).__name__

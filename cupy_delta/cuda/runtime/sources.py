@@ -17,6 +17,12 @@ def kernel_folder() -> Path:
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "primitives" / "primitives.cuh").is_file():
             return folder
+    archive = next((str(path) for path in package.parents if path.is_file()), None)
+    if archive:
+        raise RuntimeError(
+            f"cupy_delta is imported from the archive {archive}, and NVRTC reads kernels from"
+            " files: unpack it, or install cupy_delta"
+        )
     raise RuntimeError(f"cupy_delta: no CUDA kernels beside {package}; reinstall cupy_delta")
 
 
