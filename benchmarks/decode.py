@@ -18,7 +18,6 @@ import numpy as np
 
 import cupy_delta
 from cupy_delta.commands.console import print_table, write_json
-from cupy_delta.cuda import Workspace
 
 D = 128
 CALLS = 10
@@ -52,7 +51,7 @@ def measure(states: int, dtype, layout: str, repeats: int) -> dict:
     beta = rng.random((B, 1, HEADS), cupy.float32)
     pool = cupy.zeros((B, HEADS, D, D), dtype)
     copy, out = cupy.empty_like(pool), cupy.empty_like(v)
-    stream, workspace = cupy.cuda.Stream(non_blocking=True), Workspace()
+    stream, workspace = cupy.cuda.Stream(non_blocking=True), cupy_delta.Workspace()
     options = dict(state=pool, qk_l2norm=True, state_layout=layout, out=out)
     cupy.cuda.Device().synchronize()
     with stream, workspace:

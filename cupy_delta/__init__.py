@@ -26,6 +26,7 @@ from .results import (
     WYFactors,
 )
 from .version import __version__
+from .workspace import Workspace
 
 __all__ = [
     "DeltaRuleForward",
@@ -34,6 +35,7 @@ __all__ = [
     "StatePass",
     "Transfer",
     "WYFactors",
+    "Workspace",
     "__version__",
     "chunk_delta_rule",
     "chunk_delta_rule_bwd",

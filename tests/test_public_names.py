@@ -82,7 +82,7 @@ def documented_parameters(body):
 
 
 def test_all_is_what_is_documented():
-    assert set(cupy_delta.__all__) == {*FUNCTIONS, *RESULTS, "__version__"}
+    assert set(cupy_delta.__all__) == {*FUNCTIONS, *RESULTS, "Workspace", "__version__"}
     assert cupy_delta.__all__ == sorted(cupy_delta.__all__)
 
 
@@ -134,7 +134,7 @@ def test_documented_parameters_are_those_of_the_signature(name):
     assert sorted(documented) == sorted(parameters)
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *RESULTS])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *RESULTS, "Workspace"])
 def test_summaries_are_one_sentence(name):
     summary = inspect.cleandoc(public(name).__doc__).split("\n\n")[0]
     assert summary[0].isupper()
@@ -148,6 +148,15 @@ def test_examples_run_code_or_point_to_some(name):
     pointed = re.search(r"See `(\w+)`", examples)
     target = sections_of(public(pointed[1]).__doc__)["Examples"] if pointed else examples
     assert f"cupy_delta.{name}(" in target
+
+
+def test_the_workspace_is_documented():
+    assert list(sections_of(cupy_delta.Workspace.__doc__)) == [
+        "",
+        "Attributes",
+        "Notes",
+        "Examples",
+    ]
 
 
 IMPORTED = """
@@ -215,5 +224,5 @@ def test_importing_loads_no_backend():
         timeout=300,
     )
     loaded = {name.split(".")[1] for name in done.stdout.split()}
-    expected = "arrays building_blocks checker dispatch operators problem results version"
+    expected = "arrays building_blocks checker dispatch operators problem results version workspace"
     assert loaded == set(expected.split())

@@ -28,9 +28,8 @@ class Ours:
         import cupy
 
         import cupy_delta
-        from cupy_delta.cuda import Workspace
 
-        self.library, self.workspace = cupy_delta, Workspace()
+        self.library, self.workspace = cupy_delta, cupy_delta.Workspace()
         x = inputs
         given = (x.q, x.k, x.v, x.beta, x.g)
         self.arrays = [None if a is None else cupy.asarray(a) for a in given]

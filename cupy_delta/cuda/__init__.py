@@ -13,11 +13,9 @@ from .operators import (
     wy_factors,
 )
 from .runtime.environment import environment
-from .runtime.workspace import Workspace
 from .variants import compile_variants, launches_of
 
 __all__ = [
-    "Workspace",
     "affine",
     "chunk_delta_rule",
     "chunk_delta_rule_bwd",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 from ..problem import Problem
+from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
-from .runtime.workspace import left_aside
 
 
 def device_of(x):

@@ -46,12 +46,10 @@ def test_a_hundred_runs_give_the_same_bits(cupy):
 
 
 def test_graph_capture_and_replay(cupy):
-    from cupy_delta.cuda import Workspace
-
     args, kw = inputs(cupy)
     out = cupy.empty_like(args[2])
     expected = cd.chunk_delta_rule(*args, **kw).o
-    stream, workspace = cupy.cuda.Stream(non_blocking=True), Workspace()
+    stream, workspace = cupy.cuda.Stream(non_blocking=True), cd.Workspace()
     with stream, workspace:
         cd.chunk_delta_rule(*args, **kw, out=out)
         held = workspace.nbytes

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
+from ... import workspace
 from ..spec import DeviceFacts, Launch
-from . import workspace
 from .environment import LOWEST_CAPABILITY, explained
 from .sources import AT_ONCE, kernel_folder, variant_source
 from .tensor_maps import tensor_map

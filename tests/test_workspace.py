@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 
-from cupy_delta.cuda import Workspace
-from cupy_delta.cuda.runtime.workspace import current, left_aside
+from cupy_delta import Workspace
+from cupy_delta.workspace import current, left_aside
 
 
 def test_a_buffer_per_device_name_shape_and_dtype():

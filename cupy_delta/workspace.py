@@ -18,27 +18,38 @@ _local = _Local()
 
 
 class Workspace:
-    """A context in which CuPy calls take their buffers from, and leave them to, this object.
+    """A context in which calls on CuPy arrays keep their buffers in this object.
 
     A CUDA graph keeps no reference to memory that was allocated while it was captured. Inside a
     workspace the first call of a shape allocates its buffers; later calls with the same shapes and
     options, captured ones included, use the same ones and neither allocate nor synchronise. Pass
-    ``out=`` as well, since outputs are the caller's.
+    ``out=`` as well, since outputs are the caller's. Calls on NumPy arrays take no notice of it.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes that are held, on all devices; they are freed with the object.
 
     Notes
     -----
     Everything that a call returns inside the context, ``out`` aside, lies in the workspace and is
     overwritten by the next call of the same shapes. Calls must follow each other on one stream:
-    they share their buffers. The context holds for the thread that entered it. `Transfer.apply` and
-    `Transfer.then` allocate their results nevertheless. While a graph is captured, every array has
-    to be in device memory already, ``cu_seqlens`` and ``state_indices`` included, C-contiguous and
-    aligned to 16 bytes, with beta and g in the dtype of sums (float32, or float64).
+    they share their buffers. The context holds for the thread that entered it, and the innermost
+    one counts. `Transfer.apply` and `Transfer.then` allocate their results nevertheless. While a
+    graph is captured, every array has to be in device memory already, ``cu_seqlens`` and
+    ``state_indices`` included, C-contiguous and aligned to 16 bytes, with beta and g in the dtype
+    of sums (float32, or float64 with float64 inputs).
 
     Examples
     --------
-    ::
+    >>> import cupy_delta
+    >>> workspace = cupy_delta.Workspace()
+    >>> workspace.nbytes
+    0
 
-        workspace = cupy_delta.cuda.Workspace()
+    With CuPy arrays, a call that is captured once and then replayed::
+
+        stream = cupy.cuda.Stream(non_blocking=True)
         with stream, workspace:
             cupy_delta.chunk_delta_rule(q, k, v, beta, out=o)  # compiles and allocates
             stream.begin_capture()
@@ -63,7 +74,7 @@ class Workspace:
         return sum(x.nbytes for x in self._buffers.values())
 
     def take(self, device: int, name: str, shape: tuple, dtype, allocate):
-        """Return the buffer of this name, shape and dtype; `allocate` makes it the first time."""
+        """Return the backend's buffer of a name, shape and dtype, which `allocate` makes once."""
         key = (device, name, shape, dtype)
         buffer = self._buffers.get(key)
         if buffer is None:
