@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -32,13 +33,13 @@ def dtype_name(dtype: np.dtype) -> str:
     return dtype.name
 
 
-def looks(*arrays) -> tuple[Look | type | None, ...]:
+def looks(*arrays: Any) -> tuple[Look | type | None, ...]:
     """Describe arrays: a `Look` each, None for None, and the class of anything else."""
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", ())
     # Their arithmetic differs from that of arrays. To name the second would import it, 10 ms.
     refused = (np.matrix, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
     new = tuple.__new__  # a named tuple's own constructor takes longer than all of this
-    found = []
+    found: list[Look | type | None] = []
     for x in arrays:
         if x is None:
             found.append(None)
@@ -51,24 +52,18 @@ def looks(*arrays) -> tuple[Look | type | None, ...]:
     return tuple(found)
 
 
-def kind_of(x) -> str | None:
-    """Return "numpy", "cupy", or None for anything that is neither."""
-    (look,) = looks(x)
-    return look.kind if isinstance(look, Look) else None
-
-
 def describe(cls: type) -> str:
     """Name a wrong argument's type the way its owner would."""
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def sharing(kind: str):
+def sharing(kind: str) -> Callable[[Any, Any], bool]:
     """Return the function that tells whether two arrays of a kind share memory."""
     return sys.modules["cupy"].may_share_memory if kind == "cupy" else _shares_memory
 
 
 def _shares_memory(x: np.ndarray, y: np.ndarray) -> bool:
     try:
-        return np.shares_memory(x, y, max_work=10_000)
+        return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -5,9 +5,17 @@ from __future__ import annotations
 from . import problem as checks
 from .dispatch import backend_for
 from .results import StatePass, Transfer, WYFactors
+from .typing import AnyArray, Array, Integer, Real
 
 
-def wy_factors(k, v, beta, *, chunk_size=None, cu_seqlens=None) -> WYFactors:
+def wy_factors(
+    k: Array,
+    v: Array,
+    beta: Array,
+    *,
+    chunk_size: Integer | None = None,
+    cu_seqlens: Array | None = None,
+) -> WYFactors:
     """Compute the WY factors of every chunk.
 
     With K, V the keys and values of a chunk as rows and ``A = tril(diag(beta) K K^T, -1)``::
@@ -61,7 +69,15 @@ def wy_factors(k, v, beta, *, chunk_size=None, cu_seqlens=None) -> WYFactors:
     return WYFactors(*backend_for(problem.kind).wy_factors(problem))
 
 
-def state_pass(k, w, u, *, initial_state=None, chunk_size=None, cu_seqlens=None) -> StatePass:
+def state_pass(
+    k: Array,
+    w: Array,
+    u: Array,
+    *,
+    initial_state: Array | None = None,
+    chunk_size: Integer | None = None,
+    cu_seqlens: Array | None = None,
+) -> StatePass:
     """Carry the state over the chunks: ``V_new = U - W S``, ``S <- S + K^T V_new``.
 
     Parameters
@@ -112,7 +128,16 @@ def state_pass(k, w, u, *, initial_state=None, chunk_size=None, cu_seqlens=None)
     return StatePass(*backend_for(problem.kind).state_pass(problem))
 
 
-def chunk_output(q, k, v_new, states, *, scale=None, chunk_size=None, cu_seqlens=None):
+def chunk_output(
+    q: Array,
+    k: Array,
+    v_new: AnyArray,
+    states: Array,
+    *,
+    scale: Real | None = None,
+    chunk_size: Integer | None = None,
+    cu_seqlens: Array | None = None,
+) -> AnyArray:
     """Compute the outputs of every chunk: ``O = scale (Q S + tril(Q K^T) V_new)``.
 
     Parameters
@@ -165,7 +190,13 @@ def chunk_output(q, k, v_new, states, *, scale=None, chunk_size=None, cu_seqlens
     return backend_for(problem.kind).chunk_output(problem)
 
 
-def sequence_transfer(k, v, beta, *, cu_seqlens=None) -> Transfer:
+def sequence_transfer(
+    k: Array,
+    v: Array,
+    beta: Array,
+    *,
+    cu_seqlens: Array | None = None,
+) -> Transfer:
     """Compute what each whole sequence does to any state: ``S -> P S + H``.
 
     Transfers compose, so a long sequence can be split over devices or machines: each computes

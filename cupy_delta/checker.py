@@ -43,7 +43,7 @@ def _symbols(shapes: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 class Checker:
     """Checks looks of arrays one after the other; the first use of a symbol fixes its value."""
 
-    def __init__(self, first_name: str, first: Look):
+    def __init__(self, first_name: str, first: Look | type | None):
         if not isinstance(first, Look):
             raise TypeError(f"{first_name}: expected a NumPy or CuPy array, got {_found(first)}")
         self.kind, self.device = first.kind, first.device
@@ -56,16 +56,19 @@ class Checker:
         self.dtype = FLOAT_DTYPES[name]
         self.state_dtype = FLOAT_DTYPES["float64" if name == "float64" else "float32"]
 
-    def array(self, name: str, x: Look, shapes: str | tuple[str, ...], dtypes: tuple) -> None:
+    def array(
+        self, name: str, x: Look | type | None, shapes: str | tuple[str, ...], dtypes: tuple
+    ) -> None:
         """Check kind, device, dtype, rank and shape of one array."""
-        self.same_kind(name, x)
+        x = self.same_kind(name, x)
         if all(dtype_name(x.dtype) != dtype_name(np.dtype(d)) for d in dtypes):
             names = [np.dtype(d).name for d in dtypes]
             like = f" like {self.first_name}" if dtypes == (self.dtype,) else ""
             raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
         self.shape(name, x.shape, shapes)
 
-    def same_kind(self, name: str, x: Look) -> None:
+    def same_kind(self, name: str, x: Look | type | None) -> Look:
+        """Return the look of an array that may be in one call with the first."""
         if not isinstance(x, Look):
             raise TypeError(f"{name}: expected a NumPy or CuPy array, got {_found(x)}")
         if x.kind != self.kind:
@@ -78,8 +81,9 @@ class Checker:
                 f"{name}: expected an array on device {self.device} like {self.first_name},"
                 f" got one on device {x.device}"
             )
+        return x
 
-    def integers(self, name: str, x: Look) -> None:
+    def integers(self, name: str, x: Look | type | None) -> None:
         """Check an array of integers, which may lie on the host whatever the kind of the others."""
         if not isinstance(x, Look):
             raise TypeError(f"{name}: expected an integer array, got {_found(x)}")

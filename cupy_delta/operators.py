@@ -5,22 +5,23 @@ from __future__ import annotations
 from . import problem as checks
 from .dispatch import backend_for
 from .results import DeltaRuleForward, DeltaRuleGradients, DeltaRuleOutput, Residuals
+from .typing import AnyArray, Array, Integer, Real, StateLayout
 
 
 def chunk_delta_rule(
-    q,
-    k,
-    v,
-    beta,
-    g=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
     *,
-    scale=None,
-    initial_state=None,
-    cu_seqlens=None,
-    qk_l2norm=False,
-    chunk_size=None,
-    state_layout="kv",
-    out=None,
+    scale: Real | None = None,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    qk_l2norm: bool = False,
+    chunk_size: Integer | None = None,
+    state_layout: StateLayout = "kv",
+    out: Array | None = None,
 ) -> DeltaRuleOutput:
     """Apply the delta rule to whole sequences, chunk by chunk in WY form.
 
@@ -117,18 +118,18 @@ def chunk_delta_rule(
 
 
 def recurrent_delta_rule(
-    q,
-    k,
-    v,
-    beta,
-    g=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
     *,
-    scale=None,
-    initial_state=None,
-    cu_seqlens=None,
-    qk_l2norm=False,
-    state_layout="kv",
-    out=None,
+    scale: Real | None = None,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    qk_l2norm: bool = False,
+    state_layout: StateLayout = "kv",
+    out: Array | None = None,
 ) -> DeltaRuleOutput:
     """Apply the delta rule token by token: the definition itself, slow for long sequences.
 
@@ -189,19 +190,19 @@ def recurrent_delta_rule(
 
 
 def delta_rule_step(
-    q,
-    k,
-    v,
-    beta,
-    g=None,
+    q: Array,
+    k: Array,
+    v: AnyArray,
+    beta: Array,
+    g: Array | None = None,
     *,
-    state,
-    state_indices=None,
-    scale=None,
-    qk_l2norm=False,
-    state_layout="kv",
-    out=None,
-):
+    state: Array,
+    state_indices: Array | None = None,
+    scale: Real | None = None,
+    qk_l2norm: bool = False,
+    state_layout: StateLayout = "kv",
+    out: Array | None = None,
+) -> AnyArray:
     """Advance a pool of states by one to eight new tokens per sequence, in place.
 
     Parameters
@@ -268,19 +269,19 @@ def delta_rule_step(
 
 
 def chunk_delta_rule_fwd(
-    q,
-    k,
-    v,
-    beta,
-    g=None,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
     *,
-    scale=None,
-    initial_state=None,
-    cu_seqlens=None,
-    qk_l2norm=False,
-    chunk_size=None,
-    state_layout="kv",
-    out=None,
+    scale: Real | None = None,
+    initial_state: Array | None = None,
+    cu_seqlens: Array | None = None,
+    qk_l2norm: bool = False,
+    chunk_size: Integer | None = None,
+    state_layout: StateLayout = "kv",
+    out: Array | None = None,
 ) -> DeltaRuleForward:
     """Do as `chunk_delta_rule` does, and keep what the gradients need.
 
@@ -336,7 +337,11 @@ def chunk_delta_rule_fwd(
     return DeltaRuleForward(o, final_state, Residuals(problem, saved))
 
 
-def chunk_delta_rule_bwd(residuals, do, dfinal_state=None) -> DeltaRuleGradients:
+def chunk_delta_rule_bwd(
+    residuals: Residuals,
+    do: Array,
+    dfinal_state: Array | None = None,
+) -> DeltaRuleGradients:
     """Return the exact gradients of `chunk_delta_rule_fwd`.
 
     Parameters

@@ -215,7 +215,7 @@ def backward_arrays(problem: Problem, do, dfinal_state) -> None:
     found = looks(do, dfinal_state)
     if found in problem.kept:
         return
-    check = Checker("v", *looks(problem.v))
+    check = Checker("v", looks(problem.v)[0])
     for symbol in ("B", "T", "N", "HV", "K", "V"):
         check.sizes[symbol], check.source[symbol] = getattr(problem, symbol), "the forward"
     do, dfinal_state = found
@@ -296,8 +296,8 @@ def instance(name: str, x, cls: type, wanted: str) -> None:
         raise TypeError(f"{name}: expected {wanted}, got {describe(type(x))}")
 
 
-def affine_arrays(p, h, operands: dict) -> None:
-    """Check a transfer's own arrays and what meets them.
+def affine_arrays(p, h, operands: dict) -> str:
+    """Check a transfer's own arrays and what meets them; return their kind.
 
     `operands` maps a name to an array of the shape of `h`, or of that of `p` when the name ends
     in ``.p``.
@@ -308,11 +308,12 @@ def affine_arrays(p, h, operands: dict) -> None:
     check.array("p", p, "N HV K K", (check.dtype,))
     for name, x in zip(operands, others, strict=True):
         check.array(name, x, "N HV K K" if name.endswith(".p") else "N HV K V", (check.dtype,))
+    return check.kind
 
 
-def _problem(check: Checker, **options) -> Problem:
+def _problem(check: Checker, **options: Any) -> Problem:
     """Return what was checked, without arrays."""
-    sizes = {s: check.sizes.get(s, 0) for s in ("B", "T", "N", "H", "HV", "K", "V")}
+    sizes: dict[str, Any] = {s: check.sizes.get(s, 0) for s in ("B", "T", "N", "H", "HV", "K", "V")}
     return Problem(kind=check.kind, dtype=check.dtype, **sizes, **options)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import problem as checks
-from .arrays import kind_of
+from .typing import AnyArray, Backend
 
 
 class DeltaRuleOutput(NamedTuple):
@@ -29,7 +29,7 @@ class Residuals:
     """
 
     problem: checks.Problem
-    saved: dict
+    saved: dict[str, Any]
 
 
 class DeltaRuleForward(NamedTuple):
@@ -92,7 +92,7 @@ class Transfer(NamedTuple):
     p: Any
     h: Any
 
-    def apply(self, state):
+    def apply(self, state: AnyArray) -> AnyArray:
         """Return ``P state + H``, the state after the tokens when ``state`` came before.
 
         Parameters
@@ -109,8 +109,8 @@ class Transfer(NamedTuple):
         TypeError, ValueError
             If kind, dtype or shape differ from those of `h`.
         """
-        checks.affine_arrays(self.p, self.h, {"state": state})
-        return _backend(self.h).affine(self.p, state, self.h)
+        kind = checks.affine_arrays(self.p, self.h, {"state": state})
+        return _backend(kind).affine(self.p, state, self.h)
 
     def then(self, later: Transfer) -> Transfer:
         """Return the transfer of these tokens followed by those of `later`.
@@ -131,14 +131,14 @@ class Transfer(NamedTuple):
             If `later` is not a Transfer, or kind, dtype or shape differ.
         """
         checks.instance("later", later, Transfer, "a Transfer")
-        checks.affine_arrays(self.p, self.h, {"later.p": later.p, "later.h": later.h})
-        backend = _backend(self.h)
+        kind = checks.affine_arrays(self.p, self.h, {"later.p": later.p, "later.h": later.h})
+        backend = _backend(kind)
         return Transfer(
             backend.affine(later.p, self.p, None), backend.affine(later.p, self.h, later.h)
         )
 
 
-def _backend(x):
+def _backend(kind: str) -> Backend:
     from .dispatch import backend_for
 
-    return backend_for(kind_of(x))
+    return backend_for(kind)

@@ -130,7 +130,7 @@ def _draw(case: Case, dtype: str, rng) -> dict:
         g = -rng.exponential(0.1, shape).astype(states)
     cu = None if case.cu_seqlens is None else np.array(case.cu_seqlens)
     N = q.shape[0] if cu is None else len(cu) - 1
-    K, HV, V = q.shape[-1], *v.shape[2:]
+    K, (HV, V) = q.shape[-1], v.shape[2:]
     shape = (N, HV, V, K) if case.options.get("state_layout") == "vk" else (N, HV, K, V)
     state, dstate = (rng.standard_normal(shape).astype(states) for _ in range(2))
     do = rng.standard_normal(v.shape).astype(v.dtype)

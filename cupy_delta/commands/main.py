@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __package__)
-        summary = module.__doc__.strip().splitlines()[0]
+        summary = (module.__doc__ or name).strip().splitlines()[0]
         sub = subparsers.add_parser(name, help=summary, description=summary)
         sub.add_argument(
             "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def run_command(args) -> int:
         initial_state=moved.get("initial_state"),
         cu_seqlens=moved.get("cu_seqlens"),
     )
-    inputs = [moved.get(name) for name in (*REQUIRED, "g")]
+    inputs: list[Any] = [moved.get(name) for name in (*REQUIRED, "g")]
     if args.operator == "chunk":
         result = chunk_delta_rule(*inputs, chunk_size=args.chunk_size, **options)
     else:

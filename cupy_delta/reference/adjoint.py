@@ -55,7 +55,7 @@ def recurrent_delta_rule_bwd(problem: Problem, do, dfinal_state=None):
             written = (x.beta * r)[..., None, :] @ dS.swapaxes(-1, -2)
             dk[at] = _rows(written - dr[..., None, :] @ decayed.swapaxes(-1, -2))
             dS = dS - x.k.swapaxes(-1, -2) * dr[..., None, :]
-            if x.g is not None:
+            if x.g is not None and dg is not None:
                 flow = np.sum(dS * decayed, axis=-1)
                 if problem.gate == "scalar":
                     flow = flow.sum(axis=-1)
