@@ -14,6 +14,7 @@ KERNELS = Path(__file__).resolve().parent.parent.parent / "kernels"
 class Compiled(NamedTuple):
     ptx: str
     log: str
+    cubin: bytes
 
 
 class CompileError(RuntimeError):
@@ -37,25 +38,31 @@ def version() -> str:
     return f"{major.value}.{minor.value} of {Path(library()._name).stat().st_size} bytes"
 
 
-def compile_source(source: str, arch: str, options: tuple = ()) -> Compiled:
+def compile_source(
+    source: str, arch: str, options: tuple = (), kernels: Path = KERNELS
+) -> Compiled:
     """Compile to PTX; for a real architecture, ``"sm_80"``, also by ptxas, whose log comes back."""
     nvrtc, program = library(), ctypes.c_void_p()
-    arguments = (f"--gpu-architecture={arch}", "--std=c++17", f"-I{KERNELS}", *options)
+    arguments = (f"--gpu-architecture={arch}", "--std=c++17", f"-I{kernels}", *options)
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     try:
         array = (ctypes.c_char_p * len(arguments))(*(a.encode() for a in arguments))
         failed = nvrtc.nvrtcCompileProgram(program, len(arguments), array)
-        log = _text(program, "ProgramLog")
+        log = _bytes(program, "ProgramLog").decode()
         if failed:
             raise CompileError(log)
-        return Compiled(_text(program, "PTX"), log)
+        ptx = _bytes(program, "PTX").decode()
+        return Compiled(ptx, log, _bytes(program, "CUBIN"))
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(program: ctypes.c_void_p, what: str) -> str:
+def _bytes(program: ctypes.c_void_p, what: str) -> bytes:
+    """Return a result of a program, without the zero at the end of a text; empty if it has none."""
     size = ctypes.c_size_t()
     if getattr(library(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)):
-        return ""
+        return b""
     buffer = ctypes.create_string_buffer(max(1, size.value))
-    return "" if getattr(library(), f"nvrtcGet{what}")(program, buffer) else buffer.value.decode()
+    if getattr(library(), f"nvrtcGet{what}")(program, buffer):
+        return b""
+    return buffer.raw if what == "CUBIN" else buffer.value
