@@ -15,6 +15,9 @@ COLOURS = {
     "flashinfer": "#3c8d5a",
 }
 MARKERS = dict(zip(COLOURS, "Dosv^", strict=True))
+# Of a row's height in the figure, what its contestants share: each has a line of its own, so that
+# equal times do not cover each other.
+SPREAD = 0.7
 
 
 def time_of(row: dict, name: str) -> float | None:
@@ -166,37 +169,55 @@ def remarks(report: dict, names: list[str]) -> list[str]:
     return [*lines, ""]
 
 
+def offset(row: dict, name: str, names: list[str]) -> float:
+    """Where the line of a contestant lies within its row, from the middle."""
+    present = [n for n in names if time_of(row, n) is not None]
+    return SPREAD * ((present.index(name) + 0.5) / len(present) - 0.5)
+
+
 def figure(report: dict):
     """Times of both passes on a logarithmic axis, with the floor of every row."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = present(report)
     panels = {p: [r for r in report["rows"] if r["pass"] == p] for p in PASSES}
     panels = {p: rows for p, rows in panels.items() if rows}
-    height = 1.6 + 0.28 * max(len(rows) for rows in panels.values())
+    most = max(len(rows) for rows in panels.values())
+    height = 1.6 + 0.4 * most
     page = Figure(figsize=(6.2 * len(panels), height), layout="constrained")
     for axes, (passes, rows) in zip(
         page.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
         y = range(len(rows))
         axes.scatter(
-            [r["floor_ms"] for r in rows], y, marker="|", s=120, c="black", label="floor", zorder=2
+            [r["floor_ms"] for r in rows], y, marker="|", s=200, c="black", label="floor", zorder=2
         )
+        for i in y[::2]:
+            axes.axhspan(i - 0.5, i + 0.5, color="0.96", linewidth=0, zorder=0)
         for name in names:
-            points = [(t, i) for i, r in enumerate(rows) if (t := time_of(r, name)) is not None]
+            points = [
+                (t, i + offset(r, name, names))
+                for i, r in enumerate(rows)
+                if (t := time_of(r, name)) is not None
+            ]
             if points:
                 axes.scatter(
                     *zip(*points, strict=True),
                     marker=MARKERS[name],
-                    s=36,
+                    s=24,
                     c=COLOURS[name],
                     label=name,
                     zorder=4 if name == "cupy_delta" else 3,
                 )
         axes.set_yticks(list(y), [r["row"] for r in rows], fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(most - 0.5, -0.5)
         axes.set_xscale("log")
-        axes.grid(axis="both", color="0.92", zorder=0)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="0.85", zorder=0)
         axes.set_axisbelow(True)
         axes.set_xlabel("milliseconds")
         axes.set_title(passes, fontsize=10)
@@ -205,7 +226,8 @@ def figure(report: dict):
     page.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
     versions = report["versions"]
     packages = ("cupy_delta", "torch", "triton", "fla-core", "flash_qla", "flashinfer-python")
-    named = ", ".join(f"{n} {versions[n]}" for n in packages if n in versions)
+    # No line ends between a name and its version.
+    named = ", ".join(f"{n}\N{NO-BREAK SPACE}{versions[n]}" for n in packages if n in versions)
     title = f"{report['gpu']}, driver {report['driver']}\n{textwrap.fill(named, 72)}"
     page.suptitle(title, fontsize=8)
     return page

@@ -157,6 +157,8 @@ def _draw(plt, rows: list[dict], args) -> None:
         axes.plot([r["T"] for r in line], [r["tokens_per_s"] for r in line], "o-", label=label)
     axes.set(xscale="log", xlabel="tokens T", ylabel="tokens per second", ylim=(0, None))
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(f"cupy_delta, {args.dtype}, B = {args.batch}")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -75,20 +75,23 @@ def _error(recalled, truth):
 def _draw(path: str, truth, delta, additive, errors) -> None:
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
-    grid = figure.add_gridspec(1, 4, width_ratios=[1, 1, 1, 1.7])
+    page = plt.figure(figsize=(11, 4.6), layout="constrained")
+    left, right = page.subfigures(1, 2, width_ratios=(1.75, 1), wspace=0.03)
+    images = left.subplots(1, 3)
     panels = ((truth, "latest values"), (delta, "delta rule"), (additive, "additive"))
     limit = np.max(np.abs(truth[-1]))
     for j, (x, title) in enumerate(panels):
-        axes = figure.add_subplot(grid[j])
+        axes = images[j]
         image = axes.imshow(
             x[-1], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
         )
         axes.set(title=title, xlabel="value channel", xticks=[0, V - 1], yticks=[])
         if j == 0:
             axes.set(ylabel="key", yticks=[0, KEYS - 1])
-    figure.colorbar(image, ax=figure.axes, location="bottom", shrink=0.5, label="recalled value")
-    axes = figure.add_subplot(grid[3])
+    # The additive memory recalls more than the colours reach: they are those of the true values.
+    bar = dict(location="bottom", shrink=0.6, aspect=30, extend="both")
+    left.colorbar(image, ax=images, label="recalled value", **bar)
+    axes = right.subplots()
     rounds = np.arange(1, ROUNDS + 1)
     axes.plot(rounds, errors[1], "s-", color="tab:red", label="additive (linear attention)")
     axes.plot(rounds, errors[0], "o-", color="tab:blue", label="delta rule")
@@ -96,6 +99,6 @@ def _draw(path: str, truth, delta, additive, errors) -> None:
     axes.set_title("recalling the latest value")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.suptitle(f"{KEYS} keys, each bound to a new value {ROUNDS} times: what is recalled")
-    save_figure(figure, path)
-    plt.close(figure)
+    page.suptitle(f"{KEYS} keys, each bound to a new value {ROUNDS} times: what is recalled")
+    save_figure(page, path)
+    plt.close(page)
