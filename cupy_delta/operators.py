@@ -80,7 +80,8 @@ def chunk_delta_rule(
     -----
     Accumulation is in float64 for float64 inputs and in float32 otherwise; the state is never
     kept in 16 bits. The result is bitwise repeatable on one device with one library version,
-    for any number of threads, and causal: tokens from t on never change outputs before t. CuPy
+    for any number of threads, and causal: tokens from t on never change outputs before t, unless
+    something overflows to Inf or NaN, which may spread within its chunk. CuPy
     arrays run on the current stream without synchronising.
 
     References

@@ -198,6 +198,20 @@ def test_causal_to_the_bit(gate, t):
     assert np.array_equal(cd.chunk_delta_rule(*args, **kw).o[:, :t], before)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_what_overflows_inside_reaches_no_earlier_chunk(gate):
+    """Zero times infinity is NaN: inside its chunk a product with a triangle can spread it."""
+    args, kw = make_inputs(150, K=16, V=9, G=2, gate=gate, dtype=np.float32)
+    expected = cd.chunk_delta_rule(*args, **kw, chunk_size=32).o[:, :64].copy()
+    later = args[2][:, 70:]
+    later *= np.float32(3e38) / np.abs(later).max()
+    args[1][:, 70:] *= 1e3
+    with np.errstate(all="ignore"):
+        o = cd.chunk_delta_rule(*args, **kw, chunk_size=32).o
+    assert np.isfinite(args[2]).all() and not np.isfinite(o[:, 70:]).all()
+    assert np.array_equal(o[:, :64], expected)
+
+
 def test_same_bits_for_any_number_of_threads(monkeypatch):
     args, kw = make_inputs(300, B=2, H=6, K=32, V=32, gate="scalar", dtype=np.float32)
     bits = []

@@ -109,6 +109,29 @@ def test_hard_keys(emulated, dtype, correlation, beta):
     check(args, kw, slack=20 if beta[1] > 1 else 2)
 
 
+@pytest.mark.parametrize(
+    ("chunk", "beta", "times"),
+    [
+        (None, (0, 1), 4),
+        (None, (0, 2), 4),
+        (None, (1.99, 1.99), 4),
+        (32, (0, 1), 4),
+        (32, (1.99, 1.99), 16),
+        (64, (0, 1), 4),
+        (64, (1.99, 1.99), 40),
+    ],
+)
+def test_float32_beside_that_of_numpy(emulated, on_reference, chunk, beta, times):
+    """With correlated keys; whoever chooses the chunks may lose digits that the default keeps."""
+    for seed in range(4):
+        args, kw = make_inputs(130, K=32, V=32, dtype=F32, correlation=0.9, beta=beta, seed=seed)
+        exact = definition(*wide(args, kw)[0], **kw)
+        single = on_reference(cd.chunk_delta_rule, *args, **kw)
+        found = cd.chunk_delta_rule(*args, **kw, chunk_size=chunk)
+        for x, y, z in zip(found, single, exact, strict=True):
+            assert error(x, z) < times * error(y, z)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_strong_decay(emulated, dtype):
     args, kw = make_inputs(70, K=32, V=32, gate="scalar", dtype=dtype, beta=(2, 2), initial=True)
