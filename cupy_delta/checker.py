@@ -50,6 +50,7 @@ class Checker:
         self.first_name = first_name
         self.sizes: dict[str, int] = {}
         self.source: dict[str, str] = {}
+        self.axes: dict[str, tuple[str, ...]] = {}  # symbols of each array that was checked
         name = dtype_name(first.dtype)
         if name not in FLOAT_DTYPES:
             raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
@@ -108,6 +109,7 @@ class Checker:
                     f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
                     f" {self.source[symbol]}, got {shape}{self.swapped(symbols, shape)}"
                 )
+        self.axes[name] = symbols
         for symbol, size in zip(symbols, shape, strict=True):
             if symbol not in self.sizes:
                 self.fix(symbol, size, name)
@@ -152,6 +154,7 @@ class Checker:
                 f"{name}: expected at least one sequence for T = {T}, got shape (1,), N = 0"
             )
         self.fix("N", shape[0] - 1, name)
+        self.axes[name] = ("N + 1",)
 
     def q_k_v_beta_g(self, q, k, v, beta, g, beta_shapes=("B T HV",)) -> None:
         if q is not None:

@@ -10,36 +10,27 @@ dimensions, C chunk. Shapes are written as strings of symbols, e.g. ``"B T H K"`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .arrays import FLOAT_DTYPES, describe, dtype_name, looks, sharing
+from .arrays import describe, looks, sharing
+from .call import Call
 from .checker import POOL_DTYPES, Checker, chunk_size_of, options_of, remembered, scale_of
 
 MAX_STEP_TOKENS = 8
+SIZES = ("B", "T", "N", "H", "HV", "K", "V", "chunks", "slots")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Problem:
-    """A checked call: arrays (None where absent), dimensions and options.
+class Problem(Call):
+    """A checked call with its arrays, None where absent; they live where `kind` says.
 
-    `dtype` is that of q, k, v; `compute_dtype` is what the arithmetic runs in and
-    `state_dtype` that of states on this problem. With `cu_seqlens`, B = 1 and N = len - 1.
-    `kept` holds what was derived from all this but from no value of an array, plans for example.
-    All calls that are alike share it, so no array may go into it.
+    It shares `kept` with all problems that are the same `Call`, so no array may go into it.
     """
 
     kind: str
-    dtype: np.dtype
-    B: int
-    T: int
-    N: int
-    H: int
-    HV: int
-    K: int
-    V: int
     q: Any = None
     k: Any = None
     v: Any = None
@@ -54,56 +45,16 @@ class Problem:
     states: Any = None
     state: Any = None
     state_indices: Any = None
-    scale: float = 1.0
-    qk_l2norm: bool = False
-    chunk_size: int | None = None
-    state_layout: str = "kv"
-    kept: dict = field(default_factory=dict, init=False, repr=False)
+
+    # Two problems that are alike still have different arrays.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def of(self, arrays: dict) -> Problem:
         """Return this problem with arrays, which must look as those that were checked."""
         problem = object.__new__(Problem)
         object.__setattr__(problem, "__dict__", vars(self) | arrays)
         return problem
-
-    @property
-    def groups(self) -> int:
-        """Value heads per key head."""
-        return self.HV // self.H
-
-    @property
-    def gate(self) -> str | None:
-        """None, "scalar" (B, T, HV) or "channel" (B, T, HV, K)."""
-        return None if self.g is None else ("scalar" if self.g.ndim == 3 else "channel")
-
-    @property
-    def beta_per_value(self) -> bool:
-        """Whether beta is (B, T, HV, V)."""
-        return self.beta is not None and self.beta.ndim == 4
-
-    @property
-    def compute_dtype(self) -> np.dtype:
-        return FLOAT_DTYPES["float64" if dtype_name(self.dtype) == "float64" else "float32"]
-
-    state_dtype = compute_dtype
-
-    @property
-    def state_symbols(self) -> str:
-        return "N HV K V" if self.state_layout == "kv" else "N HV V K"
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, symbol) for symbol in self.state_symbols.split())
-
-    def chunk_slots(self, chunk: int) -> int:
-        """Return the length of the chunk axis of chunked arrays.
-
-        Chunk i of sequence n has slot ``cu_seqlens[n] // C + n + i``, a number that needs no
-        other sequence's length; without `cu_seqlens` every batch row has its own ceil(T / C).
-        """
-        if self.cu_seqlens is None:
-            return -(-self.T // chunk)
-        return self.T // chunk + self.N
 
     def sequences(self) -> list[tuple[int, int, int, int]]:
         """Return (batch row, first token, end token, first chunk's token) of each sequence.
@@ -207,7 +158,7 @@ def _step(found, scale, qk_l2norm, state_layout) -> Problem:
             f" got slots = {slots}"
         )
     check.output(out)
-    return _problem(check, **options)
+    return _problem(check, **options, pool_dtype=state.dtype)
 
 
 def backward_arrays(problem: Problem, do, dfinal_state) -> None:
@@ -280,13 +231,14 @@ def _chunk_output(found, scale, chunk_size) -> Problem:
     return _problem(check, scale=scale, chunk_size=chunk_size_of(chunk_size))
 
 
-def check_chunk_axis(problem: Problem, chunk: int) -> None:
+def check_chunk_axis(call: Call, chunk: int) -> None:
     """Check the chunk axis of `states` once the chunk size is settled."""
-    slots = problem.chunk_slots(chunk)
-    if problem.states.shape[1] != slots:
+    slots = call.chunk_slots(chunk)
+    if call.chunks != slots:
+        shape = (call.B, call.chunks, call.HV, call.K, call.V)
         raise ValueError(
             f"states: expected {slots} chunks of chunk_size = {chunk} along axis 1,"
-            f" got shape {tuple(problem.states.shape)}"
+            f" got shape {shape}"
         )
 
 
@@ -313,8 +265,12 @@ def affine_arrays(p, h, operands: dict) -> str:
 
 def _problem(check: Checker, **options: Any) -> Problem:
     """Return what was checked, without arrays."""
-    sizes: dict[str, Any] = {s: check.sizes.get(s, 0) for s in ("B", "T", "N", "H", "HV", "K", "V")}
-    return Problem(kind=check.kind, dtype=check.dtype, **sizes, **options)
+    described: dict[str, Any] = {s: check.sizes.get(s, 0) for s in SIZES}
+    rank = {name: len(axes) for name, axes in check.axes.items()}
+    described["gate"] = {3: "scalar", 4: "channel"}.get(rank.get("g", 0))
+    described["beta_per_value"] = rank.get("beta") == 4
+    described["varlen"] = "cu_seqlens" in rank
+    return Problem(kind=check.kind, dtype=check.dtype, **described, **options)
 
 
 # ---- values and memory, in every call ------------------------------------------------------------

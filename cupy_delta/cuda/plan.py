@@ -1,4 +1,4 @@
-"""From a Problem and facts of a device to a plan: launches in order, and the arrays they need.
+"""From a Call and facts of a device to a plan: launches in order, and the arrays they need.
 
 What the kernels do not do is refused here, naming the option and what would work.
 """
@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache, wraps
 
 import numpy as np
 
-from ..problem import Problem, check_chunk_axis
+from ..call import Call
+from ..problem import check_chunk_axis
 from .portable.backward import backward_chunk_launch, backward_state_launch
 from .portable.decode import step_launch
 from .portable.factors import wy_factors_launch
@@ -66,14 +67,14 @@ class Plan:
 
 
 def planned(function):
-    """Keep what is planned with the problem, for all calls that are alike: it holds no array."""
+    """Keep what is planned with the call, for all calls that are alike: it holds no array."""
 
     @wraps(function)
-    def lookup(problem: Problem, *more):
+    def lookup(call: Call, *more):
         key = (lookup, *more)
-        plan = problem.kept.get(key)
+        plan = call.kept.get(key)
         if plan is None:
-            plan = problem.kept[key] = function(problem, *more)
+            plan = call.kept[key] = function(call, *more)
         return plan
 
     return lookup
@@ -82,12 +83,12 @@ def planned(function):
 # ---- what can be asked for -----------------------------------------------------------------------
 
 
-def check_sizes(problem: Problem) -> None:
-    if problem.T >= 2**31:
+def check_sizes(call: Call) -> None:
+    if call.T >= 2**31:
         raise NotImplementedError(
-            f"T = {problem.T}: CuPy arrays support fewer than 2**31 tokens along T"
+            f"T = {call.T}: CuPy arrays support fewer than 2**31 tokens along T"
         )
-    for name, size in (("K", problem.K), ("V", problem.V)):
+    for name, size in (("K", call.K), ("V", call.V)):
         if size > MAX_HEAD:
             raise NotImplementedError(
                 f"{name} = {size}: CuPy arrays support head sizes up to {MAX_HEAD};"
@@ -95,227 +96,233 @@ def check_sizes(problem: Problem) -> None:
             )
 
 
-def check_gate(problem: Problem) -> None:
-    if problem.gate == "channel":
+def check_gate(call: Call) -> None:
+    if call.gate == "channel":
         raise NotImplementedError(
             "g: a gate per key channel, (B, T, HV, K), is not supported on CuPy arrays;"
             " a scalar gate (B, T, HV) is, and NumPy arrays support both"
         )
 
 
-def check_gate_gradients(problem: Problem) -> None:
-    if problem.g is not None:
+def check_gate_gradients(call: Call) -> None:
+    if call.gate is not None:
         raise NotImplementedError(
             "g: gradients through a gate are not supported on CuPy arrays; NumPy arrays support"
             " them, and chunk_delta_rule runs the gate forward"
         )
 
 
-def chunk_of(problem: Problem) -> int:
+def chunk_of(call: Call) -> int:
     """Return the chunk size in force, or refuse what the chunked kernels do not do."""
-    check_sizes(problem)
-    check_gate(problem)
-    if problem.dtype.name == "float64":
+    check_sizes(call)
+    check_gate(call)
+    if call.dtype.name == "float64":
         raise NotImplementedError(
             "float64: the chunked operators on CuPy arrays take float32, float16 and bfloat16;"
             " recurrent_delta_rule and delta_rule_step take float64"
         )
-    if problem.chunk_size is None:
-        return DEFAULT_CHUNK[problem.dtype.name]
-    if problem.chunk_size not in CHUNKS:
+    if call.chunk_size is None:
+        return DEFAULT_CHUNK[call.dtype.name]
+    if call.chunk_size not in CHUNKS:
         raise NotImplementedError(
-            f"chunk_size = {problem.chunk_size}: CuPy arrays support 16, 32 and 64, or None"
+            f"chunk_size = {call.chunk_size}: CuPy arrays support 16, 32 and 64, or None"
         )
-    return problem.chunk_size
+    return call.chunk_size
 
 
-def training_chunk(problem: Problem, facts: DeviceFacts) -> int:
+def training_chunk(call: Call, facts: DeviceFacts) -> int:
     """Return the chunk size of the gradients' kernels and of the forward that leaves residuals."""
-    chunk = chunk_of(problem)
-    return sm90.CHUNK if sm90_training.available(problem, facts) else chunk
+    chunk = chunk_of(call)
+    return sm90.CHUNK if sm90_training.available(call, facts) else chunk
+
+
+def keys(call: Call) -> tuple[int, ...]:
+    return (call.B, call.T, call.H, call.K)
+
+
+def values(call: Call) -> tuple[int, ...]:
+    return (call.B, call.T, call.HV, call.V)
 
 
 # ---- the operators -------------------------------------------------------------------------------
 
 
 @planned
-def plan_forward(problem: Problem, facts: DeviceFacts, residuals: bool = False) -> Plan:
+def plan_forward(call: Call, facts: DeviceFacts, residuals: bool = False) -> Plan:
     """Plan `chunk_delta_rule`, and with `residuals` what its gradients read."""
-    chunk = training_chunk(problem, facts) if residuals else chunk_of(problem)
-    tokens = (problem.B, problem.T, problem.HV)
+    chunk = training_chunk(call, facts) if residuals else chunk_of(call)
+    tokens = (call.B, call.T, call.HV)
     outputs = {
-        "o": ((*tokens, problem.V), problem.dtype),
-        "final_state": (problem.state_shape, problem.state_dtype),
+        "o": ((*tokens, call.V), call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
     }
     workspace, launches = {}, []
-    if problem.qk_l2norm:
-        for name, x in (("q", problem.q), ("k", problem.k)):
-            workspace[normal(problem, name)] = (tuple(x.shape), problem.dtype)
-            launches.append(norm_launch(problem, name, normal(problem, name)))
-    if sm90.available(problem, facts) and not residuals:
-        walks, between = sm90.forward_launches(problem, sm90.division(problem, facts))
+    if call.qk_l2norm:
+        for name in ("q", "k"):
+            workspace[normal(call, name)] = (keys(call), call.dtype)
+            launches.append(norm_launch(call, name, normal(call, name)))
+    if sm90.available(call, facts) and not residuals:
+        walks, between = sm90.forward_launches(call, sm90.division(call, facts))
         return Plan((*launches, *walks), outputs, workspace | between)
-    on_hopper = residuals and sm90_training.available(problem, facts)
+    on_hopper = residuals and sm90_training.available(call, facts)
     # Without a gate P is the same for all value heads of a key head: there it is kept once.
-    heads = problem.H if on_hopper else problem.HV
-    workspace["core"] = ((*tokens, chunk), problem.dtype)
-    workspace["p"] = ((problem.B, problem.T, heads, chunk), problem.dtype)
-    if problem.g is not None:
+    heads = call.H if on_hopper else call.HV
+    workspace["core"] = ((*tokens, chunk), call.dtype)
+    workspace["p"] = ((call.B, call.T, heads, chunk), call.dtype)
+    if call.gate is not None:
         workspace["G"] = (tokens, np.dtype(np.float64))
     states = None
     if residuals:
-        states = C_TYPES[problem.dtype.name]
-        workspace["states"] = (chunked_states(problem, chunk), problem.dtype)
-        workspace["corrections"] = ((*tokens, problem.V), problem.dtype)
+        states = C_TYPES[call.dtype.name]
+        workspace["states"] = (chunked_states(call, chunk), call.dtype)
+        workspace["corrections"] = ((*tokens, call.V), call.dtype)
     if on_hopper:
-        launches.append(sm90_training.factors_launch(problem))
-        division = sm90_training.forward_division(problem, facts)
+        launches.append(sm90_training.factors_launch(call))
+        division = sm90_training.forward_division(call, facts)
         if division.segments > 1:
-            workspace |= sm90.segment_arrays(problem, division.segments - 1)
-        launches += sm90_training.forward_launches(problem, division)
+            workspace |= sm90.segment_arrays(call, division.segments - 1)
+        launches += sm90_training.forward_launches(call, division)
         return Plan(tuple(launches), outputs, workspace)
-    launches.append(wy_factors_launch(problem, chunk, facts, factors=False))
-    segments = segment_count(problem, chunk, facts)
+    launches.append(wy_factors_launch(call, chunk, facts, factors=False))
+    segments = segment_count(call, chunk, facts)
     initial = "initial_state"
     if segments > 1:
         initial = "entering"
-        workspace |= segment_arrays(problem, segments)
+        workspace |= segment_arrays(call, segments)
         cut = dict(segments=segments, transfer=True, output=None, initial=None)
         launches += [
-            walk_launch(problem, chunk, facts, final="segment_h", **cut),
-            walk_launch(problem, chunk, facts, final="segment_p", zero_v=True, **cut),
-            segment_states_launch(problem, segments),
+            walk_launch(call, chunk, facts, final="segment_h", **cut),
+            walk_launch(call, chunk, facts, final="segment_p", zero_v=True, **cut),
+            segment_states_launch(call, segments),
         ]
     launches.append(
-        walk_launch(problem, chunk, facts, segments=segments, states=states, initial=initial)
+        walk_launch(call, chunk, facts, segments=segments, states=states, initial=initial)
     )
     return Plan(tuple(launches), outputs, workspace)
 
 
-def segment_arrays(problem: Problem, segments: int) -> dict:
-    N, heads = problem.N, problem.state_shape[1:]
-    square = (problem.HV, problem.K, problem.K)
+def segment_arrays(call: Call, segments: int) -> dict:
+    N, heads = call.N, call.state_shape[1:]
+    square = (call.HV, call.K, call.K)
     shapes = {
         "segment_h": (N, segments - 1, *heads),
         "segment_p": (N, segments - 1, *square),
         "entering": (N, segments, *heads),
     }
-    return {name: (shape, problem.state_dtype) for name, shape in shapes.items()}
+    return {name: (shape, call.state_dtype) for name, shape in shapes.items()}
 
 
 @planned
-def plan_backward(problem: Problem, facts: DeviceFacts, has_dfinal: bool) -> Plan:
+def plan_backward(call: Call, facts: DeviceFacts, has_dfinal: bool) -> Plan:
     """Plan `chunk_delta_rule_bwd`, from what `plan_forward` with residuals has left."""
-    chunk = training_chunk(problem, facts)
-    tokens = (problem.B, problem.T, problem.HV)
-    dtype = problem.dtype
+    chunk = training_chunk(call, facts)
+    tokens = (call.B, call.T, call.HV)
+    dtype = call.dtype
     outputs = {
-        "dq": (tuple(problem.q.shape), dtype),
-        "dk": (tuple(problem.k.shape), dtype),
-        "dv": (tuple(problem.v.shape), dtype),
+        "dq": (keys(call), dtype),
+        "dk": (keys(call), dtype),
+        "dv": (values(call), dtype),
         "dbeta": (tokens, np.dtype(np.float32)),
-        "dinitial_state": (problem.state_shape, problem.state_dtype),
+        "dinitial_state": (call.state_shape, call.state_dtype),
     }
     workspace = {
-        "dstates": (chunked_states(problem, chunk), dtype),
-        "g_rows": ((*tokens, problem.V), dtype),
+        "dstates": (chunked_states(call, chunk), dtype),
+        "g_rows": ((*tokens, call.V), dtype),
     }
-    if sm90_training.available(problem, facts):
-        division = sm90_training.backward_division(problem, facts)
+    if sm90_training.available(call, facts):
+        division = sm90_training.backward_division(call, facts)
         if division.segments > 1:
-            workspace |= sm90.segment_arrays(problem, division.segments - 1)
+            workspace |= sm90.segment_arrays(call, division.segments - 1)
         launches = [
-            *sm90_training.backward_launches(problem, division, has_dfinal),
-            sm90_backward.backward_chunk_launch(problem, facts),
+            *sm90_training.backward_launches(call, division, has_dfinal),
+            sm90_backward.backward_chunk_launch(call, facts),
         ]
     else:
         launches = [
-            backward_state_launch(problem, chunk, facts, has_dfinal),
-            backward_chunk_launch(problem, chunk, facts),
+            backward_state_launch(call, chunk, facts, has_dfinal),
+            backward_chunk_launch(call, chunk, facts),
         ]
-    if problem.qk_l2norm:
-        launches += [norm_launch(problem, x, f"d{x}", backward=True) for x in ("q", "k")]
+    if call.qk_l2norm:
+        launches += [norm_launch(call, x, f"d{x}", backward=True) for x in ("q", "k")]
     return Plan(tuple(launches), outputs, workspace)
 
 
 @planned
-def names_for_backward(problem: Problem, facts: DeviceFacts) -> tuple[str, ...]:
+def names_for_backward(call: Call, facts: DeviceFacts) -> tuple[str, ...]:
     """Name the arrays of the forward that the backward reads; refuse what it would refuse."""
-    backward = plan_backward(problem, facts, True)
-    forward = plan_forward(problem, facts, True)
+    backward = plan_backward(call, facts, True)
+    forward = plan_forward(call, facts, True)
     there = {name for name, *_ in forward.read + forward.made}
     return tuple(name for name, _ in backward.read if name in there)
 
 
-def chunked_states(problem: Problem, chunk: int) -> tuple[int, ...]:
-    return (problem.B, problem.chunk_slots(chunk), problem.HV, problem.K, problem.V)
+def chunked_states(call: Call, chunk: int) -> tuple[int, ...]:
+    return (call.B, call.chunk_slots(chunk), call.HV, call.K, call.V)
 
 
 @planned
-def plan_wy_factors(problem: Problem, facts: DeviceFacts) -> Plan:
+def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
-    chunk = chunk_of(problem)
-    return Plan(
-        (wy_factors_launch(problem, chunk, facts, factors=True),), factor_arrays(problem, chunk)
-    )
+    chunk = chunk_of(call)
+    return Plan((wy_factors_launch(call, chunk, facts, factors=True),), factor_arrays(call, chunk))
 
 
-def factor_arrays(problem: Problem, chunk: int) -> dict:
-    tokens = (problem.B, problem.T, problem.HV)
-    sizes = {"w": problem.K, "u": problem.V, "t": chunk}
-    return {name: ((*tokens, size), problem.dtype) for name, size in sizes.items()}
+def factor_arrays(call: Call, chunk: int) -> dict:
+    tokens = (call.B, call.T, call.HV)
+    sizes = {"w": call.K, "u": call.V, "t": chunk}
+    return {name: ((*tokens, size), call.dtype) for name, size in sizes.items()}
 
 
 @planned
-def plan_state_pass(problem: Problem, facts: DeviceFacts) -> Plan:
+def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `state_pass`; chunk slots that no chunk uses are zero."""
-    chunk = chunk_of(problem)
+    chunk = chunk_of(call)
     outputs = {
-        "states": (chunked_states(problem, chunk), problem.state_dtype),
-        "v_new": ((problem.B, problem.T, problem.HV, problem.V), problem.dtype),
-        "final_state": (problem.state_shape, problem.state_dtype),
+        "states": (chunked_states(call, chunk), call.state_dtype),
+        "v_new": ((call.B, call.T, call.HV, call.V), call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
     }
-    walk = walk_launch(problem, chunk, facts, factors=True, states="float", output=None)
-    zeroed = ("states",) if problem.cu_seqlens is not None else ()
+    walk = walk_launch(call, chunk, facts, factors=True, states="float", output=None)
+    zeroed = ("states",) if call.varlen else ()
     return Plan((walk,), outputs, zeroed=zeroed)
 
 
 @planned
-def plan_chunk_output(problem: Problem, facts: DeviceFacts) -> Plan:
+def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_output`."""
-    chunk = chunk_of(problem)
-    check_chunk_axis(problem, chunk)
-    outputs = {"o": (tuple(problem.v_new.shape), problem.dtype)}
-    return Plan((chunk_output_launch(problem, chunk, facts),), outputs)
+    chunk = chunk_of(call)
+    check_chunk_axis(call, chunk)
+    outputs = {"o": (values(call), call.dtype)}
+    return Plan((chunk_output_launch(call, chunk, facts),), outputs)
 
 
 @planned
-def plan_transfer(problem: Problem, facts: DeviceFacts) -> Plan:
+def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
-    chunk = chunk_of(problem)
+    chunk = chunk_of(call)
     outputs = {
-        "p": ((problem.N, problem.HV, problem.K, problem.K), problem.state_dtype),
-        "h": ((problem.N, problem.HV, problem.K, problem.V), problem.state_dtype),
+        "p": ((call.N, call.HV, call.K, call.K), call.state_dtype),
+        "h": ((call.N, call.HV, call.K, call.V), call.state_dtype),
     }
     options = dict(factors=True, output=None)
     launches = (
-        wy_factors_launch(problem, chunk, facts, factors=True),
-        walk_launch(problem, chunk, facts, initial=None, final="h", **options),
-        walk_launch(problem, chunk, facts, initial=None, final="p", zero_v=True, **options),
+        wy_factors_launch(call, chunk, facts, factors=True),
+        walk_launch(call, chunk, facts, initial=None, final="h", **options),
+        walk_launch(call, chunk, facts, initial=None, final="p", zero_v=True, **options),
     )
-    return Plan(launches, outputs, factor_arrays(problem, chunk))
+    return Plan(launches, outputs, factor_arrays(call, chunk))
 
 
 @planned
-def plan_tokens(problem: Problem, step: bool) -> Plan:
+def plan_tokens(call: Call, step: bool) -> Plan:
     """Plan `recurrent_delta_rule` or `delta_rule_step`."""
-    check_sizes(problem)
-    check_gate(problem)
-    outputs = {"o": (tuple(problem.v.shape), problem.dtype)}
+    check_sizes(call)
+    check_gate(call)
+    outputs = {"o": (values(call), call.dtype)}
     if not step:
-        outputs["final_state"] = (problem.state_shape, problem.state_dtype)
-    launch = step_launch(problem) if step else token_launch(problem)
-    return Plan((launch,), outputs, sums=problem.compute_dtype)
+        outputs["final_state"] = (call.state_shape, call.state_dtype)
+    launch = step_launch(call) if step else token_launch(call)
+    return Plan((launch,), outputs, sums=call.compute_dtype)
 
 
 @lru_cache(256)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..problem import Problem
+from ..call import Call
 
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
@@ -84,27 +84,27 @@ def carve(*arrays: tuple[int, int], align: int = 16, start: int = 0) -> int:
     return end
 
 
-def slots(problem: Problem, chunk: int) -> int:
+def slots(call: Call, chunk: int) -> int:
     """Chunk slots of all batch rows: the upper bound that needs no value of cu_seqlens."""
-    return problem.chunk_slots(chunk) * problem.B
+    return call.chunk_slots(chunk) * call.B
 
 
-def variant(problem: Problem, chunk: int, **more) -> tuple:
+def variant(call: Call, chunk: int, **more) -> tuple:
     """Return the macros that every chunked kernel has, and some of its own."""
     common = dict(
-        DTYPE=C_TYPES[problem.dtype.name],
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
+        DTYPE=C_TYPES[call.dtype.name],
+        HEAD_K=call.K,
+        HEAD_V=call.V,
         CHUNK=chunk,
-        HAS_GATE=int(problem.g is not None),
-        VARLEN=int(problem.cu_seqlens is not None),
+        HAS_GATE=int(call.gate is not None),
+        VARLEN=int(call.varlen),
     )
     return tuple((common | more).items())
 
 
-def normal(problem: Problem, name: str) -> str:
+def normal(call: Call, name: str) -> str:
     """Name of the array that the chunked kernels read for q or k."""
-    return f"{name}_normal" if problem.qk_l2norm else name
+    return f"{name}_normal" if call.qk_l2norm else name
 
 
 def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from ..arrays import FLOAT_DTYPES
-from ..problem import Problem
+from ..call import Call
 from . import plan as plans
 from .runtime.sources import AT_ONCE
 from .spec import DeviceFacts, Launch
@@ -30,7 +28,6 @@ def launches_of(
     chunk_size: int | None = None,
     gate: bool = False,
     varlen: bool = False,
-    initial_state: bool = True,
     qk_l2norm: bool = False,
     state_layout: str = "kv",
 ) -> list[Launch]:
@@ -45,7 +42,7 @@ def launches_of(
         Of q, k and v; beta and g count as float32, decoding pools as float32 (or float64).
     K, V, B, T, H, HV
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
-    chunk_size, gate, varlen, initial_state, qk_l2norm, state_layout
+    chunk_size, gate, varlen, qk_l2norm, state_layout
         Options as in `chunk_delta_rule`.
 
     Returns
@@ -60,14 +57,7 @@ def launches_of(
     """
     HV = H if HV is None else HV
     batch, N = (1, B) if varlen else (B, B)
-    real = np.dtype(np.float64 if dtype == "float64" else np.float32)
-
-    def stand_in(*shape, of=FLOAT_DTYPES[dtype]):
-        return np.broadcast_to(np.zeros((), of), shape)
-
-    state = (N, HV, K, V) if state_layout == "kv" else (N, HV, V, K)
-    problem = Problem(
-        kind="cupy",
+    call = Call(
         dtype=FLOAT_DTYPES[dtype],
         B=batch,
         T=T,
@@ -76,33 +66,29 @@ def launches_of(
         HV=HV,
         K=K,
         V=V,
-        q=stand_in(batch, T, H, K),
-        k=stand_in(batch, T, H, K),
-        v=stand_in(batch, T, HV, V),
-        beta=stand_in(batch, T, HV, of=real),
-        g=stand_in(batch, T, HV, of=real) if gate else None,
-        cu_seqlens=stand_in(N + 1, of=np.int64) if varlen else None,
-        initial_state=stand_in(*state, of=real) if initial_state else None,
-        state=stand_in(*state, of=real),
+        gate="scalar" if gate else None,
+        varlen=varlen,
+        slots=N,
         scale=K**-0.5,
         qk_l2norm=qk_l2norm,
         chunk_size=chunk_size,
         state_layout=state_layout,
     )
+    call = replace(call, pool_dtype=call.state_dtype)
     planned = []
     if "forward" in passes:
-        planned.append(plans.plan_forward(problem, facts))
+        planned.append(plans.plan_forward(call, facts))
     if "backward" in passes:
-        plans.check_gate_gradients(problem)
-        planned.append(plans.plan_forward(problem, facts, True))
-        planned.append(plans.plan_backward(problem, facts, True))
+        plans.check_gate_gradients(call)
+        planned.append(plans.plan_forward(call, facts, True))
+        planned.append(plans.plan_backward(call, facts, True))
     if "recurrent" in passes:
-        planned.append(plans.plan_tokens(problem, False))
+        planned.append(plans.plan_tokens(call, False))
     if "step" in passes:
         # One sequence per batch row: a step knows no cu_seqlens.
-        planned.append(plans.plan_tokens(replace(problem, B=N, cu_seqlens=None), True))
+        planned.append(plans.plan_tokens(replace(call, B=N, varlen=False), True))
     if "blocks" in passes:
-        planned += _blocks(replace(problem, g=None, qk_l2norm=False, state_layout="kv"), facts)
+        planned += _blocks(replace(call, gate=None, qk_l2norm=False, state_layout="kv"), facts)
     distinct = {}
     for plan in planned:
         for launch in plan.launches:
@@ -110,17 +96,13 @@ def launches_of(
     return list(distinct.values())
 
 
-def _blocks(problem: Problem, facts: DeviceFacts) -> list[plans.Plan]:
-    chunk = plans.chunk_of(problem)
-    states = np.broadcast_to(
-        np.zeros((), problem.state_dtype), plans.chunked_states(problem, chunk)
-    )
-    problem = replace(problem, w=problem.k, u=problem.v, v_new=problem.v, states=states)
+def _blocks(call: Call, facts: DeviceFacts) -> list[plans.Plan]:
+    call = replace(call, chunks=call.chunk_slots(plans.chunk_of(call)))
     return [
-        plans.plan_wy_factors(problem, facts),
-        plans.plan_state_pass(problem, facts),
-        plans.plan_chunk_output(problem, facts),
-        plans.plan_transfer(problem, facts),
+        plans.plan_wy_factors(call, facts),
+        plans.plan_state_pass(call, facts),
+        plans.plan_chunk_output(call, facts),
+        plans.plan_transfer(call, facts),
     ]
 
 

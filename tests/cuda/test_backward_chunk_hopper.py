@@ -39,7 +39,15 @@ def make_case(
         for _ in range(2)
     )
     sizes = dict(B=B, T=T, N=N, H=H, HV=HV, K=K, V=V)
-    p = Problem(kind="numpy", dtype=dtype, **sizes, cu_seqlens=cu, scale=K**-0.5, chunk_size=CHUNK)
+    p = Problem(
+        kind="numpy",
+        dtype=dtype,
+        **sizes,
+        cu_seqlens=cu,
+        varlen=cu is not None,
+        scale=K**-0.5,
+        chunk_size=CHUNK,
+    )
     rows, states = (B, T, HV, V), (B * p.chunk_slots(CHUNK), HV, V, K)
     arrays = dict(q=q, k=k)
     arrays |= {name: rng.standard_normal(rows) for name in ("corrections", "g_rows", "do")}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import make_inputs
 
+from cupy_delta.call import Call
 from cupy_delta.checker import KEPT_CALLS
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.runtime import sources
@@ -80,6 +81,24 @@ def test_plans_are_kept_and_hold_no_array():
     assert plans.plan_forward(problem(qk_l2norm=True), H200) is not first
     for launch in first.launches:
         assert all(a is None or isinstance(a, str | np.generic) for a in launch.arguments)
+
+
+def test_a_call_is_planned_without_arrays():
+    sizes = dict(B=1, T=70, N=2, H=2, HV=4, K=64, V=32)
+    call = Call(dtype=np.dtype(np.float16), **sizes, gate="scalar", varlen=True, scale=64**-0.5)
+    given = problem(T=70, H=2, G=2, K=64, V=32, gate="scalar", cu_seqlens=[0, 10, 70], initial=True)
+    for facts in (H200, plans.DeviceFacts(132, 227 * 1024, (9, 0))):
+        planned, expected = plans.plan_forward(call, facts), plans.plan_forward(given, facts)
+        assert planned.made == expected.made
+        assert [vars(x) for x in planned.launches] == [vars(x) for x in expected.launches]
+
+
+def test_calls_that_are_alike_are_equal_and_problems_are_not():
+    sizes = dict(T=8, K=16, V=16, dtype=np.dtype(np.float16))
+    assert len({Call(**sizes), Call(**sizes), Call(**sizes, gate="scalar")}) == 2
+    one, other = problem(), problem()
+    assert one.kept is other.kept
+    assert one != other and len({one, other}) == 2
 
 
 def test_residuals_and_options_change_the_plan():

@@ -29,7 +29,15 @@ def make_case(T, *, H=1, G=1, K=64, dtype=BF16, **options):
     B, cu = len(q), kw["cu_seqlens"]
     cu = None if cu is None else np.asarray(cu, np.int64)
     sizes = dict(B=B, T=T, N=B if cu is None else len(cu) - 1, H=H, HV=H * G, K=K, V=8)
-    p = Problem(kind="numpy", dtype=dtype, **sizes, cu_seqlens=cu, scale=1.0, chunk_size=CHUNK)
+    p = Problem(
+        kind="numpy",
+        dtype=dtype,
+        **sizes,
+        cu_seqlens=cu,
+        varlen=cu is not None,
+        scale=1.0,
+        chunk_size=CHUNK,
+    )
     return p, dict(q=q, k=k, beta=beta.astype(np.float32))
 
 

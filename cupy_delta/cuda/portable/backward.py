@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
 from .forward import walk_shape
 
 
-def backward_state_launch(
-    problem: Problem, chunk: int, facts: DeviceFacts, has_dfinal: bool
-) -> Launch:
+def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts, has_dfinal: bool) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
-    size, K = problem.dtype.itemsize, padded(problem.K)
+    size, K = call.dtype.itemsize, padded(call.K)
     # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
-    row_tiles, warps = walk_shape(problem, problem.V, chunk, facts, row_tiles=1)
+    row_tiles, warps = walk_shape(call, call.V, chunk, facts, row_tiles=1)
     slice_ = 16 * row_tiles * warps
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
@@ -26,18 +24,18 @@ def backward_state_launch(
         "portable/backward_state.cu",
         "backward_state",
         variant(
-            problem,
+            call,
             chunk,
-            STATE_VK=int(problem.state_layout == "vk"),
+            STATE_VK=int(call.state_layout == "vk"),
             WARPS=warps,
             ROW_TILES=row_tiles,
         ),
-        problem.N * problem.HV * -(-padded(problem.V) // slice_),
+        call.N * call.HV * -(-padded(call.V) // slice_),
         32 * warps,
         shared,
         (
-            normal(problem, "q"),
-            normal(problem, "k"),
+            normal(call, "q"),
+            normal(call, "k"),
             "core",
             "p",
             "beta",
@@ -47,17 +45,17 @@ def backward_state_launch(
             "dstates",
             "g_rows",
             "dinitial_state",
-            np.float32(problem.scale),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            np.float32(call.scale),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )
 
 
-def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
+def backward_chunk_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients, with as wide a slice of values as fits."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     # So that the sums over the group fit the registers of a warp.
     warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
     key_rows = (chunk * pitch(K, size), size)
@@ -73,13 +71,13 @@ def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> L
     return Launch(
         "portable/backward_chunk.cu",
         "backward_chunk",
-        variant(problem, chunk, WARPS=warps, SLICE=slice_),
-        slots(problem, chunk) * problem.H if problem.T else 0,
+        variant(call, chunk, WARPS=warps, SLICE=slice_),
+        slots(call, chunk) * call.H if call.T else 0,
         32 * warps,
         shared,
         (
-            normal(problem, "q"),
-            normal(problem, "k"),
+            normal(call, "q"),
+            normal(call, "k"),
             "beta",
             "corrections",
             "g_rows",
@@ -91,10 +89,10 @@ def backward_chunk_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> L
             "dk",
             "dv",
             "dbeta",
-            np.float32(problem.scale),
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            np.float32(call.scale),
+            i32(call.N),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )

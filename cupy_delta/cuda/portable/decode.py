@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import C_TYPES, Launch, i32
 
 # The fastest of those measured (docs/performance.md). Bytes of a thread's part of a state in the
@@ -23,19 +23,19 @@ def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def step_tile(problem: Problem) -> dict:
+def step_tile(call: Call) -> dict:
     """Return the macros of `tokens/decode.cu` that say which part of a state a thread has.
 
     A (V, K) state: PARTS threads side by side have a row of keys, and several rows. A (K, V) state:
     a thread has one vector of some keys, ACROSS threads are side by side, and the PARTS others of
     its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
-    K, V, itemsize = problem.K, problem.V, problem.state.dtype.itemsize
-    if problem.state_layout == "vk":
+    K, V, itemsize = call.K, call.V, call.pool_dtype.itemsize
+    if call.state_layout == "vk":
         vector = math.gcd(K, VECTOR_BYTES // itemsize)
         parts = min(WARP, power_of_two(K // vector))
         keys = -(-K // (parts * vector)) * vector
-        tile = TILE_BYTES // problem.compute_dtype.itemsize
+        tile = TILE_BYTES // call.compute_dtype.itemsize
         fitting = 1 << (max(1, tile // keys).bit_length() - 1)
         values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
         per_warp = WARP // parts * values
@@ -46,7 +46,7 @@ def step_tile(problem: Problem) -> dict:
         across = min(widest, max(1, piece // vector))
         parts = WARP // across
         per_warp = across * values
-        tile = KV_TILE_BYTES.get(itemsize, TILE_BYTES) // problem.compute_dtype.itemsize
+        tile = KV_TILE_BYTES.get(itemsize, TILE_BYTES) // call.compute_dtype.itemsize
         enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
         warps = min(MOST_WARPS, power_of_two(enough))
     alone = min(THREADS // WARP, -(-V // per_warp)) if warps == 1 else 1
@@ -60,20 +60,20 @@ def step_tile(problem: Problem) -> dict:
     )
 
 
-def step_launch(problem: Problem) -> Launch:
+def step_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
-    real = problem.compute_dtype
-    tile = step_tile(problem)
+    real = call.compute_dtype
+    tile = step_tile(call)
     defines = dict(
-        DTYPE=C_TYPES[problem.dtype.name],
-        STATE_DTYPE=C_TYPES[problem.state.dtype.name],
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
-        GROUP=problem.groups,
-        HAS_GATE=int(problem.g is not None),
-        STATE_VK=int(problem.state_layout == "vk"),
-        L2NORM=int(problem.qk_l2norm),
-        ONE_TOKEN=int(problem.T == 1),
+        DTYPE=C_TYPES[call.dtype.name],
+        STATE_DTYPE=C_TYPES[call.pool_dtype.name],
+        HEAD_K=call.K,
+        HEAD_V=call.V,
+        GROUP=call.groups,
+        HAS_GATE=int(call.gate is not None),
+        STATE_VK=int(call.state_layout == "vk"),
+        L2NORM=int(call.qk_l2norm),
+        ONE_TOKEN=int(call.T == 1),
     )
     # As decode.cu's Passed: per warp two sums of each channel and four more, and what is written.
     passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 4 * tile["WARPS"]
@@ -83,7 +83,7 @@ def step_launch(problem: Problem) -> Launch:
         "tokens/decode.cu",
         "decode",
         tuple((defines | tile).items()),
-        problem.N * problem.HV * -(-problem.V // tile["CHANNELS"]) if problem.T else 0,
+        call.N * call.HV * -(-call.V // tile["CHANNELS"]) if call.T else 0,
         threads,
         shared,
         (
@@ -95,9 +95,9 @@ def step_launch(problem: Problem) -> Launch:
             "state_indices",
             "state",
             "o",
-            real.type(problem.scale),
-            i32(problem.T),
-            i32(problem.HV),
-            i32(problem.state.shape[0]),
+            real.type(call.scale),
+            i32(call.T),
+            i32(call.HV),
+            i32(call.slots),
         ),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
 
 
-def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
+def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
     """The core and P for the walk, or with `factors` the public T, W and U."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     square = (chunk * pitch(chunk, 4), 4)
     half = (chunk // 2 * pitch(chunk, 4), 4)
     rows = (chunk * pitch(K, size), size)
@@ -18,28 +18,28 @@ def wy_factors_launch(problem: Problem, chunk: int, facts: DeviceFacts, factors:
         first = [rows, rows, square]
     shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 8))
     fits("the WY factors", chunk, shared, facts)
-    running_sum = "G" if problem.g is not None else None
+    running_sum = "G" if call.gate is not None else None
     names = (
         (None, None, None, "t", "w", "u") if factors else ("core", "p", running_sum) + (None,) * 3
     )
     return Launch(
         "portable/factors.cu",
         "wy_factors",
-        variant(problem, chunk, WRITE_CORE=int(not factors), WRITE_WU=int(factors)),
-        slots(problem, chunk) * problem.H if problem.T else 0,
+        variant(call, chunk, WRITE_CORE=int(not factors), WRITE_WU=int(factors)),
+        slots(call, chunk) * call.H if call.T else 0,
         128,
         shared,
         (
-            None if factors else normal(problem, "q"),
-            normal(problem, "k"),
+            None if factors else normal(call, "q"),
+            normal(call, "k"),
             "v" if factors else None,
             "beta",
             "g",
             "cu_seqlens",
             *names,
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            i32(call.N),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )

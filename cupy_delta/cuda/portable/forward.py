@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
 
 # Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
@@ -12,7 +12,7 @@ SEGMENT_CHUNKS = 64
 
 
 def walk_shape(
-    problem: Problem, V: int, chunk: int, facts: DeviceFacts, row_tiles: int, walked: int = 1
+    call: Call, V: int, chunk: int, facts: DeviceFacts, row_tiles: int, walked: int = 1
 ) -> tuple[int, int]:
     """Return (16-row tiles of value channels per warp, warps per block) for a walk.
 
@@ -22,51 +22,51 @@ def walk_shape(
     quarter of the multiprocessors idle, down to two.
     """
     rows = padded(V) // 16
-    row_tiles = 1 if problem.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
+    row_tiles = 1 if call.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
     warps = min(4, -(-rows // row_tiles))
-    sequences = problem.N * problem.HV * walked
+    sequences = call.N * call.HV * walked
     # Measured on an H200: wide blocks once they fill three quarters of it, but at least two warps.
     while warps > 2 and sequences * -(-rows // (row_tiles * warps)) < 0.75 * facts.sm_count:
         warps = -(-warps // 2)
     return row_tiles, warps
 
 
-def segment_count(problem: Problem, chunk: int, facts: DeviceFacts) -> int:
+def segment_count(call: Call, chunk: int, facts: DeviceFacts) -> int:
     """Segments to cut every sequence into: 1, or 4 or 8 for long sequences of few heads.
 
     Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing, and
     nothing is gained where one walk takes half of the multiprocessors.
     """
-    blocks = problem.N * problem.HV * -(-padded(problem.V) // 32)
-    chunks = problem.B * problem.T // (chunk * max(1, problem.N))
+    blocks = call.N * call.HV * -(-padded(call.V) // 32)
+    chunks = call.B * call.T // (chunk * max(1, call.N))
     for segments in (8, 4):
         if blocks and 2 * blocks <= facts.sm_count and chunks >= segments * SEGMENT_CHUNKS:
             return segments
     return 1
 
 
-def segment_states_launch(problem: Problem, segments: int) -> Launch:
+def segment_states_launch(call: Call, segments: int) -> Launch:
     """The states that enter all segments, from the transfers of all but the last."""
     defines = dict(
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
+        HEAD_K=call.K,
+        HEAD_V=call.V,
         SEGMENTS=segments,
-        STATE_VK=int(problem.state_layout == "vk"),
+        STATE_VK=int(call.state_layout == "vk"),
     )
-    columns = (padded(problem.K) * 8, 4)
+    columns = (padded(call.K) * 8, 4)
     return Launch(
         "portable/segment_states.cu",
         "segment_states",
         tuple(defines.items()),
-        problem.N * problem.HV * -(-problem.V // 8),
+        call.N * call.HV * -(-call.V // 8),
         128,
         carve(columns, columns),
-        ("initial_state", "segment_p", "segment_h", "entering", i32(problem.HV)),
+        ("initial_state", "segment_p", "segment_h", "entering", i32(call.HV)),
     )
 
 
 def walk_launch(
-    problem: Problem,
+    call: Call,
     chunk: int,
     facts: DeviceFacts,
     *,
@@ -85,10 +85,10 @@ def walk_launch(
     `states` is the C type of written states, or None.
     """
     walked = segments - 1 if transfer else segments
-    size, K = problem.dtype.itemsize, padded(problem.K)
-    V = problem.K if zero_v else problem.V
+    size, K = call.dtype.itemsize, padded(call.K)
+    V = call.K if zero_v else call.V
     tiles = 2 if K <= 64 else 1
-    row_tiles, warps = walk_shape(problem, V, chunk, facts, tiles, walked)
+    row_tiles, warps = walk_shape(call, V, chunk, facts, tiles, walked)
     slice_ = 16 * row_tiles * warps
     square = (chunk * pitch(chunk, size), size)
     key_rows = (chunk * pitch(K, size), size)
@@ -102,10 +102,10 @@ def walk_launch(
     shared = carve(*stage, *stage)
     fits("the state pass", chunk, shared, facts)
     defines = variant(
-        problem,
+        call,
         chunk,
         HEAD_V=V,
-        STATE_VK=int(problem.state_layout == "vk" and not zero_v),
+        STATE_VK=int(call.state_layout == "vk" and not zero_v),
         FROM_FACTORS=int(factors),
         ZERO_V=int(zero_v),
         SEGMENTS=segments,
@@ -119,34 +119,34 @@ def walk_launch(
         "portable/forward.cu",
         "forward",
         defines,
-        problem.N * walked * problem.HV * -(-padded(V) // slice_),
+        call.N * walked * call.HV * -(-padded(V) // slice_),
         32 * warps,
         shared,
         (
-            "w" if factors else normal(problem, "q"),
-            normal(problem, "k"),
+            "w" if factors else normal(call, "q"),
+            normal(call, "k"),
             None if zero_v else ("u" if factors else "v"),
             None if factors else "core",
             None if factors else "p",
             None if factors else "beta",
-            "G" if problem.g is not None else None,
+            "G" if call.gate is not None else None,
             initial,
             "cu_seqlens",
             output,
             final,
             "states" if states else None,
             ("v_new" if factors else "corrections") if states else None,
-            np.float32(problem.scale),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            np.float32(call.scale),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )
 
 
-def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Launch:
+def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     """Outputs of all chunks from their states."""
-    size, K, V = problem.dtype.itemsize, padded(problem.K), padded(problem.V)
+    size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     slice_ = min(V, 64)
     shared = carve(
         (chunk * pitch(K, size), size),
@@ -160,8 +160,8 @@ def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Lau
     return Launch(
         "portable/chunk_output.cu",
         "chunk_output",
-        variant(problem, chunk, SLICE=slice_),
-        slots(problem, chunk) * problem.HV * slices if problem.T else 0,
+        variant(call, chunk, SLICE=slice_),
+        slots(call, chunk) * call.HV * slices if call.T else 0,
         128,
         shared,
         (
@@ -171,10 +171,10 @@ def chunk_output_launch(problem: Problem, chunk: int, facts: DeviceFacts) -> Lau
             "states",
             "cu_seqlens",
             "o",
-            np.float32(problem.scale),
-            i32(problem.N),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            np.float32(call.scale),
+            i32(call.N),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import C_TYPES, Launch, i32
 
 # Of the walk by tokens: threads per block, and key channels per thread.
@@ -12,24 +12,24 @@ TOKEN_THREADS = 128
 TOKEN_KEYS = 32
 
 
-def token_launch(problem: Problem) -> Launch:
+def token_launch(call: Call) -> Launch:
     """The walk token by token."""
-    real = problem.compute_dtype
+    real = call.compute_dtype
     # Threads that share a value channel's keys, up to TOKEN_KEYS each; value channels per block.
     parts = 1
-    while parts * TOKEN_KEYS < problem.K:
+    while parts * TOKEN_KEYS < call.K:
         parts *= 2
     per_warp = 32 // parts
-    channels = min(TOKEN_THREADS // parts, -(-problem.V // per_warp) * per_warp)
+    channels = min(TOKEN_THREADS // parts, -(-call.V // per_warp) * per_warp)
     defines = dict(
-        DTYPE=C_TYPES[problem.dtype.name],
-        HEAD_K=problem.K,
-        HEAD_V=problem.V,
-        HAS_GATE=int(problem.g is not None),
-        VARLEN=int(problem.cu_seqlens is not None),
-        STATE_VK=int(problem.state_layout == "vk"),
-        L2NORM=int(problem.qk_l2norm),
-        BETA_PER_VALUE=int(problem.beta_per_value),
+        DTYPE=C_TYPES[call.dtype.name],
+        HEAD_K=call.K,
+        HEAD_V=call.V,
+        HAS_GATE=int(call.gate is not None),
+        VARLEN=int(call.varlen),
+        STATE_VK=int(call.state_layout == "vk"),
+        L2NORM=int(call.qk_l2norm),
+        BETA_PER_VALUE=int(call.beta_per_value),
         PARTS=parts,
         CHANNELS=channels,
     )
@@ -37,9 +37,9 @@ def token_launch(problem: Problem) -> Launch:
         "tokens/recurrent.cu",
         "recurrent",
         tuple(defines.items()),
-        problem.N * problem.HV * -(-problem.V // channels),
+        call.N * call.HV * -(-call.V // channels),
         channels * parts,
-        4 * problem.K * real.itemsize,
+        4 * call.K * real.itemsize,
         (
             "q",
             "k",
@@ -50,18 +50,18 @@ def token_launch(problem: Problem) -> Launch:
             "cu_seqlens",
             "o",
             "final_state",
-            real.type(problem.scale),
-            i32(problem.T),
-            i32(problem.H),
-            i32(problem.HV),
+            real.type(call.scale),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
         ),
     )
 
 
-def norm_launch(problem: Problem, name: str, rows: str, backward: bool = False) -> Launch:
+def norm_launch(call: Call, name: str, rows: str, backward: bool = False) -> Launch:
     """q or k normalised into `rows`; or the gradient in `rows` carried back through the norm."""
-    count = problem.B * problem.T * problem.H
-    defines = dict(DTYPE=C_TYPES[problem.dtype.name], HEAD_K=problem.K, BACKWARD=int(backward))
+    count = call.B * call.T * call.H
+    defines = dict(DTYPE=C_TYPES[call.dtype.name], HEAD_K=call.K, BACKWARD=int(backward))
     arguments = (name, rows, np.int64(count))
     return Launch(
         "tokens/l2norm.cu", "l2norm", tuple(defines.items()), -(-count // 8), 256, 0, arguments

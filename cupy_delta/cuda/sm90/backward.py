@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import DeviceFacts, Launch, TensorBox, carve, i32, normal, slots, variant
 from .forward import BARRIER, BOX, CHUNK, TILE, box
 
@@ -24,9 +24,9 @@ def chunk_shared(K: int) -> int:
     return carve((2 * CHUNK, 4), *((count, BARRIER) for count in barriers), start=tiles)
 
 
-def backward_chunk_launch(problem: Problem, facts: DeviceFacts) -> Launch:
+def backward_chunk_launch(call: Call, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients: one block per multiprocessor, for many chunks and key heads."""
-    p = problem
+    p = call
     count = slots(p, CHUNK)
     pairs = count * p.H if p.T else 0
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import DeviceFacts, Launch, TensorBox, carve, i32, normal, slots, variant
 
 CHUNK = 64
@@ -79,16 +79,16 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def available(problem: Problem, facts: DeviceFacts) -> bool:
-    """Whether the kernel for compute capability 9.0 computes this problem's `chunk_delta_rule`."""
+def available(call: Call, facts: DeviceFacts) -> bool:
+    """Whether the kernel for compute capability 9.0 computes this call's `chunk_delta_rule`."""
     return (
         facts.capability == (9, 0)
-        and problem.dtype.itemsize == 2
-        and problem.chunk_size in (None, CHUNK)
-        and problem.K % 8 == 0
-        and problem.V % 8 == 0
-        and problem.K <= 128
-        and problem.B * problem.T > 0
+        and call.dtype.itemsize == 2
+        and call.chunk_size in (None, CHUNK)
+        and call.K % 8 == 0
+        and call.V % 8 == 0
+        and call.K <= 128
+        and call.B * call.T > 0
     )
 
 
@@ -102,26 +102,26 @@ def blocks(size: int, math: int) -> int:
     return -(-size // (BOX * math))
 
 
-def transfer_slices(problem: Problem, math: int) -> int:
+def transfer_slices(call: Call, math: int) -> int:
     """Return the blocks per segment and head of a transfer: of H, and of P."""
-    return blocks(problem.V, math) + blocks(problem.K, math)
+    return blocks(call.V, math) + blocks(call.K, math)
 
 
-def transfer_cluster(problem: Problem, math: int) -> int:
+def transfer_cluster(call: Call, math: int) -> int:
     """Return how many blocks of a transfer solve chunks for each other."""
-    return CLUSTER if transfer_slices(problem, math) % CLUSTER == 0 else 1
+    return CLUSTER if transfer_slices(call, math) % CLUSTER == 0 else 1
 
 
-def divisions(problem: Problem, widths: tuple) -> Iterator[Division]:
+def divisions(call: Call, widths: tuple) -> Iterator[Division]:
     """Yield what `division` chooses from."""
-    rates = PLAIN if problem.g is None else GATED
+    rates = PLAIN if call.gate is None else GATED
     given_percent = round(100 * rates.given_walk / rates.walk[1])
     for math in widths:
         yield Division(math)
         for segments, transfer in product(SEGMENTS[1:], widths):
             d = Division(math, segments, transfer)
             # Walks with two slices do not wait for their solver: to be given T costs them time.
-            if math == 1 and transfer_cluster(problem, transfer) > 1:
+            if math == 1 and transfer_cluster(call, transfer) > 1:
                 d = d._replace(kept=True, last_percent=given_percent)
             yield d
             if segments > 2:
@@ -130,13 +130,13 @@ def divisions(problem: Problem, widths: tuple) -> Iterator[Division]:
                     yield d._replace(first_math=first, first_percent=percent)
 
 
-def division(problem: Problem, facts: DeviceFacts) -> Division:
+def division(call: Call, facts: DeviceFacts) -> Division:
     """Return the division of a forward walk that takes the least time by the constants above."""
-    p = problem
+    p = call
     chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
     pairs = p.N * p.HV
     widths = (1,) if p.V <= BOX else (2, 1)
-    rates = PLAIN if p.g is None else GATED
+    rates = PLAIN if p.gate is None else GATED
 
     def rounds(count: int) -> int:
         return -(-count // facts.sm_count)
@@ -178,58 +178,58 @@ def walk_shared(
     return carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
 
 
-def segment_arrays(problem: Problem, transferred: int, kept: bool = False) -> dict:
+def segment_arrays(call: Call, transferred: int, kept: bool = False) -> dict:
     """What transfers leave, as sm90/join.cuh has it: H, P and decays; T if it is `kept`."""
-    p = problem
+    p = call
     keys, values = (-(-size // BOX) * BOX for size in (p.K, p.V))
     arrays = {
         "segment_h": ((p.N, transferred, p.HV, values, keys), p.state_dtype),
         "segment_p": ((p.N * transferred, p.HV, p.K, p.K), p.dtype),
     }
-    if p.g is not None:
+    if p.gate is not None:
         arrays["segment_decays"] = ((p.N * transferred, p.HV), p.state_dtype)
     if kept:
         arrays["segment_t"] = ((slots(p, CHUNK), p.HV, CHUNK, CHUNK), p.dtype)
     return arrays
 
 
-def transfer_box(problem: Problem, transferred: int) -> TensorBox:
+def transfer_box(call: Call, transferred: int) -> TensorBox:
     """64 rows and columns of P."""
-    shape, _ = segment_arrays(problem, transferred)["segment_p"]
+    shape, _ = segment_arrays(call, transferred)["segment_p"]
     return TensorBox("segment_p", shape, (1, 1, BOX, BOX))
 
 
-def kept_box(problem: Problem) -> TensorBox:
+def kept_box(call: Call) -> TensorBox:
     """T of one chunk and value head."""
-    shape, _ = segment_arrays(problem, 0, kept=True)["segment_t"]
+    shape, _ = segment_arrays(call, 0, kept=True)["segment_t"]
     return TensorBox("segment_t", shape, (1, 1, CHUNK, CHUNK))
 
 
-def forward_launches(problem: Problem, d: Division) -> tuple[list[Launch], dict]:
+def forward_launches(call: Call, d: Division) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
     if d.segments == 1:
-        return [walk_launch(problem, d.math)], {}
+        return [walk_launch(call, d.math)], {}
     launches, workspace, initial, first = [], {}, "initial_state", 0
     if d.first_math:
         initial, first = "after_first", 1
-        workspace["after_first"] = (problem.state_shape, problem.state_dtype)
+        workspace["after_first"] = (call.state_shape, call.state_dtype)
         head = Part(d.segments, d.first_percent, d.last_percent)
-        launches.append(walk_launch(problem, d.first_math, head, final=initial, beside=True))
+        launches.append(walk_launch(call, d.first_math, head, final=initial, beside=True))
     walked = Part(d.segments, d.first_percent, d.last_percent, first, d.segments - first)
-    workspace |= segment_arrays(problem, walked.walked - 1, d.kept)
-    launches.append(transfer_launch(problem, d.transfer_math, walked, d.kept))
-    launches.append(walk_launch(problem, d.math, walked, initial=initial, kept=d.kept))
+    workspace |= segment_arrays(call, walked.walked - 1, d.kept)
+    launches.append(transfer_launch(call, d.transfer_math, walked, d.kept))
+    launches.append(walk_launch(call, d.math, walked, initial=initial, kept=d.kept))
     return launches, workspace
 
 
-def transfer_launch(problem: Problem, math: int, walked: Part, kept: bool = False) -> Launch:
+def transfer_launch(call: Call, math: int, walked: Part, kept: bool = False) -> Launch:
     """What all segments but the last of those that are to be walked do to a state."""
     part = walked._replace(walked=walked.walked - 1)
-    return walk_launch(problem, math, part, transfer=True, initial=None, final=None, kept=kept)
+    return walk_launch(call, math, part, transfer=True, initial=None, final=None, kept=kept)
 
 
 def walk_launch(
-    problem: Problem,
+    call: Call,
     math: int,
     part: Part = WHOLE,
     *,
@@ -247,8 +247,8 @@ def walk_launch(
     is placed in pairs like them: else it would leave them single multiprocessors, which clusters
     cannot use.
     """
-    p = problem
-    gate = p.g is not None
+    p = call
+    gate = p.gate is not None
     joins = not transfer and part.walked > 1
     slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
     cluster = transfer_cluster(p, math) if transfer else 1

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from ...problem import Problem
+from ...call import Call
 from ..spec import (
     DeviceFacts,
     Launch,
@@ -47,9 +47,9 @@ FORWARD_STAGES = {1: 3, 2: 2}
 BACKWARD_STAGES = {1: 3, 2: 3}
 
 
-def available(problem: Problem, facts: DeviceFacts) -> bool:
+def available(call: Call, facts: DeviceFacts) -> bool:
     """Whether all of training runs on the kernels for compute capability 9.0."""
-    return forward.available(problem, facts) and problem.g is None
+    return forward.available(call, facts) and call.gate is None
 
 
 def factors_shared(K: int) -> int:
@@ -60,9 +60,9 @@ def factors_shared(K: int) -> int:
     return carve((area, 1), (2 * CHUNK, 4), (1, BARRIER))
 
 
-def factors_launch(problem: Problem) -> Launch:
+def factors_launch(call: Call) -> Launch:
     """The core of every value head and P of every key head, all chunks at once."""
-    p = problem
+    p = call
     keys = (p.B, p.T, p.H, p.K)
     return Launch(
         "sm90/factors.cu",
@@ -88,10 +88,10 @@ def factors_launch(problem: Problem) -> Launch:
 
 
 def division(
-    problem: Problem, facts: DeviceFacts, walk: dict, transfer: dict, written_rows: int
+    call: Call, facts: DeviceFacts, walk: dict, transfer: dict, written_rows: int
 ) -> Division:
     """Return the division of a walk that takes the least time by the constants above."""
-    p = problem
+    p = call
     chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
     pairs = p.N * p.HV
     widths = (1,) if p.V <= BOX else (2, 1)
@@ -116,12 +116,12 @@ def division(
     return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)
 
 
-def forward_division(problem: Problem, facts: DeviceFacts) -> Division:
-    return division(problem, facts, FORWARD, FORWARD_TRANSFER, written_rows=2)
+def forward_division(call: Call, facts: DeviceFacts) -> Division:
+    return division(call, facts, FORWARD, FORWARD_TRANSFER, written_rows=2)
 
 
-def backward_division(problem: Problem, facts: DeviceFacts) -> Division:
-    return division(problem, facts, BACKWARD, BACKWARD_TRANSFER, written_rows=1)
+def backward_division(call: Call, facts: DeviceFacts) -> Division:
+    return division(call, facts, BACKWARD, BACKWARD_TRANSFER, written_rows=1)
 
 
 def walk_shared(K: int, math: int, stages: int, output: bool, joins: bool) -> int:
@@ -136,7 +136,7 @@ def walk_shared(K: int, math: int, stages: int, output: bool, joins: bool) -> in
 
 
 def walk_launch(
-    problem: Problem,
+    call: Call,
     file: str,
     entry: str,
     rows: str,
@@ -152,7 +152,7 @@ def walk_launch(
 
     Its `results`, states first and rows of value channels, leave by TMA.
     """
-    p = problem
+    p = call
     walked = segments - 1 if transfer else segments
     joins = segments > 1 and not transfer
     slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
@@ -191,10 +191,10 @@ def walk_launch(
     )
 
 
-def forward_launches(problem: Problem, d: Division) -> list[Launch]:
+def forward_launches(call: Call, d: Division) -> list[Launch]:
     """The walk that leaves o, final_state and what the gradients read, after core and P."""
     walk = walk_launch(
-        problem,
+        call,
         "sm90/training.cu",
         "forward_residuals_hopper",
         "v",
@@ -207,15 +207,15 @@ def forward_launches(problem: Problem, d: Division) -> list[Launch]:
     if d.segments == 1:
         return [walk]
     walked = Part(d.segments, walked=d.segments)
-    return [forward.transfer_launch(problem, d.transfer_math, walked), walk]
+    return [forward.transfer_launch(call, d.transfer_math, walked), walk]
 
 
-def backward_launches(problem: Problem, d: Division, has_dfinal: bool) -> list[Launch]:
+def backward_launches(call: Call, d: Division, has_dfinal: bool) -> list[Launch]:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
 
     def walk(start: str | None, end: str | None, math: int, transfer: bool = False) -> Launch:
         return walk_launch(
-            problem,
+            call,
             "sm90/backward_state.cu",
             "backward_state_hopper",
             "do",

@@ -1,0 +1,74 @@
+"""Call: one call without its arrays, described once. What plans depend on, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .arrays import FLOAT_DTYPES, dtype_name
+from .typing import StateLayout
+
+Gate = Literal["scalar", "channel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Sizes, dtypes and options of a call; hashable, and equal to any call that is alike.
+
+    `dtype` is that of q, k and v. `gate` is that of g: None, "scalar" (B, T, HV) or "channel"
+    (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). With `varlen`, N sequences lie end
+    to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given,
+    `slots` and `pool_dtype` belong to the pool of states of a decoding step. `kept` holds what was
+    derived from all this, plans for example.
+    """
+
+    dtype: np.dtype
+    B: int = 0
+    T: int = 0
+    N: int = 0
+    H: int = 0
+    HV: int = 0
+    K: int = 0
+    V: int = 0
+    gate: Gate | None = None
+    beta_per_value: bool = False
+    varlen: bool = False
+    chunks: int = 0
+    slots: int = 0
+    pool_dtype: np.dtype | None = None
+    scale: float = 1.0
+    qk_l2norm: bool = False
+    chunk_size: int | None = None
+    state_layout: StateLayout = "kv"
+    kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def groups(self) -> int:
+        """Value heads per key head."""
+        return self.HV // self.H
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """What the arithmetic runs in."""
+        return FLOAT_DTYPES["float64" if dtype_name(self.dtype) == "float64" else "float32"]
+
+    # The dtype of states that are arguments or results.
+    state_dtype = compute_dtype
+
+    @property
+    def state_symbols(self) -> str:
+        return "N HV K V" if self.state_layout == "kv" else "N HV V K"
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, symbol) for symbol in self.state_symbols.split())
+
+    def chunk_slots(self, chunk: int) -> int:
+        """Return the length of the chunk axis of chunked arrays.
+
+        Chunk i of sequence n has slot ``cu_seqlens[n] // C + n + i``, a number that needs no
+        other sequence's length; without `cu_seqlens` every batch row has its own ceil(T / C).
+        """
+        return self.T // chunk + self.N if self.varlen else -(-self.T // chunk)
