@@ -1,4 +1,9 @@
-"""The public pieces of the chunkwise WY form: documentation, one check, one dispatch."""
+"""The public pieces of the chunkwise WY form: documentation, one check, one dispatch.
+
+With a gate every piece is in the units of the operator's inputs: no factor ``exp(-G)`` is taken
+out of one piece to be put back by the next. What a piece multiplies is ``exp`` of sums of ``g``
+from an earlier token to a later one, so the pieces recompose for every ``g <= 0``, -inf included.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +17,31 @@ def wy_factors(
     k: Array,
     v: Array,
     beta: Array,
+    g: Array | None = None,
     *,
+    qk_l2norm: bool = False,
     chunk_size: Integer | None = None,
     cu_seqlens: Array | None = None,
 ) -> WYFactors:
     """Compute the WY factors of every chunk.
 
-    With K, V the keys and values of a chunk as rows and ``A = tril(diag(beta) K K^T, -1)``::
+    With K, V the keys and values of a chunk as rows, G the running sum of g in the chunk (0 without
+    a gate) and ``A_ij = beta_i exp(G_i - G_j) <k_i, k_j>`` for i > j::
 
-        T = (I + A)^-1 diag(beta),   W = T K,   U = T V
+        T = (I + A)^-1 diag(beta),   W = T diag(exp(G)) K,   U = T V
 
-    the chunk maps its state by ``S -> (I - K^T W) S + K^T U``.
+    the chunk maps its state by ``S -> exp(G_C) S + sum_j exp(G_C - G_j) k_j (u_j - S^T w_j)^T``,
+    without a gate ``S -> (I - K^T W) S + K^T U``.
 
     Parameters
     ----------
     k : array, (B, T, H, K)
     v : array, (B, T, HV, V)
     beta : array, (B, T, HV)
-        As in `chunk_delta_rule`.
+    g : array, (B, T, HV) or (B, T, HV, K), optional
+    qk_l2norm : bool, default False
+        All as in `chunk_delta_rule`. A gate per key channel stands inside the sum over channels,
+        and `qk_l2norm` normalises k.
     chunk_size : int, optional
         Tokens per chunk C; by default the library's choice, the last dimension of ``t``.
     cu_seqlens : integer array, (N + 1,), optional
@@ -49,7 +61,8 @@ def wy_factors(
     Notes
     -----
     A unit lower-triangular solve, never a product of C matrices; accumulation as in
-    `chunk_delta_rule`.
+    `chunk_delta_rule`. ``t``, ``w`` and ``u`` hold their decays: ``w`` meets the state that enters
+    the chunk as it is, ``u`` has the units of `v`.
 
     References
     ----------
@@ -65,7 +78,9 @@ def wy_factors(
     array([[ 1.,  0.],
            [-1.,  1.]])
     """
-    problem = checks.factors_problem(k, v, beta, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+    problem = checks.factors_problem(
+        k, v, beta, g, qk_l2norm=qk_l2norm, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+    )
     return WYFactors(*backend_for(problem.kind).wy_factors(problem))
 
 
@@ -73,12 +88,17 @@ def state_pass(
     k: Array,
     w: Array,
     u: Array,
+    g: Array | None = None,
     *,
     initial_state: Array | None = None,
+    qk_l2norm: bool = False,
     chunk_size: Integer | None = None,
     cu_seqlens: Array | None = None,
 ) -> StatePass:
     """Carry the state over the chunks: ``V_new = U - W S``, ``S <- S + K^T V_new``.
+
+    With a gate and G its running sum in the chunk, of C tokens,
+    ``S <- diag(exp(G_C)) S + sum_j (exp(G_C - G_j) k_j) v_new_j^T``.
 
     Parameters
     ----------
@@ -86,6 +106,9 @@ def state_pass(
     w : array, (B, T, HV, K)
     u : array, (B, T, HV, V)
         WY factors of the same chunks, all in one dtype.
+    g : array, (B, T, HV) or (B, T, HV, K), optional
+    qk_l2norm : bool, default False
+        Those of `wy_factors`: a gate or norm that it had is needed here again.
     initial_state : array, (N, HV, K, V), optional
         float32 (float64 with float64 inputs); zero by default.
     chunk_size : int, optional
@@ -107,7 +130,9 @@ def state_pass(
 
     Notes
     -----
-    States are float32 (float64 with float64 inputs), ``v_new`` has the dtype of `u`.
+    States are float32 (float64 with float64 inputs), ``v_new`` has the dtype of `u`. Both are in
+    the operator's own units with a gate too: ``states`` are the states that token by token
+    computation has between chunks, and ``v_new`` is ``beta (v - S^T k)`` of each token.
 
     References
     ----------
@@ -123,7 +148,14 @@ def state_pass(
     array([5.])
     """
     problem = checks.state_pass_problem(
-        k, w, u, initial_state=initial_state, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+        k,
+        w,
+        u,
+        g,
+        initial_state=initial_state,
+        qk_l2norm=qk_l2norm,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
     )
     return StatePass(*backend_for(problem.kind).state_pass(problem))
 
@@ -133,12 +165,17 @@ def chunk_output(
     k: Array,
     v_new: AnyArray,
     states: Array,
+    g: Array | None = None,
     *,
     scale: Real | None = None,
+    qk_l2norm: bool = False,
     chunk_size: Integer | None = None,
     cu_seqlens: Array | None = None,
 ) -> AnyArray:
     """Compute the outputs of every chunk: ``O = scale (Q S + tril(Q K^T) V_new)``.
+
+    With a gate and G its running sum in the chunk, the product of tokens i and j gains
+    ``exp(G_i - G_j)`` and the rows of ``Q S`` gain ``exp(G_i)``.
 
     Parameters
     ----------
@@ -146,6 +183,10 @@ def chunk_output(
     v_new : array, (B, T, HV, V)
     states : array, (B, chunks, HV, K, V)
         Both from `state_pass`, in its chunk numbering.
+    g : array, (B, T, HV) or (B, T, HV, K), optional
+        That of `state_pass`.
+    qk_l2norm : bool, default False
+        That of `state_pass`; normalises q too.
     scale : float, optional
         ``K ** -0.5`` by default.
     chunk_size : int, optional
@@ -178,14 +219,23 @@ def chunk_output(
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 1, 100, 2, 8)) / 3
     >>> beta = rng.uniform(0, 1, (1, 100, 2))
-    >>> w, u, t = cupy_delta.wy_factors(k, v, beta)
-    >>> states, v_new, final_state = cupy_delta.state_pass(k, w, u)
-    >>> o = cupy_delta.chunk_output(q, k, v_new, states)
-    >>> bool(np.allclose(o, cupy_delta.chunk_delta_rule(q, k, v, beta).o))
+    >>> g = -rng.exponential(size=(1, 100, 2))
+    >>> w, u, t = cupy_delta.wy_factors(k, v, beta, g)
+    >>> states, v_new, final_state = cupy_delta.state_pass(k, w, u, g)
+    >>> o = cupy_delta.chunk_output(q, k, v_new, states, g)
+    >>> bool(np.allclose(o, cupy_delta.chunk_delta_rule(q, k, v, beta, g).o))
     True
     """
     problem = checks.chunk_output_problem(
-        q, k, v_new, states, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+        q,
+        k,
+        v_new,
+        states,
+        g,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
     )
     return backend_for(problem.kind).chunk_output(problem)
 
@@ -194,7 +244,9 @@ def sequence_transfer(
     k: Array,
     v: Array,
     beta: Array,
+    g: Array | None = None,
     *,
+    qk_l2norm: bool = False,
     cu_seqlens: Array | None = None,
 ) -> Transfer:
     """Compute what each whole sequence does to any state: ``S -> P S + H``.
@@ -207,8 +259,10 @@ def sequence_transfer(
     k : array, (B, T, H, K)
     v : array, (B, T, HV, V)
     beta : array, (B, T, HV)
+    g : array, (B, T, HV) or (B, T, HV, K), optional
+    qk_l2norm : bool, default False
     cu_seqlens : integer array, (N + 1,), optional
-        As in `chunk_delta_rule`.
+        All as in `chunk_delta_rule`; `qk_l2norm` normalises k.
 
     Returns
     -------
@@ -222,7 +276,9 @@ def sequence_transfer(
 
     Notes
     -----
-    ``P`` is the product of the tokens' ``I - beta k k^T``, ``H`` the final state from zero.
+    ``P`` is the product of the tokens' ``(I - beta k k^T) diag(exp(g))``, the latest on the left,
+    ``H`` the final state from zero. A scalar gate of -inf leaves nothing of what came before it:
+    there ``P`` is zero.
 
     References
     ----------
@@ -240,5 +296,5 @@ def sequence_transfer(
     >>> bool(np.allclose(transfer.apply(state), final))
     True
     """
-    problem = checks.factors_problem(k, v, beta, cu_seqlens=cu_seqlens)
+    problem = checks.factors_problem(k, v, beta, g, qk_l2norm=qk_l2norm, cu_seqlens=cu_seqlens)
     return Transfer(*backend_for(problem.kind).sequence_transfer(problem))

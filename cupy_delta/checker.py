@@ -162,6 +162,9 @@ class Checker:
         self.array("k", k, "B T H K", (self.dtype,))
         self.array("v", v, "B T HV V", (self.dtype,))
         self.array("beta", beta, beta_shapes, (self.dtype, np.float32))
+        self.gate(g)
+
+    def gate(self, g: Look | None) -> None:
         if g is not None:
             self.array("g", g, ("B T HV", "B T HV K"), (self.dtype, np.float32))
 
@@ -184,14 +187,18 @@ def options_of(check: Checker, scale, qk_l2norm, state_layout) -> dict:
         raise TypeError(f'state_layout: expected "kv" or "vk", got {describe(type(state_layout))}')
     if state_layout not in ("kv", "vk"):
         raise ValueError(f'state_layout: expected "kv" or "vk", got {state_layout!r}')
-    if not isinstance(qk_l2norm, bool | np.bool_):
-        raise TypeError(f"qk_l2norm: expected True or False, got {describe(type(qk_l2norm))}")
     return dict(
         scale=scale_of(scale, check.sizes["K"]),
-        qk_l2norm=bool(qk_l2norm),
+        qk_l2norm=qk_l2norm_of(qk_l2norm),
         state_layout=state_layout,
         symbols="N HV K V" if state_layout == "kv" else "N HV V K",
     )
+
+
+def qk_l2norm_of(qk_l2norm) -> bool:
+    if not isinstance(qk_l2norm, bool | np.bool_):
+        raise TypeError(f"qk_l2norm: expected True or False, got {describe(type(qk_l2norm))}")
+    return bool(qk_l2norm)
 
 
 def scale_of(scale, K: int) -> float:

@@ -17,7 +17,15 @@ import numpy as np
 
 from .arrays import describe, looks, sharing
 from .call import Call
-from .checker import POOL_DTYPES, Checker, chunk_size_of, options_of, remembered, scale_of
+from .checker import (
+    POOL_DTYPES,
+    Checker,
+    chunk_size_of,
+    options_of,
+    qk_l2norm_of,
+    remembered,
+    scale_of,
+)
 
 MAX_STEP_TOKENS = 8
 SIZES = ("B", "T", "N", "H", "HV", "K", "V", "chunks", "slots")
@@ -176,59 +184,69 @@ def backward_arrays(problem: Problem, do, dfinal_state) -> None:
     problem.kept[found] = "checked"
 
 
-def factors_problem(k, v, beta, *, cu_seqlens, chunk_size=None) -> Problem:
+def factors_problem(k, v, beta, g, *, qk_l2norm, cu_seqlens, chunk_size=None) -> Problem:
     """Check a call of `wy_factors` or `sequence_transfer`."""
-    alike = _factors(looks(k, v, beta, cu_seqlens), chunk_size)
-    return _with_ends(alike.of(dict(k=k, v=v, beta=beta, cu_seqlens=cu_seqlens)))
+    alike = _factors(looks(k, v, beta, g, cu_seqlens), qk_l2norm, chunk_size)
+    return _with_ends(alike.of(dict(k=k, v=v, beta=beta, g=g, cu_seqlens=cu_seqlens)))
 
 
 @remembered
-def _factors(found, chunk_size) -> Problem:
-    k, v, beta, cu_seqlens = found
+def _factors(found, qk_l2norm, chunk_size) -> Problem:
+    k, v, beta, g, cu_seqlens = found
     check = Checker("k", k)
-    check.q_k_v_beta_g(None, k, v, beta, None)
+    check.q_k_v_beta_g(None, k, v, beta, g)
     check.sequences(cu_seqlens)
-    return _problem(check, chunk_size=chunk_size_of(chunk_size))
+    return _pieces(check, qk_l2norm, chunk_size)
 
 
-def state_pass_problem(k, w, u, *, initial_state, cu_seqlens, chunk_size) -> Problem:
+def state_pass_problem(k, w, u, g, *, initial_state, qk_l2norm, cu_seqlens, chunk_size) -> Problem:
     """Check a call of `state_pass`."""
-    alike = _state_pass(looks(k, w, u, initial_state, cu_seqlens), chunk_size)
-    arrays = dict(k=k, w=w, u=u, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    alike = _state_pass(looks(k, w, u, g, initial_state, cu_seqlens), qk_l2norm, chunk_size)
+    arrays = dict(k=k, w=w, u=u, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     return _with_ends(alike.of(arrays))
 
 
 @remembered
-def _state_pass(found, chunk_size) -> Problem:
-    k, w, u, initial_state, cu_seqlens = found
+def _state_pass(found, qk_l2norm, chunk_size) -> Problem:
+    k, w, u, g, initial_state, cu_seqlens = found
     check = Checker("k", k)
     check.array("k", k, "B T H K", (check.dtype,))
     check.array("w", w, "B T HV K", (check.dtype,))
     check.array("u", u, "B T HV V", (check.dtype,))
+    check.gate(g)
     check.sequences(cu_seqlens)
     if initial_state is not None:
         check.array("initial_state", initial_state, "N HV K V", (check.state_dtype,))
-    return _problem(check, chunk_size=chunk_size_of(chunk_size))
+    return _pieces(check, qk_l2norm, chunk_size)
 
 
-def chunk_output_problem(q, k, v_new, states, *, scale, cu_seqlens, chunk_size) -> Problem:
+def chunk_output_problem(
+    q, k, v_new, states, g, *, scale, qk_l2norm, cu_seqlens, chunk_size
+) -> Problem:
     """Check a call of `chunk_output`; the backend checks the chunk axis of `states`."""
-    alike = _chunk_output(looks(q, k, v_new, states, cu_seqlens), scale, chunk_size)
-    arrays = dict(q=q, k=k, v_new=v_new, states=states, cu_seqlens=cu_seqlens)
+    found = looks(q, k, v_new, states, g, cu_seqlens)
+    alike = _chunk_output(found, scale, qk_l2norm, chunk_size)
+    arrays = dict(q=q, k=k, v_new=v_new, states=states, g=g, cu_seqlens=cu_seqlens)
     return _with_ends(alike.of(arrays))
 
 
 @remembered
-def _chunk_output(found, scale, chunk_size) -> Problem:
-    q, k, v_new, states, cu_seqlens = found
+def _chunk_output(found, scale, qk_l2norm, chunk_size) -> Problem:
+    q, k, v_new, states, g, cu_seqlens = found
     check = Checker("q", q)
     check.array("q", q, "B T H K", (check.dtype,))
     check.array("k", k, "B T H K", (check.dtype,))
     check.array("v_new", v_new, "B T HV V", (check.dtype,))
+    check.gate(g)
     check.sequences(cu_seqlens)
     check.array("states", states, "B chunks HV K V", (check.state_dtype,))
-    scale = scale_of(scale, check.sizes["K"])
-    return _problem(check, scale=scale, chunk_size=chunk_size_of(chunk_size))
+    return _pieces(check, qk_l2norm, chunk_size, scale=scale_of(scale, check.sizes["K"]))
+
+
+def _pieces(check: Checker, qk_l2norm, chunk_size, **options) -> Problem:
+    """Return the problem of a building block."""
+    options |= dict(qk_l2norm=qk_l2norm_of(qk_l2norm), chunk_size=chunk_size_of(chunk_size))
+    return _problem(check, **options)
 
 
 def check_chunk_axis(call: Call, chunk: int) -> None:

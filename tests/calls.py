@@ -10,7 +10,9 @@ import pytest
 import cupy_delta
 
 SIZES = {"B": 2, "T": 6, "N": 2, "H": 2, "HV": 4, "K": 3, "V": 5, "slots": 2, "chunks": 2}
-QKVBG = {"q": "B T H K", "k": "B T H K", "v": "B T HV V", "beta": "B T HV", "g": "B T HV K"}
+GATE = {"g": "B T HV K"}
+KVBG = {"k": "B T H K", "v": "B T HV V", "beta": "B T HV"} | GATE
+QKVBG = {"q": "B T H K"} | KVBG
 STATE, OUT = {"initial_state": "N HV K V"}, {"out": "B T HV V"}
 
 # The array arguments of each public function, in their order; the first names the dtype.
@@ -20,15 +22,16 @@ ARRAYS = {
     "chunk_delta_rule_fwd": QKVBG | STATE | OUT,
     "delta_rule_step": QKVBG | {"state": "slots HV K V"} | OUT,
     "chunk_delta_rule_bwd": {"do": "B T HV V", "dfinal_state": "N HV K V"},
-    "wy_factors": {"k": "B T H K", "v": "B T HV V", "beta": "B T HV"},
-    "sequence_transfer": {"k": "B T H K", "v": "B T HV V", "beta": "B T HV"},
-    "state_pass": {"k": "B T H K", "w": "B T HV K", "u": "B T HV V"} | STATE,
+    "wy_factors": KVBG,
+    "sequence_transfer": KVBG,
+    "state_pass": {"k": "B T H K", "w": "B T HV K", "u": "B T HV V"} | GATE | STATE,
     "chunk_output": {
         "q": "B T H K",
         "k": "B T H K",
         "v_new": "B T HV V",
         "states": "B chunks HV K V",
-    },
+    }
+    | GATE,
     "Transfer.apply": {"state": "N HV K V"},
     "Transfer.then": {"later.p": "N HV K K", "later.h": "N HV K V"},
 }

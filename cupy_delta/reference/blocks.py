@@ -7,15 +7,15 @@ import dataclasses
 import numpy as np
 
 from ..problem import Problem, check_chunk_axis
-from .chunk import forward_block, load_block, solve_unit_lower
+from .chunk import forward_block, load_block, load_decay, load_rows, solve_unit_lower
 from .chunkwise import chunk_of
-from .decay import NoDecay, transpose
+from .decay import transpose
 from .parallel import for_each
 from .tiles import Item, items
 
 
 def wy_factors(problem: Problem):
-    """Return (w, u, t): one solve with [diag(beta), beta K, beta V] on the right."""
+    """Return (w, u, t): one solve with [diag(beta), beta e^G K, beta V] on the right."""
     chunk = chunk_of(problem)
     tokens = (problem.B, problem.T, problem.HV)
     w, u = (np.empty((*tokens, size), problem.dtype) for size in (problem.K, problem.V))
@@ -27,7 +27,7 @@ def wy_factors(problem: Problem):
             stack = block.b.shape[:-1]
             right = np.empty((*stack, C + K + problem.V), problem.compute_dtype)
             right[..., :C] = block.b * np.eye(C, dtype=right.dtype)
-            right[..., C : C + K] = block.b * block.k
+            right[..., C : C + K] = block.b * block.k_read
             right[..., C + K :] = block.b * block.v
             solved = solve_unit_lower(block.A, right)
             span.store_value_heads(t[..., :C], solved[..., :C])
@@ -51,13 +51,14 @@ def state_pass(problem: Problem):
     def walk(item: Item) -> None:
         S, slot = _entering(problem, item), item.first_slot
         for span in item.spans:
-            k = span.key_heads(problem.k, dtype)
+            decay = load_decay(problem, span)
+            k_write = decay.write(load_rows(problem, span, problem.k)[0])
             w, u = span.value_heads(problem.w, dtype), span.value_heads(problem.u, dtype)
             N = np.empty_like(u)
             for i in range(span.stack[0]):
                 states[span.b, slot, item.heads] = S.reshape(-1, *S.shape[2:])
                 N[:, :, i] = u[:, :, i] - w[:, :, i] @ S
-                S = S + transpose(k[:, :, i]) @ N[:, :, i]
+                S = decay.carry(S, i) + transpose(k_write[:, :, i]) @ N[:, :, i]
                 slot += 1
             span.store_value_heads(v_new, N)
         final_state[item.index, item.heads] = S.reshape(-1, *S.shape[2:])
@@ -79,10 +80,10 @@ def chunk_output(problem: Problem):
             n = span.stack[0]
             S = np.asarray(problem.states[span.b, slot : slot + n, item.heads], dtype)
             S = S.swapaxes(0, 1).reshape(-1, item.groups, n, *S.shape[2:])
-            q, k = span.key_heads(problem.q, dtype), span.key_heads(problem.k, dtype)
-            q = q * dtype.type(problem.scale)
-            P = NoDecay().pairs(q, k)
-            span.store_value_heads(o, q @ S + P @ span.value_heads(problem.v_new, dtype))
+            decay, k = load_decay(problem, span), load_rows(problem, span, problem.k)[0]
+            q = load_rows(problem, span, problem.q)[0] * dtype.type(problem.scale)
+            N = span.value_heads(problem.v_new, dtype)
+            span.store_value_heads(o, decay.read(q) @ S + decay.pairs(q, k) @ N)
             slot += n
 
     for_each(walk, ((item,) for item in items(problem, chunk)))

@@ -64,20 +64,30 @@ class Block:
     k_norm: tuple | None = None
 
 
+def load_rows(problem: Problem, span: Span, x):
+    """Load q or k, normalised if the problem says so: then with what the gradient needs of it."""
+    x = span.key_heads(x, problem.compute_dtype)
+    if not problem.qk_l2norm:
+        return x, None
+    y, r = l2norm(x)
+    return y, (y, r)
+
+
+def load_decay(problem: Problem, span: Span):
+    """Load what the gate does in each chunk of a span."""
+    g = None if problem.g is None else span.value_heads(problem.g, np.float64)
+    return make_decay(problem.gate, g, problem.compute_dtype)
+
+
 def load_block(problem: Problem, span: Span) -> Block:
     """Load a span; q is scaled and, like k, normalised if the problem says so."""
     dtype = problem.compute_dtype
-    k, k_norm = span.key_heads(problem.k, dtype), None
+    k, k_norm = load_rows(problem, span, problem.k)
     q, q_norm = None, None
-    if problem.qk_l2norm:
-        k, k_norm = _normalised(k)
     if problem.q is not None:
-        q = span.key_heads(problem.q, dtype)
-        if problem.qk_l2norm:
-            q, q_norm = _normalised(q)
+        q, q_norm = load_rows(problem, span, problem.q)
         q = q * dtype.type(problem.scale)
-    g = None if problem.g is None else span.value_heads(problem.g, np.float64)
-    decay = make_decay(problem.gate, g, dtype)
+    decay = load_decay(problem, span)
     b = span.value_heads(problem.beta, dtype)[..., None]
     KK = decay.pairs(k, k)
     return Block(
@@ -197,11 +207,6 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
         g=dg[..., 0] if problem.gate == "scalar" else dg,
     )
     return gradients, D
-
-
-def _normalised(x):
-    y, r = l2norm(x)
-    return y, (y, r)
 
 
 def _through_norm(dy, norm):
