@@ -83,10 +83,10 @@ def test_pieces_are_in_the_units_of_the_operator(gate):
         if t % 16 == 0:
             assert deviation(states[:, t // 16], S) < 1e-12
         token = [x[:, t : t + 1] for x in args]
-        decayed = np.exp(token[4][0, 0])[..., None, None if gate == "scalar" else slice(None)]
-        decayed = decayed if gate == "scalar" else decayed.swapaxes(-1, -2)
-        error = token[2][0, 0] - np.einsum("c,hcv->hv", token[1][0, 0, 0], (decayed * S[0]))
-        assert deviation(v_new[0, t], token[3][0, 0][:, None] * error) < 1e-12
+        _, k, v, beta, g = (x[0, 0] for x in token)
+        decayed = np.exp(g).reshape(2, -1, 1) * S[0]
+        error = v - np.einsum("c,hcv->hv", k[0], decayed)
+        assert deviation(v_new[0, t], beta[:, None] * error) < 1e-12
         S = cd.recurrent_delta_rule(*token, initial_state=S).final_state
 
 

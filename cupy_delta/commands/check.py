@@ -61,7 +61,11 @@ CASES = (
     Case("step, indexed pool", "indexed step", T=2, sizes=dict(B=3, H=2, HV=4)),
     Case("building blocks", "blocks", sizes=dict(H=2, HV=4)),
     Case("building blocks, sequences", "blocks", cu_seqlens=(0, 0, 1, 65, 130)),
+    Case("building blocks, scalar gate", "blocks", gate="scalar", options=dict(qk_l2norm=True)),
+    Case("building blocks, channel gate", "blocks", gate="channel"),
     Case("transfer", "transfer", sizes=dict(H=2, HV=4)),
+    Case("transfer, scalar gate", "transfer", gate="scalar"),
+    Case("transfer, channel gate", "transfer", gate="channel"),
     Case("gradients", "gradients", sizes=dict(H=2, HV=4)),
     Case("gradients, sequences end to end", "gradients", cu_seqlens=(0, 0, 1, 65, 130)),
     Case("gradients, scalar gate", "gradients", gate="scalar"),
@@ -157,12 +161,13 @@ def _results(case: Case, a: dict) -> list:
         return [o, pool]
     sequences = dict(cu_seqlens=a["cu_seqlens"])
     if case.operator == "blocks":
-        q, k, v, beta, _ = inputs
-        factors = wy_factors(k, v, beta, **sequences)
-        passed = state_pass(k, factors.w, factors.u, initial_state=a["state"], **sequences)
-        return [chunk_output(q, k, passed.v_new, passed.states, **sequences), passed.final_state]
+        q, k, v, beta, g = inputs
+        pieces = case.options | sequences
+        w, u, _ = wy_factors(k, v, beta, g, **pieces)
+        states, v_new, final = state_pass(k, w, u, g, initial_state=a["state"], **pieces)
+        return [chunk_output(q, k, v_new, states, g, **pieces), final]
     if case.operator == "transfer":
-        return [sequence_transfer(*inputs[1:4], **sequences).apply(a["state"])]
+        return [sequence_transfer(*inputs[1:], **sequences).apply(a["state"])]
     forward = chunk_delta_rule_fwd(*inputs, **options)
     return list(chunk_delta_rule_bwd(forward.residuals, a["do"], a["dstate"]))
 

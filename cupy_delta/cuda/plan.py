@@ -14,7 +14,7 @@ from ..call import Call
 from ..problem import check_chunk_axis
 from .portable.backward import backward_chunk_launch, backward_state_launch
 from .portable.decode import step_launch
-from .portable.factors import wy_factors_launch
+from .portable.factors import gate_sums_launch, wy_factors_launch
 from .portable.forward import (
     chunk_output_launch,
     segment_count,
@@ -156,11 +156,7 @@ def plan_forward(call: Call, facts: DeviceFacts, residuals: bool = False) -> Pla
         "o": ((*tokens, call.V), call.dtype),
         "final_state": (call.state_shape, call.state_dtype),
     }
-    workspace, launches = {}, []
-    if call.qk_l2norm:
-        for name in ("q", "k"):
-            workspace[normal(call, name)] = (keys(call), call.dtype)
-            launches.append(norm_launch(call, name, normal(call, name)))
+    launches, workspace = normalised(call, "q", "k")
     if sm90.available(call, facts) and not residuals:
         walks, between = sm90.forward_launches(call, sm90.division(call, facts))
         return Plan((*launches, *walks), outputs, workspace | between)
@@ -169,8 +165,7 @@ def plan_forward(call: Call, facts: DeviceFacts, residuals: bool = False) -> Pla
     heads = call.H if on_hopper else call.HV
     workspace["core"] = ((*tokens, chunk), call.dtype)
     workspace["p"] = ((call.B, call.T, heads, chunk), call.dtype)
-    if call.gate is not None:
-        workspace["G"] = (tokens, np.dtype(np.float64))
+    workspace |= running_sums(call)
     states = None
     if residuals:
         states = C_TYPES[call.dtype.name]
@@ -260,11 +255,31 @@ def chunked_states(call: Call, chunk: int) -> tuple[int, ...]:
     return (call.B, call.chunk_slots(chunk), call.HV, call.K, call.V)
 
 
+def normalised(call: Call, *names: str) -> tuple[list[Launch], dict]:
+    """Return the launches that normalise q and k if they are to be, and the arrays for that."""
+    if not call.qk_l2norm:
+        return [], {}
+    launches = [norm_launch(call, name, normal(call, name)) for name in names]
+    return launches, {normal(call, name): (keys(call), call.dtype) for name in names}
+
+
+def running_sums(call: Call) -> dict:
+    """Return the array of the running sums of g in each chunk; none without a gate."""
+    if call.gate is None:
+        return {}
+    return {"G": ((call.B, call.T, call.HV), np.dtype(np.float64))}
+
+
+# ---- the building blocks -------------------------------------------------------------------------
+
+
 @planned
 def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
     chunk = chunk_of(call)
-    return Plan((wy_factors_launch(call, chunk, facts, factors=True),), factor_arrays(call, chunk))
+    launches, workspace = normalised(call, "k")
+    launches.append(wy_factors_launch(call, chunk, facts, factors=True))
+    return Plan(tuple(launches), factor_arrays(call, chunk), workspace | running_sums(call))
 
 
 def factor_arrays(call: Call, chunk: int) -> dict:
@@ -273,18 +288,27 @@ def factor_arrays(call: Call, chunk: int) -> dict:
     return {name: ((*tokens, size), call.dtype) for name, size in sizes.items()}
 
 
+def prepared(call: Call, chunk: int, *names: str) -> tuple[list[Launch], dict]:
+    """Return launches and arrays for what a piece reads beside factors: norms and sums of g."""
+    launches, workspace = normalised(call, *names)
+    if call.gate is not None:
+        launches.append(gate_sums_launch(call, chunk))
+    return launches, workspace | running_sums(call)
+
+
 @planned
 def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `state_pass`; chunk slots that no chunk uses are zero."""
     chunk = chunk_of(call)
     outputs = {
         "states": (chunked_states(call, chunk), call.state_dtype),
-        "v_new": ((call.B, call.T, call.HV, call.V), call.dtype),
+        "v_new": (values(call), call.dtype),
         "final_state": (call.state_shape, call.state_dtype),
     }
-    walk = walk_launch(call, chunk, facts, factors=True, states="float", output=None)
+    launches, workspace = prepared(call, chunk, "k")
+    launches.append(walk_launch(call, chunk, facts, factors=True, states="float", output=None))
     zeroed = ("states",) if call.varlen else ()
-    return Plan((walk,), outputs, zeroed=zeroed)
+    return Plan(tuple(launches), outputs, workspace, zeroed=zeroed)
 
 
 @planned
@@ -292,25 +316,26 @@ def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_output`."""
     chunk = chunk_of(call)
     check_chunk_axis(call, chunk)
-    outputs = {"o": (values(call), call.dtype)}
-    return Plan((chunk_output_launch(call, chunk, facts),), outputs)
+    launches, workspace = prepared(call, chunk, "q", "k")
+    launches.append(chunk_output_launch(call, chunk, facts))
+    return Plan(tuple(launches), {"o": (values(call), call.dtype)}, workspace)
 
 
 @planned
 def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
-    chunk = chunk_of(call)
     outputs = {
         "p": ((call.N, call.HV, call.K, call.K), call.state_dtype),
         "h": ((call.N, call.HV, call.K, call.V), call.state_dtype),
     }
-    options = dict(factors=True, output=None)
-    launches = (
-        wy_factors_launch(call, chunk, facts, factors=True),
-        walk_launch(call, chunk, facts, initial=None, final="h", **options),
-        walk_launch(call, chunk, facts, initial=None, final="p", zero_v=True, **options),
+    chunk = chunk_of(call)
+    factors = plan_wy_factors(call, facts)
+    options = dict(factors=True, output=None, initial=None)
+    walks = (
+        walk_launch(call, chunk, facts, final="h", **options),
+        walk_launch(call, chunk, facts, final="p", zero_v=True, **options),
     )
-    return Plan(launches, outputs, factor_arrays(call, chunk))
+    return Plan((*factors.launches, *walks), outputs, factors.outputs | factors.workspace)
 
 
 @planned

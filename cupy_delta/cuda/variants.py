@@ -37,7 +37,7 @@ def launches_of(
     ----------
     facts : DeviceFacts
     passes : tuple of {"forward", "backward", "recurrent", "step", "blocks"}
-        "blocks" are the WY building blocks, which take neither a gate nor qk_l2norm.
+        "blocks" are the WY building blocks.
     dtype : str
         Of q, k and v; beta and g count as float32, decoding pools as float32 (or float64).
     K, V, B, T, H, HV
@@ -88,7 +88,7 @@ def launches_of(
         # One sequence per batch row: a step knows no cu_seqlens.
         planned.append(plans.plan_tokens(replace(call, B=N, varlen=False), True))
     if "blocks" in passes:
-        planned += _blocks(replace(call, gate=None, qk_l2norm=False, state_layout="kv"), facts)
+        planned += _blocks(replace(call, state_layout="kv"), facts)
     distinct = {}
     for plan in planned:
         for launch in plan.launches:

@@ -3,7 +3,7 @@
 //
 //   M = tril(K K^T . D, -1),   X = (I + diag(b) M)^-1
 //   WRITE_CORE:  core = -M X,  p = tril(Q K^T . D),  running_sum = G     what forward.cu and the gradients read
-//   WRITE_WU:  t = T = X diag(b),  w = T K,  u = T V                     the public WY factors (no gate)
+//   WRITE_WU:  t = T = X diag(b),  w = T (e^G K),  u = T V,  running_sum   the public WY factors
 //
 // X = I + diag(b) core, so T R = b (R + core (b R)): the core serves where T would, without dividing by b.
 //
@@ -16,6 +16,7 @@
 // Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, A, X, half a
 // scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/portable/factors.py.
 #include "tiles/fragments.cuh"
+#include "tiles/gate.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/triangular_inverse.cuh"
@@ -24,8 +25,6 @@
 constexpr int THREADS = 128, BLOCKS = sizeof(DTYPE) == 2 ? 5 : 2;
 constexpr int KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
 constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
-
-PRIM float no_less_than_lowest(float g) { return g < -1000.0f ? -1000.0f : g; }  // NaN stays
 
 // out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
 PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, int warp, int lane) {
@@ -177,8 +176,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     __syncthreads();
     const int64_t stride = HV;
-    write_product<HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp, lane);
     write_product<HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp, lane);
+#if HAS_GATE
+    // The decays of K go to T, which every value head has of its own.
+    __syncthreads();
+    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+      int r = i / CHUNK, c = i % CHUNK;
+      bool inside = c <= r && r < chunk.tokens;
+      float decayed = inside ? inverse[r * A_PITCH + c] * b[c] * expf((float)G[c]) : 0.0f;
+      tile_t[r * C_PITCH + c] = narrow<DTYPE>(decayed);
+    }
+    __syncthreads();
+#endif
+    write_product<HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp, lane);
     __syncthreads();
 #endif
   }

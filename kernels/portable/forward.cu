@@ -3,7 +3,7 @@
 //
 //   R = V - e^G K S       N^ = R + core (b R)       N = b N^       O = scale (e^G Q S + P N)
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
-//   FROM_FACTORS:  N = U - W S,  S' = S + K^T N     the building block: no gate, no output
+//   FROM_FACTORS:  N = U - W S,  S' as above        the building block: W holds e^G, no output
 //
 // A long sequence of few heads is cut into SEGMENTS. TRANSFER walks all but the last from zero and, with ZERO_V, from
 // the identity: what is left is H and P of S -> P S + H. segment_states.cu joins them to the states that enter the
@@ -28,9 +28,9 @@
 
 typedef Mma<DTYPE> Product;
 constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
-// Blocks per multiprocessor: all registers for two tiles, and where shared memory holds no second block; else as the
-// compiler sees fit.
-constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && sizeof(DTYPE) == 2) ? 1 : 0;
+// Blocks per multiprocessor: all registers for two tiles, where shared memory holds no second block, and where the
+// compiler would rather spill; else as it sees fit.
+constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && (sizeof(DTYPE) == 2 || FROM_FACTORS)) ? 1 : 0;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
@@ -55,6 +55,8 @@ PRIM Stage take_stage(DynSmem& smem) {
   s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
 #endif
   s.beta = smem.take<float>(CHUNK, "beta");
+#endif
+#if HAS_GATE
   s.G = smem.take<double>(CHUNK, "G");
 #endif
   return s;
@@ -151,9 +153,9 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
   load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
                                                  thread);
   load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
+#endif
 #if HAS_GATE
   load_column<CHUNK, THREADS>(s.G, in.G + value, HV, tokens, thread);
-#endif
 #endif
 #if !ZERO_V
   load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,

@@ -245,29 +245,42 @@ def test_step_in_float64_with_gate(emulated, on_reference):
     assert deviation(*states) < 1e-14
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("varlen", [False, True])
-def test_building_blocks(emulated, on_reference, dtype, varlen):
-    cu = VARLEN if varlen else None
-    args, kw = make_inputs(74, H=2, G=2, K=40, V=32, dtype=dtype, initial=True, cu_seqlens=cu)
-    q, k, v, beta, _ = args
-    cu = kw["cu_seqlens"]
-    blocks = dict(chunk_size=16, cu_seqlens=cu)
-    bound = 2e-6 if dtype == F32 else 2e-2
+BLOCKS = [(dtype, varlen, None, False) for dtype in (BF16, F32) for varlen in (False, True)]
+BLOCKS += [(BF16, True, "scalar", True), (F32, True, "scalar", False), (F16, False, "scalar", True)]
+
+
+@pytest.mark.parametrize(("dtype", "varlen", "gate", "l2norm"), BLOCKS)
+def test_building_blocks(emulated, on_reference, dtype, varlen, gate, l2norm):
+    sizes = dict(H=2, G=2, K=40, V=32, cu_seqlens=VARLEN if varlen else None)
+    args, kw = make_inputs(74, dtype=dtype, gate=gate, initial=True, **sizes)
+    if gate:
+        args[4][:, 1::9], args[4][:, 5::17] = -np.inf, -20
+    q, k, v, beta, g = args
+    options = dict(cu_seqlens=kw["cu_seqlens"], qk_l2norm=l2norm)
+    blocks = options | dict(chunk_size=16)
+    bound = {F32: 2e-6, F16: 3e-3, BF16: 2e-2}[dtype]
 
     def pieces():
-        w, u, t = cd.wy_factors(k, v, beta, **blocks)
-        states, v_new, final = cd.state_pass(k, w, u, initial_state=kw["initial_state"], **blocks)
-        return w, u, t, states, v_new, final, cd.chunk_output(q, k, v_new, states, **blocks)
+        w, u, t = cd.wy_factors(k, v, beta, g, **blocks)
+        states, v_new, final = cd.state_pass(
+            k, w, u, g, initial_state=kw["initial_state"], **blocks
+        )
+        o = cd.chunk_output(q, k, v_new, states, g, scale=-0.7, **blocks)
+        return w, u, t, states, v_new, final, o
 
-    for x, y in zip(pieces(), on_reference(pieces), strict=True):
+    found = pieces()
+    for x, y in zip(found, on_reference(pieces), strict=True):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
         assert error(x, y) < bound
-    transfer, expected = (
-        call(cd.sequence_transfer, k, v, beta, cu_seqlens=cu)
-        for call in (lambda f, *a, **b: f(*a, **b), on_reference)
-    )
+    wide_args, wide_kw = wide(args, kw)
+    wide_kw |= dict(qk_l2norm=l2norm, scale=-0.7)
+    whole = on_reference(cd.recurrent_delta_rule, *wide_args, **wide_kw)
+    assert error(found[-1], whole.o) < bound
+    assert error(found[-2], whole.final_state) < bound
+
+    transfer = cd.sequence_transfer(k, v, beta, g, **options)
+    expected = on_reference(cd.sequence_transfer, k, v, beta, g, **options)
     assert error(transfer.p, expected.p) < bound
     assert error(transfer.h, expected.h) < bound
     twice = transfer.then(transfer)

@@ -9,7 +9,13 @@ from cupy_delta.checker import KEPT_CALLS
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.runtime import sources
 from cupy_delta.cuda.variants import launches_of
-from cupy_delta.problem import factors_problem, operator_problem, step_problem
+from cupy_delta.problem import (
+    chunk_output_problem,
+    factors_problem,
+    operator_problem,
+    state_pass_problem,
+    step_problem,
+)
 
 H200 = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
 SMALL = plans.DeviceFacts(sm_count=28, shared_bytes=99 * 1024)
@@ -173,10 +179,43 @@ def test_steps_and_factors_have_plans():
     (launch,) = plans.plan_tokens(step_problem(*args, **state, **options), True).launches
     assert launch.entry == "decode"
     args, _ = make_inputs(50, dtype=np.float32)
-    p = factors_problem(*args[1:4], cu_seqlens=None)
+    p = factors_problem(*args[1:], qk_l2norm=False, cu_seqlens=None)
     assert [x.entry for x in plans.plan_transfer(p, H200).launches] == ["wy_factors"] + [
         "forward"
     ] * 2
+
+
+def test_pieces_prepare_keys_and_gates_once():
+    (q, k, v, beta, g), _ = make_inputs(50, dtype=np.float32, gate="scalar")
+    options = dict(qk_l2norm=True, cu_seqlens=None)
+    factors = factors_problem(k, v, beta, g, **options)
+    passed = state_pass_problem(k, k, v, g, initial_state=None, chunk_size=16, **options)
+    states = np.zeros((1, 4, 1, 5, 7), np.float32)
+    output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
+    for plan, names in (
+        (plans.plan_wy_factors(factors, H200), "l2norm wy_factors"),
+        (plans.plan_transfer(factors, H200), "l2norm wy_factors forward forward"),
+        (plans.plan_state_pass(passed, H200), "l2norm gate_sums forward"),
+        (plans.plan_chunk_output(output, H200), "l2norm l2norm gate_sums chunk_output"),
+    ):
+        assert [x.entry for x in plan.launches] == names.split()
+
+
+def test_pieces_refuse_a_gate_per_key_channel():
+    (q, k, v, beta, g), _ = make_inputs(50, dtype=np.float32, gate="channel")
+    options = dict(qk_l2norm=False, cu_seqlens=None)
+    factors = factors_problem(k, v, beta, g, **options)
+    passed = state_pass_problem(k, k, v, g, initial_state=None, chunk_size=16, **options)
+    states = np.zeros((1, 4, 1, 5, 7), np.float32)
+    output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
+    for plan, p in (
+        (plans.plan_wy_factors, factors),
+        (plans.plan_transfer, factors),
+        (plans.plan_state_pass, passed),
+        (plans.plan_chunk_output, output),
+    ):
+        with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
+            plan(p, H200)
 
 
 def test_digest_changes_with_any_header(tmp_path):

@@ -1,9 +1,23 @@
-"""The launch of `portable/factors.cu`: the WY factors of all chunks."""
+"""The launches of `portable/factors.cu` and `portable/gate_sums.cu`, which need no state."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from ...call import Call
-from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    carve,
+    fits,
+    i32,
+    normal,
+    padded,
+    pitch,
+    running_sum,
+    slots,
+    variant,
+)
 
 
 def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
@@ -18,10 +32,8 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
         first = [rows, rows, square]
     shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 8))
     fits("the WY factors", chunk, shared, facts)
-    running_sum = "G" if call.gate is not None else None
-    names = (
-        (None, None, None, "t", "w", "u") if factors else ("core", "p", running_sum) + (None,) * 3
-    )
+    core, public = ("core", "p"), ("t", "w", "u")
+    core, public = ((None,) * 2, public) if factors else (core, (None,) * 3)
     return Launch(
         "portable/factors.cu",
         "wy_factors",
@@ -36,10 +48,35 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
             "beta",
             "g",
             "cu_seqlens",
-            *names,
+            *core,
+            running_sum(call),
+            *public,
             i32(call.N),
             i32(call.T),
             i32(call.H),
+            i32(call.HV),
+        ),
+    )
+
+
+def gate_sums_launch(call: Call, chunk: int) -> Launch:
+    """The running sums of g in each chunk, where the factors have not left them."""
+    count = slots(call, chunk)
+    defines = dict(CHUNK=chunk, VARLEN=int(call.varlen))
+    return Launch(
+        "portable/gate_sums.cu",
+        "gate_sums",
+        tuple(defines.items()),
+        -(-count * call.HV // 128) if call.T else 0,
+        128,
+        0,
+        (
+            "g",
+            "cu_seqlens",
+            "G",
+            np.int64(count),
+            i32(call.N),
+            i32(call.T),
             i32(call.HV),
         ),
     )

@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from ...call import Call
-from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    carve,
+    fits,
+    i32,
+    normal,
+    padded,
+    pitch,
+    running_sum,
+    slots,
+    variant,
+)
 
 # Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
 SEGMENT_CHUNKS = 64
@@ -96,9 +108,11 @@ def walk_launch(
     if not transfer:
         stage.append(key_rows)
     if not factors:
-        stage += [square, (chunk, 4), (chunk, 8)]
+        stage += [square, (chunk, 4)]
     if not factors and not transfer:
         stage.append(square)
+    if call.gate is not None:
+        stage.append((chunk, 8))
     shared = carve(*stage, *stage)
     fits("the state pass", chunk, shared, facts)
     defines = variant(
@@ -129,7 +143,7 @@ def walk_launch(
             None if factors else "core",
             None if factors else "p",
             None if factors else "beta",
-            "G" if call.gate is not None else None,
+            running_sum(call),
             initial,
             "cu_seqlens",
             output,
@@ -154,6 +168,7 @@ def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         (chunk * pitch(slice_, size), size),
         (K * pitch(slice_, size), size),
         (chunk * pitch(chunk, size), size),
+        *([] if call.gate is None else [(chunk, 8)]),
     )
     fits("chunk outputs", chunk, shared, facts)
     slices = -(-V // slice_)
@@ -165,10 +180,11 @@ def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         128,
         shared,
         (
-            "q",
-            "k",
+            normal(call, "q"),
+            normal(call, "k"),
             "v_new",
             "states",
+            running_sum(call),
             "cu_seqlens",
             "o",
             np.float32(call.scale),
