@@ -63,6 +63,8 @@ def sharing(kind: str) -> Callable[[Any, Any], bool]:
 
 
 def _shares_memory(x: np.ndarray, y: np.ndarray) -> bool:
+    if not np.may_share_memory(x, y):  # told by their bounds, in a fraction of the time
+        return False
     try:
         return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:

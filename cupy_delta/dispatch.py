@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
+from .forking import whole_at_fork
 from .typing import Backend
 
 BACKENDS = {"numpy": "cupy_delta.reference", "cupy": "cupy_delta.cuda"}
@@ -15,4 +16,8 @@ def backend_for(kind: str) -> Backend:
     return _module(BACKENDS[kind])
 
 
-_module = cache(import_module)
+@cache
+def _module(name: str) -> Backend:
+    # A child forked in the middle of an import could never import the module itself.
+    with whole_at_fork:
+        return import_module(name)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..problem import Problem
 from .tiles import l2norm, l2norm_gradient
-from .token_loop import TokenInputs, advance, batches, initial_states, token_inputs
+from .token_loop import advance, batches, initial_states, token_inputs
 
 
 def recurrent_delta_rule_bwd(problem: Problem, do, dfinal_state=None):
@@ -29,14 +29,12 @@ def recurrent_delta_rule_bwd(problem: Problem, do, dfinal_state=None):
     view = dinitial if problem.state_layout == "kv" else dinitial.swapaxes(-1, -2)
     for rows, tokens, index in batches(problem):
         inputs = token_inputs(problem, rows, tokens)
-        steps = [
-            TokenInputs(*(None if a is None else a[:, t] for a in inputs))
-            for t in range(tokens.stop - tokens.start)
-        ]
+        steps = [inputs.at(t) for t in range(tokens.stop - tokens.start)]
         S, history = initial_states(problem, problem.initial_state, index), []
         for x in steps:
             decayed = S if x.g is None else np.exp(x.g) * S
-            S, r = advance(S, x)
+            S = S.copy()
+            r = advance(S, x)
             history.append((decayed, r, S))
         dS = initial_states(problem, dfinal_state, index)
         for t in reversed(range(len(steps))):

@@ -11,9 +11,12 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
+
+from ..forking import whole_at_fork
 
 THREADS_VARIABLE = "CUPY_DELTA_NUM_THREADS"
 
@@ -28,45 +31,92 @@ def thread_count() -> int:
     return int(text)
 
 
-def for_each(function: Callable, items: Iterable) -> None:
-    """Call ``function(*item)`` for every item; the items must write to disjoint memory."""
+def for_each(function: Callable, items: Iterable, threads: int | None = None) -> None:
+    """Call ``function(*item)`` for every item; the items must write to disjoint memory.
+
+    Items that are short, or keep the interpreter's lock, take longest with many `threads`.
+    """
     items = list(items)
-    threads = min(thread_count(), len(items))
+    threads = min(thread_count() if threads is None else threads, len(items))
     with _single_threaded_blas():
         if threads <= 1:
             for item in items:
-                _call(function, item)
+                call_quietly(function, item)
             return
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(_call, function, item) for item in items]:
+        with ThreadPoolExecutor(threads, initializer=_hold_to_one_thread) as pool:
+            for done in [pool.submit(call_quietly, function, item) for item in items]:
                 done.result()
 
 
-def _call(function: Callable, item) -> None:
-    # Inf and NaN in the inputs are legal and go where the arithmetic takes them.
+def call_quietly(function: Callable, item: tuple) -> None:
+    """Call without warnings: Inf and NaN in inputs are legal and go where arithmetic takes them."""
     with np.errstate(all="ignore"):
         function(*item)
 
 
-_lock = threading.Lock()
-_users = 0
-_controller: ThreadpoolController | None = None
-_limiter = None
+# Calls that hold BLAS to one thread, by the thread that made them, and what to restore after them.
+_inside: dict[int, int] = {}
+_limits: list[tuple] = []
 
 
 @contextmanager
 def _single_threaded_blas():
     """Hold BLAS to one thread while anyone is inside; the last one out restores its setting."""
-    global _users, _controller, _limiter
-    with _lock:
-        if _users == 0:
-            _controller = _controller or ThreadpoolController()
-            _limiter = _controller.limit(limits=1, user_api="blas")
-        _users += 1
+    me = threading.get_ident()
+    with whole_at_fork:
+        if not _inside:
+            _limits[:] = [(library, library.get_num_threads()) for library in _blas_libraries()]
+        _inside[me] = _inside.get(me, 0) + 1
+        _hold_to_one_thread()
     try:
         yield
     finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _limiter.restore_original_limits()
+        with whole_at_fork:
+            _inside[me] -= 1
+            if not _inside[me]:
+                del _inside[me]
+            if not _inside:
+                _restore()
+
+
+@cache
+def _blas_libraries() -> list:
+    controller = ThreadpoolController()
+    return [x for x in controller.lib_controllers if x.user_api == "blas"]
+
+
+def _hold_to_one_thread() -> None:
+    """Also called by every thread that is started: where BLAS runs on OpenMP it counts for each."""
+    for library in _blas_libraries():
+        if library.get_num_threads() != 1:
+            _set(library, 1)
+
+
+def _restore() -> None:
+    for library, threads in _limits:
+        if threads != 1:
+            _set(library, threads)
+
+
+def _set(library, threads: int) -> None:
+    # New versions of threadpoolctl let nobody but the thread that has set a library last set it
+    # again while that thread lives. Here the last one out does, which may be any.
+    clear = getattr(library, "clear_controlling_thread", None)
+    if clear:
+        clear(force=True)
+    library.set_num_threads(threads)
+    if clear:
+        clear(force=True)
+
+
+def _forget_other_threads() -> None:
+    """In a forked child, end the calls of threads that it has not got."""
+    me, forked_inside = threading.get_ident(), bool(_inside)
+    for thread in [x for x in _inside if x != me]:
+        del _inside[thread]
+    if forked_inside and not _inside:
+        _restore()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)

@@ -7,11 +7,17 @@ Per token, with S of shape (..., K, V)::
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from scipy.linalg.blas import dger, sger
 
 from ..problem import Problem
 from .parallel import for_each
 from .tiles import l2norm
+
+# Elements of a state from which BLAS pays for the time of calling it.
+LARGE_STATE = 1 << 12
 
 
 def recurrent_delta_rule(problem: Problem):
@@ -26,8 +32,8 @@ def recurrent_delta_rule(problem: Problem):
         S = initial_states(problem, problem.initial_state, index)
         inputs = token_inputs(problem, rows, tokens)
         for t in range(tokens.stop - tokens.start):
-            x = TokenInputs(*(None if a is None else a[:, t] for a in inputs))
-            S, _ = advance(S, x)
+            x = inputs.at(t)
+            advance(S, x)
             o[rows, tokens.start + t] = read(S, x.q).reshape(-1, problem.HV, problem.V)
         view[index] = S.reshape(-1, problem.HV, *S.shape[3:])
 
@@ -35,19 +41,20 @@ def recurrent_delta_rule(problem: Problem):
     return o, final_state
 
 
-class TokenInputs(tuple):
-    """(q, k, v, beta, g) shaped to broadcast against states (B, H, G, K, V)."""
+class TokenInputs(NamedTuple):
+    """Inputs shaped to broadcast against states (B, H, G, K, V), with or without a time axis."""
 
-    __slots__ = ()
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    beta: np.ndarray
+    g: np.ndarray | None
 
-    def __new__(cls, q, k, v, beta, g):
-        return super().__new__(cls, (q, k, v, beta, g))
-
-    q = property(lambda self: self[0])
-    k = property(lambda self: self[1])
-    v = property(lambda self: self[2])
-    beta = property(lambda self: self[3])
-    g = property(lambda self: self[4])
+    def at(self, t: int) -> TokenInputs:
+        """Return the inputs of one of the tokens along axis 1."""
+        q, k, v, beta, g = self
+        one = None if g is None else g[:, t]
+        return TokenInputs(q[:, t], k[:, t], v[:, t], beta[:, t], one)
 
 
 def batches(problem: Problem):
@@ -60,33 +67,31 @@ def batches(problem: Problem):
         yield slice(b, b + 1), slice(start, stop), slice(n, n + 1)
 
 
-def token_inputs(problem: Problem, rows: slice, tokens: slice) -> TokenInputs:
+def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
     """Load inputs (B, t, H, G, ...): q and k as rows (1, K), scaled and normalised; v as (V,).
+
+    Of some batch rows, and of a slice of tokens or all of them.
 
     Always C-contiguous, so that strides of the caller's arrays never change a bit of the result.
     """
-    dtype, H, G = problem.compute_dtype, problem.H, problem.groups
+    dtype, H, G, K = problem.compute_dtype, problem.H, problem.groups, problem.K
 
-    def key_heads(x):
-        x = np.ascontiguousarray(x[rows, tokens], dtype)
-        if problem.qk_l2norm:
-            x, _ = l2norm(x)
-        return x[:, :, :, None, None, :]
+    def load(x):
+        return np.ascontiguousarray(x[rows] if tokens is None else x[rows, tokens], dtype)
 
-    def value_heads(x):
-        x = np.ascontiguousarray(x[rows, tokens], dtype)
-        return x.reshape(*x.shape[:2], H, G, *x.shape[3:])
-
-    beta = value_heads(problem.beta)
-    g = None
+    q, k, v, beta, g = load(problem.q), load(problem.k), load(problem.v), load(problem.beta), None
+    if problem.qk_l2norm:
+        (q, _), (k, _) = l2norm(q), l2norm(k)
+    q = q * dtype.type(problem.scale)
+    B, T = q.shape[:2]
     if problem.g is not None:
-        g = value_heads(problem.g)
-        g = g[..., None, None] if problem.gate == "scalar" else g[..., None]
+        channels = 1 if problem.gate == "scalar" else K
+        g = load(problem.g).reshape(B, T, H, G, channels, 1)
     return TokenInputs(
-        key_heads(problem.q) * dtype.type(problem.scale),
-        key_heads(problem.k),
-        value_heads(problem.v),
-        beta if problem.beta_per_value else beta[..., None],
+        q.reshape(B, T, H, 1, 1, K),
+        k.reshape(B, T, H, 1, 1, K),
+        v.reshape(B, T, H, G, problem.V),
+        beta.reshape(B, T, H, G, problem.V if problem.beta_per_value else 1),
         g,
     )
 
@@ -102,13 +107,30 @@ def initial_states(problem: Problem, states, index: slice):
 
 
 def advance(S, x: TokenInputs):
-    """Return the state after one token, and the token's r = v - S^T k."""
+    """Advance contiguous states by one token, in place; return the token's r = v - S^T k."""
     if x.g is not None:
-        S = np.exp(x.g) * S
+        S *= np.exp(x.g)
     r = x.v - (x.k @ S)[..., 0, :]
-    return S + x.k.swapaxes(-1, -2) * (x.beta * r)[..., None, :], r
+    _add_outer(S, x.k, x.beta * r)
+    return r
 
 
 def read(S, q):
     """S^T q, with the scale already in q."""
     return (q @ S)[..., 0, :]
+
+
+def _add_outer(S, k, w) -> None:
+    """S += k w^T, in place."""
+    K, V = S.shape[-2:]
+    if K * V < LARGE_STATE:
+        S += k.swapaxes(-1, -2) * w[..., None, :]
+        return
+    # In one pass over S, where the product on its own would take two and as much memory again.
+    add = _GER[S.dtype]
+    k = np.broadcast_to(k, (*w.shape[:-1], 1, K)).reshape(-1, K)
+    for one, row, column in zip(S.reshape(-1, K, V), w.reshape(-1, V), k, strict=True):
+        add(1.0, row, column, a=one.T, overwrite_a=True)
+
+
+_GER = {np.dtype(np.float32): sger, np.dtype(np.float64): dger}
