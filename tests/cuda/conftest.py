@@ -1,15 +1,10 @@
 """The CUDA backend on machines without a GPU: the device is the only thing that is swapped."""
 
-import sys
 from dataclasses import fields, replace
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "emulator"))
-
 from emulator import EmulatorDevice, Run
 
 import cupy_delta.building_blocks as blocks_module

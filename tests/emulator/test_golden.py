@@ -3,7 +3,6 @@
 On a machine with a GPU, `python tests/emulator/test_golden.py` writes the file anew.
 """
 
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
 GOLDEN = HERE.parent / "golden" / "primitives.npz"
 SOURCE = HERE / "kernels" / "primitives.cu"
 SHARED = 1024

@@ -1,14 +1,11 @@
-"""The examples run and say what they should."""
+"""The example runs and says what it should."""
 
 import re
 import sys
-from pathlib import Path
 
+import adaptive_filter
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import adaptive_filter
 
 
 def test_filter_reproduces_an_independent_nlms_and_beats_the_last_value(capsys, tmp_path):

@@ -20,7 +20,7 @@ from cupy_delta.cuda.runtime.environment import explained
 from cupy_delta.extras import EXTRAS, install_command
 
 environment_module = sys.modules[explained.__module__]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOOLKIT = shlex.quote(EXTRAS["cuda12"][1])
 
 

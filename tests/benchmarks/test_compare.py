@@ -1,16 +1,12 @@
 """The GPU benchmark's own arithmetic: rows, floors, turns and report, with NumPy for a GPU."""
 
 import json
-import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import compare
 from comparison import contestants, costs, rows, timing
 
 import cupy_delta
