@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import nvrtc
+from compile_cache import digest_of, kept
 
 from cupy_delta.cuda.runtime.sources import variant_source
 from cupy_delta.cuda.spec import DeviceFacts
@@ -133,7 +134,15 @@ def measure(arch: str, name: str) -> Resources:
 
 
 def compiled(source: str, arch: str) -> Resources:
-    log = nvrtc.compile_source(source, arch, ("-ftz=true", "--ptxas-options=-v")).log
+    # Without the first line, which is of every kernel file: what is included counts here.
+    source = re.sub(r"\A// kernels .*\n", "", source)
+    options = ("-ftz=true", "--ptxas-options=-v")
+    digest = digest_of(source, [nvrtc.KERNELS], nvrtc.version(), arch, *options)
+
+    def make(part: Path) -> None:
+        part.write_text(nvrtc.compile_source(source, arch, options).log)
+
+    log = kept(f"log-{digest}.txt", make).read_text()
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     shared = re.search(r"(\d+) bytes smem", log)
     return Resources(

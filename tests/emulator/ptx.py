@@ -153,7 +153,8 @@ def compile_to_cpp(unit: str, arch: str, roots: list[Path]) -> str:
     digest = digest_of(unit, [nvrtc.KERNELS, *roots], nvrtc.version(), arch, *options, *translator)
 
     def make(part: Path) -> None:
-        found = nvrtc.compile_source(unit, arch, (*(f"-I{root}" for root in roots), *options))
+        search = (f"-I{root}" for root in roots)
+        found = nvrtc.compile_source(unit, arch, (*search, *options), nvrtc.KERNELS)
         part.write_text(translate(found.ptx))
 
     return kept(f"ptx-{digest}.cpp", make).read_text()
