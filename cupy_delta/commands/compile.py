@@ -1,21 +1,52 @@
-"""Compile the CUDA kernels for given shapes ahead of time, into CuPy's cache."""
+"""Compile the CUDA kernels for given shapes ahead of time, into CuPy's cache.
+
+With --arch on a machine without a GPU, for an image that will run on one: calls there with the
+same CuPy, NVRTC, folders and cache compile nothing more.
+"""
 
 from __future__ import annotations
 
+import itertools
+
 from ..arrays import FLOAT_DTYPES
 from ..cuda import compile_variants, launches_of
+from ..cuda.architectures import ARCHITECTURES
+from ..cuda.spec import Launch
 from ..cuda.variants import PASSES
 from .console import gpu_problem, positive, positives, progress
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("-K", "--key-size", type=positives, default=[128], metavar="N[,N...]")
-    parser.add_argument("-V", "--value-size", type=positive, metavar="N", help="default: V = K")
-    parser.add_argument("-B", "--batch", type=positive, default=1, help="sequences")
-    parser.add_argument("-T", "--tokens", type=positive, default=1024, help="tokens T")
-    parser.add_argument("-H", "--heads", type=positive, default=16, help="key heads H")
-    parser.add_argument("--value-heads", type=positive, metavar="HV", help="default: HV = H")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(FLOAT_DTYPES))
+    parser.add_argument(
+        "--arch",
+        choices=list(ARCHITECTURES),
+        help="architecture to compile for, here without a GPU (default: that of the current GPU)",
+    )
+    parser.add_argument(
+        "--multiprocessors",
+        type=positive,
+        metavar="N",
+        help="with --arch, of the card that will be used; how work is divided depends on it"
+        " (default: those of the largest card)",
+    )
+    many = dict(type=positives, metavar="N[,N...]")
+    parser.add_argument("-K", "--K", **many, default=[128], help="key sizes (default: 128)")
+    parser.add_argument("-V", "--V", type=positive, metavar="N", help="value size (default: K)")
+    parser.add_argument("-B", "--batch", **many, default=[1], help="sequences (default: 1)")
+    parser.add_argument("-T", "--tokens", **many, default=[1024], help="tokens T (default: 1024)")
+    parser.add_argument(
+        "-H", "--heads", type=positive, default=16, help="key heads H (default: 16)"
+    )
+    parser.add_argument(
+        "--value-heads", type=positive, metavar="HV", help="value heads HV (default: H)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default=["bfloat16"],
+        nargs="+",
+        choices=list(FLOAT_DTYPES),
+        help="of q, k and v (default: bfloat16)",
+    )
     parser.add_argument(
         "--passes",
         default=["forward"],
@@ -23,25 +54,29 @@ def add_arguments(parser) -> None:
         choices=PASSES,
         help="what will be called (default: forward)",
     )
-    parser.add_argument("--chunk-size", type=positive, metavar="N")
+    parser.add_argument(
+        "--chunk-size", type=positive, metavar="N", help="where calls pass one (default: none)"
+    )
     parser.add_argument("--gate", action="store_true", help="with a scalar gate")
     parser.add_argument("--varlen", action="store_true", help="with cu_seqlens")
-    parser.add_argument("--qk-l2norm", action="store_true")
-    parser.add_argument("--state-layout", choices=("kv", "vk"), default="kv")
+    parser.add_argument("--qk-l2norm", action="store_true", help="with qk_l2norm=True")
+    parser.add_argument(
+        "--state-layout", choices=("kv", "vk"), default="kv", help="of the states (default: kv)"
+    )
 
 
 def run_command(args) -> int:
-    device = current_device()
-    launches = []
-    for K in args.key_size:
-        launches += launches_of(
+    device = device_for(args)
+    distinct: dict[tuple, Launch] = {}
+    for dtype, K, B, T in itertools.product(args.dtype, args.K, args.batch, args.tokens):
+        launches = launches_of(
             device.facts,
             tuple(args.passes),
-            dtype=args.dtype,
+            dtype=dtype,
             K=K,
-            V=args.value_size or K,
-            B=args.batch,
-            T=args.tokens,
+            V=args.V or K,
+            B=B,
+            T=T,
             H=args.heads,
             HV=args.value_heads,
             chunk_size=args.chunk_size,
@@ -50,11 +85,34 @@ def run_command(args) -> int:
             qk_l2norm=args.qk_l2norm,
             state_layout=args.state_layout,
         )
+        for launch in launches:
+            distinct.setdefault((launch.file, launch.defines), launch)
+    launches = list(distinct.values())
     ready = compile_variants(device, launches)
     for _ in progress(launches, "compiling"):
         next(ready)
-    print(f"{len(launches)} kernels ready: {', '.join(sorted({x.entry for x in launches}))}")
+    where = f" for {args.arch}" if args.arch else ""
+    print(f"{len(launches)} kernels ready{where}: {', '.join(sorted({x.entry for x in launches}))}")
     return 0
+
+
+def device_for(args):
+    """The current CUDA device or what stands for one, or an error that says why there is none."""
+    from .main import CommandError
+
+    if args.arch is None:
+        if args.multiprocessors:
+            raise CommandError("--multiprocessors: expected with --arch alone, a GPU has its own")
+        return current_device()
+    from ..cuda import environment
+
+    problem = environment()["cannot_compile"]
+    if problem:
+        raise CommandError(f"kernels cannot be compiled: {problem}")
+    from ..cuda.runtime.ahead import Architecture
+
+    facts = ARCHITECTURES[args.arch]
+    return Architecture(facts._replace(sm_count=args.multiprocessors or facts.sm_count))
 
 
 def current_device():
@@ -63,7 +121,7 @@ def current_device():
 
     problem = gpu_problem()
     if problem:
-        raise CommandError(f"no GPU can be used: {problem}")
+        raise CommandError(f"no GPU can be used: {problem}; to compile without one, pass --arch")
     import cupy
 
     from ..cuda.runtime.device import CupyDevice

@@ -20,22 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import nvrtc
 from compile_cache import digest_of, kept
 
+from cupy_delta.cuda import architectures
 from cupy_delta.cuda.runtime.sources import variant_source
-from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"
-# Shared memory that one block may have and multiprocessors (CUDA programming guide, compute
-# capabilities; of the largest card).
-KIB = 1024
-ARCHITECTURES = {
-    "sm_80": DeviceFacts(sm_count=108, shared_bytes=163 * KIB),
-    "sm_86": DeviceFacts(sm_count=84, shared_bytes=99 * KIB),
-    "sm_89": DeviceFacts(sm_count=142, shared_bytes=99 * KIB),
-    "sm_90": DeviceFacts(sm_count=132, shared_bytes=227 * KIB, capability=(9, 0)),
-    "sm_100": DeviceFacts(sm_count=148, shared_bytes=227 * KIB),
-    "sm_120": DeviceFacts(sm_count=188, shared_bytes=99 * KIB),
-}
+NAMES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = {name: architectures.ARCHITECTURES[name] for name in NAMES}
 
 ALL = ("forward", "backward", "recurrent", "step", "blocks")
 CALLS = (

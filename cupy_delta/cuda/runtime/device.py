@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -13,16 +12,13 @@ import numpy as np
 from ... import workspace
 from ..spec import DeviceFacts, Launch
 from .environment import LOWEST_CAPABILITY, explained
-from .sources import AT_ONCE, kernel_folder, variant_source
+from .programs import Program, compile_side_by_side
 from .tensor_maps import tensor_map
 
 # Of most arguments CuPy makes the address of a value at every launch; one of this class is one. It
 # takes arrays with one element as well, should the class ever be gone.
 by_value = getattr(cupy.cuda.function, "CNumpyArray", np.asarray)
 NULL = by_value(np.zeros(1, np.uint64))
-# CuPy compiles an empty file before the first program with some options, to learn what NVRTC is.
-# Done with this one, it is not done again in every thread.
-NOTHING = 'extern "C" __global__ void nothing() {}'
 
 
 class CupyDevice:
@@ -165,28 +161,10 @@ def _map(address: int, shape: tuple, box: tuple):
 @cache
 def _kernel(index: int, entry: str, program: Program, shared: int):
     """Return a kernel of a program, allowed the shared memory that it takes."""
-    kernel = program.module().get_function(entry)
+    kernel = _module(program).get_function(entry)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel.kernel
-
-
-class Program(NamedTuple):
-    """What is compiled for one or several launches."""
-
-    source: str
-    options: tuple[str, ...]
-
-    @classmethod
-    def of(cls, launch: Launch) -> Program:
-        options = ("--std=c++17", f"-I{kernel_folder()}")
-        if launch.arch:
-            options += (f"-arch={launch.arch}",)
-        return cls(variant_source(launch.file, launch.defines), options)
-
-    def module(self) -> cupy.RawModule:
-        """Return it as CuPy has it, which compiles equal ones once per device."""
-        return cupy.RawModule(code=self.source, options=self.options)
 
 
 _compiled: set[tuple[int, Program]] = set()
@@ -194,28 +172,22 @@ _compiled: set[tuple[int, Program]] = set()
 
 @lru_cache(1024)
 def _prepared(index: int, launches: tuple[Launch, ...]) -> None:
-    """Compile what was not compiled yet; runs with that device current.
-
-    NVRTC takes a second or two and one core for a program: each has a thread. They are gone when
-    this returns, and of several errors the one that is raised is the first launch's.
-    """
+    """Compile what was not compiled yet; runs with that device current."""
     programs = dict.fromkeys(Program.of(launch) for launch in launches)
     new = [program for program in programs if (index, program) not in _compiled]
-    if len(new) == 1:
-        new[0].module().compile()
-    elif new:
-        for options in dict.fromkeys(program.options for program in new):
-            Program(NOTHING, options).module().compile()
-        with ThreadPoolExecutor(min(len(new), AT_ONCE)) as pool:
-            for _ in pool.map(partial(_compile, index), new):
-                pass
+    compile_side_by_side(new, partial(_compile, index))
     _compiled.update((index, program) for program in new)
 
 
 def _compile(index: int, program: Program) -> None:
-    """Compile in a thread of its own, with this device current until it ends.
+    """Compile, maybe in a thread of its own, with this device current until it ends.
 
     As a context the device would leave the thread with device 0, where CUDA then makes a context.
     """
     cupy.cuda.Device(index).use()
-    program.module().compile()
+    _module(program).compile()
+
+
+def _module(program: Program) -> cupy.RawModule:
+    """Return it as CuPy has it, which compiles equal ones once per device."""
+    return cupy.RawModule(code=program.source, options=program.options)

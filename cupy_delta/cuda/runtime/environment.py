@@ -29,28 +29,33 @@ def environment() -> dict:
     dict
         ``facts``, names and values to print; ``problems``, one line for everything that keeps
         CuPy arrays from being used here, with its remedy; ``problem``, the first of them or None;
-        ``notices``, one line for everything that works but will hurt; ``support``, what runs.
+        ``cannot_compile``, the first that needs no GPU to be one, or None; ``notices``, one line
+        for everything that works but will hurt; ``support``, what runs.
     """
     facts: dict[str, str] = {}
     notices: list[str] = []
-    problems = _explore(facts, notices)
+    broken = _import_problem(facts, notices)
+    cannot_compile = [broken] if broken else _compile_problems(facts, notices)
+    no_device = None if broken else _device_problem(facts)
+    problems = [*cannot_compile, *([no_device] if no_device else [])]
     return {
         "facts": facts,
         "problems": problems,
         "problem": problems[0] if problems else None,
+        "cannot_compile": cannot_compile[0] if cannot_compile else None,
         "notices": notices,
         "support": "run the CUDA kernels; gradients through gates and per-channel gates do not",
     }
 
 
-def _explore(facts: dict[str, str], notices: list[str]) -> list[str]:
-    """Fill facts and notices in, and return the problems, the first to mend first."""
+def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:
+    """Import CuPy, and say why that does not work."""
     if importlib.util.find_spec("cupy") is None:
         facts["CuPy"] = "not installed"
-        return [
+        return (
             f"CuPy is not installed: {install_command(*EXTRAS['cuda12'])}"
             " (for CUDA 13 with 13 in place of 12)"
-        ]
+        )
     twice = _two_cupys()
     if twice:
         notices.append(twice)
@@ -61,25 +66,35 @@ def _explore(facts: dict[str, str], notices: list[str]) -> list[str]:
             import cupy
     except OSError as error:
         facts["CuPy"] = "cannot be imported"
-        return [_folder_problem() or f"import cupy fails ({_line(error)})"]
+        return _folder_problem() or f"import cupy fails ({_line(error)})"
     except Exception as error:
         facts["CuPy"] = "broken"
         found = " and ".join(_cupys()) or "CuPy"
-        return [
+        return (
             f"import cupy fails ({_line(error)}): reinstall it; uninstall {found}, then"
             f" {install_command(*EXTRAS['cuda12'])}"
-        ]
+        )
     facts["CuPy"] = cupy.__version__
+    return None
+
+
+def _compile_problems(facts: dict[str, str], notices: list[str]) -> list[str]:
+    """Judge what kernels are compiled with, and where to."""
+    import cupy
+
     facts["NVRTC"] = _try(lambda: ".".join(map(str, cupy.cuda.nvrtc.getVersion())))
     facts["CUDA headers"] = _try(_headers)
-    facts["driver"] = _try(lambda: str(cupy.cuda.runtime.driverGetVersion()))
     if os.path.expanduser("~") == "~" and "CUPY_CACHE_DIR" not in os.environ:
         notices.append(
             "HOME is not set and this user has none: compiled kernels go to a folder named ~ where"
             " Python was started; set HOME or CUPY_CACHE_DIR"
         )
-    judges = (_sources_problem, _nvrtc_problem, _folder_problem, lambda: _device_problem(facts))
-    return [problem for problem in (judge() for judge in judges) if problem]
+    unwritable = _folder_problem()
+    if unwritable and _has_kernels(cache_folder()):
+        notices.append(f"only kernels that were compiled before can run: {unwritable}")
+        unwritable = None
+    judged = _sources_problem(), _nvrtc_problem(), unwritable
+    return [problem for problem in judged if problem]
 
 
 # ---- one judgement each: a line with its remedy, or None -----------------------------------------
@@ -152,6 +167,14 @@ def _folder_problem() -> str | None:
     return None
 
 
+def _has_kernels(folder: str) -> bool:
+    """Whether a cache was filled, say when an image was built, whose folders are read-only now."""
+    try:
+        return any(name.endswith(".cubin") for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
 def _write_error(folder: Callable[[], str]) -> OSError | None:
     try:
         with tempfile.TemporaryFile(dir=folder()) as file:
@@ -176,7 +199,10 @@ def _cannot(error: OSError, variable: str) -> str:
 def explained(error: OSError) -> OSError:
     """Return an error that says what helps, for one that CuPy's compilation has raised."""
     if str(error.filename).endswith(".cubin"):
-        line = f"the compiled kernel {error.filename} cannot be read ({error.strerror}): remove it"
+        line = (
+            f"the compiled kernel {error.filename} cannot be read ({error.strerror}): remove it, or"
+            " let everybody read it"
+        )
     else:
         line = _folder_problem() or str(error)
     return type(error)(line)
@@ -185,6 +211,7 @@ def explained(error: OSError) -> OSError:
 def _device_problem(facts: dict[str, str]) -> str | None:
     import cupy
 
+    facts["driver"] = _try(lambda: str(cupy.cuda.runtime.driverGetVersion()))
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:

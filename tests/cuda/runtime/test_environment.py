@@ -130,6 +130,17 @@ def test_a_folder_for_temporary_files_that_cannot_be_written(cupy, capsys, monke
     assert "set TMPDIR to a folder that can be written" in only_problem(capsys)
 
 
+def test_a_cache_that_was_filled_before_it_became_read_only(cupy, monkeypatch):
+    """As in an image that was built for a GPU."""
+    (Path(os.environ["CUPY_CACHE_DIR"]) / "0a1b.cubin").write_bytes(b"")
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(environment_module.tempfile, "TemporaryFile", lambda dir: refuse(error)())
+    found = environment_of()
+    assert found["problems"] == []
+    (notice,) = found["notices"]
+    assert "only kernels that were compiled before" in notice and "set CUPY_CACHE_DIR" in notice
+
+
 def test_an_empty_name_of_the_cache(cupy, capsys, monkeypatch):
     monkeypatch.setenv("CUPY_CACHE_DIR", "")
     assert only_problem(capsys) == "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
@@ -181,7 +192,9 @@ def test_an_error_of_the_cache_says_what_helps(cupy, monkeypatch, tmp_path):
     unreadable = PermissionError(errno.EACCES, "Permission denied", "/x/ab.cubin")
     found = explained(unreadable)
     assert isinstance(found, PermissionError)
-    assert str(found).endswith("/x/ab.cubin cannot be read (Permission denied): remove it")
+    assert str(found).endswith(
+        "/x/ab.cubin cannot be read (Permission denied): remove it, or let everybody read it"
+    )
 
 
 def test_the_command_that_installs_names_this_python(monkeypatch):

@@ -1,0 +1,100 @@
+"""Kernels compiled for an architecture that is not here, as in an image: NVRTC and no driver."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("cupy")
+
+# A process on a GPU: CuPy as it is but for the driver, which would tell the architecture and load
+# what was compiled. Prints how many programs NVRTC had to compile; CuPy compiles an empty one, of
+# no kernels, in every process.
+FIRST_CALL = """
+import sys
+from types import SimpleNamespace
+import cupy
+from cupy._core import core
+from cupy.cuda import compiler
+
+compiler._get_arch = lambda: "90"
+compiler._get_arch_for_options_for_nvrtc = compiler._get_arch_for_options_for_nvrtc.__wrapped__
+compiler.function = SimpleNamespace(Module=__import__(
+    "cupy_delta.cuda.runtime.ahead", fromlist=["NotLoaded"]).NotLoaded)
+cupy.cuda.Device = lambda index: SimpleNamespace(use=lambda: None)
+cupy.RawModule = lambda code, options: SimpleNamespace(compile=lambda: core.compile_with_cache(
+    code, options, prepend_cupy_headers=False))
+compiled, right = [], compiler._NVRTCProgram.compile
+
+def compile(program, *args):
+    compiled.append(program.src)
+    return right(program, *args)
+
+compiler._NVRTCProgram.compile = compile
+from cupy_delta.cuda.architectures import ARCHITECTURES
+from cupy_delta.cuda.runtime.device import _prepared
+from cupy_delta.cuda.variants import launches_of
+
+K, passes = int(sys.argv[1]), tuple(sys.argv[2:])
+launches = launches_of(ARCHITECTURES["sm_90"], passes, dtype="float32", K=K, V=K, T=64, H=16)
+_prepared(0, tuple(launches))
+print(len([source for source in compiled if source]))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Run Python with a kernel cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CUPY_")}
+    env |= {"CUPY_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*argv, **more):
+        done = subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, env=env | more, timeout=300
+        )
+        return done
+
+    run.cache = cache
+    return run
+
+
+COMPILE = ["-m", "cupy_delta", "compile", "--arch", "sm_90", "--dtype", "float32"]
+
+
+def test_a_first_call_compiles_nothing_more(python):
+    done = python(*COMPILE, "--K", "16", "-T", "64", "--passes", "forward", "step")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 kernels ready for sm_90: decode, forward, wy_factors")
+    assert "compiling: 3/3" in done.stderr
+    files = list(python.cache.iterdir())
+    assert len(files) == 4  # and the empty program that comes before several
+    assert all(file.read_bytes()[40:44] == b"\x7fELF" for file in files)
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in files)
+    assert python("-c", FIRST_CALL, "16", "forward", "step").stdout == "0\n"
+    # What was not asked for is compiled by the call that needs it.
+    assert python("-c", FIRST_CALL, "17", "step").stdout == "1\n"
+
+
+def test_what_cannot_be_compiled_is_said_first(python):
+    done = python(*COMPILE, "--K", "300")
+    assert done.returncode == 2 and "K = 300: CuPy arrays support head sizes" in done.stderr
+    done = python(*COMPILE, CUPY_CACHE_IN_MEMORY="1")
+    assert done.returncode == 2 and "CUPY_CACHE_IN_MEMORY is set" in done.stderr
+    done = python(*COMPILE, CUPY_CACHE_DIR=__file__)
+    assert done.returncode == 2 and "kernels cannot be compiled" in done.stderr
+    done = python("-m", "cupy_delta", "compile", "--multiprocessors", "8")
+    assert done.returncode == 2 and "expected with --arch alone" in done.stderr
+
+
+def test_an_architecture_that_nvrtc_does_not_know(monkeypatch):
+    from cupy.cuda import compiler
+
+    from cupy_delta.cuda.architectures import ARCHITECTURES
+    from cupy_delta.cuda.runtime.ahead import Architecture
+
+    monkeypatch.setattr(compiler, "_get_max_compute_capability", lambda: "90")
+    with pytest.raises(NotImplementedError, match=r"sm_120: NVRTC .* compiles for sm_90 at most"):
+        Architecture(ARCHITECTURES["sm_120"])
