@@ -43,7 +43,8 @@ def chunk_delta_rule(
         `v` or float32.
     g : array, (B, T, HV) or (B, T, HV, K), optional
         Log decay, natural logarithm, at most 0, -inf to forget all: a scalar gate per head or one
-        per key channel. Dtype of `v` or float32.
+        per key channel. Dtype of `v` or float32. Of a linear decay alpha it is ``log(alpha)``:
+        on the host, gates above 1e-3 are an error.
     scale : float, optional
         Factor on the outputs, ``K ** -0.5`` by default.
     initial_state : array, (N, HV, K, V), optional
@@ -81,8 +82,12 @@ def chunk_delta_rule(
     Accumulation is in float64 for float64 inputs and in float32 otherwise; the state is never
     kept in 16 bits. The result is bitwise repeatable on one device with one library version,
     for any number of threads, and causal: tokens from t on never change outputs before t, unless
-    something overflows to Inf or NaN, which may spread within its chunk. CuPy
-    arrays run on the current stream without synchronising.
+    something overflows to Inf or NaN, which may spread within its chunk. CuPy arrays run on the
+    current stream without synchronising.
+
+    Outputs that grow from token to token, and in the end are not finite, come from keys that are
+    not of unit length or from a beta beyond 2: "When it diverges" in docs/conventions.md of the
+    project.
 
     References
     ----------

@@ -100,7 +100,7 @@ def operator_problem(
     arrays = dict(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
     )
-    problem = _with_ends(alike.of(arrays))
+    problem = _with_values(alike.of(arrays))
     if out is not None:
         _check_written(problem, "out")
     return problem
@@ -129,6 +129,7 @@ def step_problem(
     problem = alike.of(
         dict(q=q, k=k, v=v, beta=beta, g=g, state=state, state_indices=state_indices, out=out)
     )
+    _check_gates(g)
     if state_indices is not None:
         _check_slots(state_indices, state.shape[0])
     _check_written(problem, "state")
@@ -187,7 +188,7 @@ def backward_arrays(problem: Problem, do, dfinal_state) -> None:
 def factors_problem(k, v, beta, g, *, qk_l2norm, cu_seqlens, chunk_size=None) -> Problem:
     """Check a call of `wy_factors` or `sequence_transfer`."""
     alike = _factors(looks(k, v, beta, g, cu_seqlens), qk_l2norm, chunk_size)
-    return _with_ends(alike.of(dict(k=k, v=v, beta=beta, g=g, cu_seqlens=cu_seqlens)))
+    return _with_values(alike.of(dict(k=k, v=v, beta=beta, g=g, cu_seqlens=cu_seqlens)))
 
 
 @remembered
@@ -203,7 +204,7 @@ def state_pass_problem(k, w, u, g, *, initial_state, qk_l2norm, cu_seqlens, chun
     """Check a call of `state_pass`."""
     alike = _state_pass(looks(k, w, u, g, initial_state, cu_seqlens), qk_l2norm, chunk_size)
     arrays = dict(k=k, w=w, u=u, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _with_ends(alike.of(arrays))
+    return _with_values(alike.of(arrays))
 
 
 @remembered
@@ -227,7 +228,7 @@ def chunk_output_problem(
     found = looks(q, k, v_new, states, g, cu_seqlens)
     alike = _chunk_output(found, scale, qk_l2norm, chunk_size)
     arrays = dict(q=q, k=k, v_new=v_new, states=states, g=g, cu_seqlens=cu_seqlens)
-    return _with_ends(alike.of(arrays))
+    return _with_values(alike.of(arrays))
 
 
 @remembered
@@ -294,8 +295,13 @@ def _problem(check: Checker, **options: Any) -> Problem:
 # ---- values and memory, in every call ------------------------------------------------------------
 
 
-def _with_ends(problem: Problem) -> Problem:
-    """Check the values of `cu_seqlens` where they lie on the host; others are never read."""
+# Gates are sums and products of roundings; one that is above 0 by more is none.
+LARGEST_GATE = 1e-3
+
+
+def _with_values(problem: Problem) -> Problem:
+    """Check the values of g and `cu_seqlens` where they lie on the host; others are never read."""
+    _check_gates(problem.g)
     ends, T = problem.cu_seqlens, problem.T
     if isinstance(ends, np.ndarray):
         # Compared, not subtracted: a difference of integers may wrap round.
@@ -306,6 +312,15 @@ def _with_ends(problem: Problem) -> Problem:
                 f" got {np.array2string(ends, threshold=8)}"
             )
     return problem
+
+
+def _check_gates(g) -> None:
+    """Check that gates on the host decay; NaN goes where the arithmetic takes it."""
+    if isinstance(g, np.ndarray) and (above := g > LARGEST_GATE).any():
+        raise ValueError(
+            f"g: expected log decays of at most 0, got {float(g[above].max()):g};"
+            " of a linear decay alpha it is g = log(alpha)"
+        )
 
 
 def _check_slots(indices, slots: int) -> None:

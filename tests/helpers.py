@@ -90,3 +90,18 @@ def deviation(x, y):
         return 0.0
     worst = np.max(np.abs(x - y)) / max(1.0, np.max(np.abs(y)))
     return np.inf if np.isnan(worst) else float(worst)
+
+
+def normalised(x):
+    """What `qk_l2norm` makes of rows, in float64, whatever their size."""
+    x = np.asarray(x, np.float64)
+    size = np.maximum(np.max(np.abs(x), axis=-1, keepdims=True), 1.0)
+    return x / size / np.sqrt(np.sum((x / size) ** 2, axis=-1, keepdims=True) + 1e-6 / size / size)
+
+
+def normalised_gradient(dy, x):
+    """Gradient of x, from that of `normalised(x)`."""
+    x, y = np.asarray(x, np.float64), normalised(x)
+    size = np.maximum(np.max(np.abs(x), axis=-1, keepdims=True), 1.0)
+    length = np.sqrt(np.sum((x / size) ** 2, axis=-1, keepdims=True) + 1e-6 / size / size)
+    return (dy - y * np.sum(y * dy, axis=-1, keepdims=True)) / length / size

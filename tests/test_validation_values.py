@@ -508,3 +508,40 @@ def test_a_transfer_made_by_hand_of_unequal_parts():
     with pytest.raises(ValueError) as caught:
         transfer.apply(array("N HV K V"))
     assert str(caught.value) == "p: expected (N, HV, K, K) = (2, 4, 3, 3) like h, got (2, 4, 3, 5)"
+
+
+WITH_GATE = [function for function, arrays in ARRAYS.items() if "g" in arrays]
+DECAYS = "g: expected log decays of at most 0, got {}; of a linear decay alpha it is g = log(alpha)"
+
+
+def gates(function, dtype, channels, value):
+    arguments = good(function)
+    g = arguments["g"].astype(dtype)
+    arguments["g"] = g if channels else np.ascontiguousarray(g[..., 0])
+    arguments["g"].reshape(-1)[7] = value
+    if dtype == np.float64:
+        arguments = {
+            n: x.astype(dtype) if isinstance(x, np.ndarray) else x for n, x in arguments.items()
+        }
+    return arguments
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("function", WITH_GATE)
+def test_a_gate_above_zero(function, dtype, channels):
+    for value, shown in ((0.5, "0.5"), (0.00390625, "0.00390625"), (np.inf, "inf")):
+        arguments = gates(function, dtype, channels, value)
+        refuse(function, arguments, ValueError, DECAYS.format(shown))
+
+
+@pytest.mark.parametrize("function", WITH_GATE)
+def test_a_gate_above_zero_by_rounding_or_unknown(function):
+    for value in 5e-4, np.nan, -np.inf:
+        call(function, gates(function, np.float32, True, value))
+
+
+def test_a_linear_gate_is_found_beside_unknown_ones():
+    arguments = gates("chunk_delta_rule", np.float32, False, 0.5)
+    arguments["g"].reshape(-1)[3] = np.nan
+    refuse("chunk_delta_rule", arguments, ValueError, DECAYS.format("0.5"))

@@ -69,8 +69,8 @@ def load_rows(problem: Problem, span: Span, x):
     x = span.key_heads(x, problem.compute_dtype)
     if not problem.qk_l2norm:
         return x, None
-    y, r = l2norm(x)
-    return y, (y, r)
+    norm = l2norm(x)
+    return norm[0], norm
 
 
 def load_decay(problem: Problem, span: Span):
@@ -210,8 +210,5 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
 
 
 def _through_norm(dy, norm):
-    """Gradient before `l2norm`, from that after it; `norm` is (y, r), or None without it."""
-    if norm is None:
-        return dy
-    y, r = norm
-    return l2norm_gradient(dy, y[:, 0], r[:, 0])
+    """Gradient before `l2norm`, from that after it; `norm` is its result, or None without it."""
+    return dy if norm is None else l2norm_gradient(dy, *(x[:, 0] for x in norm))

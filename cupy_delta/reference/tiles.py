@@ -118,11 +118,20 @@ def _runs(start: int, stop: int, chunk: int) -> list[tuple[int, int, int]]:
 
 
 def l2norm(x):
-    """Return (y, r) with r = rsqrt(sum(x^2) + eps) and y = r x."""
-    r = 1 / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
-    return x * r, r
+    """Return (y, r, unit) with y = r unit x and r unit = rsqrt(sum(x^2) + eps).
+
+    The unit of a row is 1, or a power of two where its squares overflow: the eps is nothing there.
+    """
+    squares = np.sum(x * x, axis=-1, keepdims=True)
+    unit, large = np.ones_like(squares), np.isinf(squares)
+    if large.any():
+        _, exponent = np.frexp(np.max(np.abs(x), axis=-1, keepdims=True))
+        unit[large] = np.ldexp(unit, -exponent)[large]
+        squares = np.where(large, np.sum(np.square(x * unit), axis=-1, keepdims=True), squares)
+    r = 1 / np.sqrt(squares + L2NORM_EPS * np.square(unit))
+    return x * unit * r, r, unit
 
 
-def l2norm_gradient(dy, y, r):
-    """dx = r (dy - y (y . dy)), exact with the eps."""
-    return r * (dy - y * np.sum(y * dy, axis=-1, keepdims=True))
+def l2norm_gradient(dy, y, r, unit):
+    """dx = r unit (dy - y (y . dy)), exact with the eps."""
+    return r * (dy - y * np.sum(y * dy, axis=-1, keepdims=True)) * unit

@@ -81,7 +81,7 @@ def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
 
     q, k, v, beta, g = load(problem.q), load(problem.k), load(problem.v), load(problem.beta), None
     if problem.qk_l2norm:
-        (q, _), (k, _) = l2norm(q), l2norm(k)
+        q, k = l2norm(q)[0], l2norm(k)[0]
     q = q * dtype.type(problem.scale)
     B, T = q.shape[:2]
     if problem.g is not None:
