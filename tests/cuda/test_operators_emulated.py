@@ -12,9 +12,9 @@ from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import operators
-from cupy_delta.cuda.plan import plan_forward
+from cupy_delta.cuda.plan import plan_forward, plan_tokens
 from cupy_delta.cuda.runtime.execute import execute
-from cupy_delta.problem import operator_problem
+from cupy_delta.problem import operator_problem, step_problem
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -146,6 +146,53 @@ def test_strong_resets_among_mild_gates(emulated, dtype, reset):
     args[4] = args[4].astype(np.float32)
     args[4][:, ::8] = reset
     check(args, kw)
+
+
+@pytest.mark.parametrize("slope", [0.0009, 0.0019])
+@pytest.mark.parametrize(("dtype", "facts"), [(F32, {}), (F16, {}), (F16, HOPPER)])
+def test_gates_after_resets_of_the_same_chunk(emulated, dtype, facts, slope):
+    """Running sums of tens of thousands, of which differences of thousandths are what counts."""
+    emulated(**facts)
+    options = dict(K=64, V=64, gate="scalar", dtype=dtype, beta=(0.1, 0.3), initial=True)
+    args, kw = make_inputs(128, **options)
+    args[4] = np.where(np.arange(128) % 64 < 40, -np.inf, -slope).astype(np.float32)
+    args[4] = args[4].reshape(1, 128, 1)
+    result = cd.chunk_delta_rule(*args, **kw, chunk_size=64)
+    wide_args, wide_kw = wide(args, kw)
+    exact = definition(*wide_args, **wide_kw)
+    plain = rounded_products(args, kw, 64)
+    late = np.arange(128) % 64 >= 56
+    for x, y, other in zip(result, exact, plain, strict=True):
+        x, y, other = (a[:, late] if a.shape[1] == 128 else a for a in (x, y, other))
+        assert error(x, y) < (2e-6 if dtype == F32 else twice(other, y))
+
+
+@pytest.mark.parametrize("scale", [-2.5, 0.0])
+@pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
+def test_negative_and_zero_scale(emulated, on_reference, facts, scale):
+    emulated(**facts)
+    args, kw = make_inputs(66, G=2, K=64, V=64, dtype=BF16, initial=True)
+    do = np.random.default_rng(1).standard_normal(args[2].shape).astype(BF16)
+
+    def results(args, kw, do):
+        forward = cd.chunk_delta_rule_fwd(*args, **kw, scale=scale)
+        gradients = cd.chunk_delta_rule_bwd(forward.residuals, do)
+        first = [None if x is None else x[:, :1] for x in args]
+        step = cd.delta_rule_step(*first, state=kw["initial_state"].copy(), scale=scale)
+        tokens = [None if x is None else x[:, :3] for x in args]
+        return dict(
+            whole=cd.chunk_delta_rule(*args, **kw, scale=scale).o,
+            kept=forward.o,
+            tokens=cd.recurrent_delta_rule(*tokens, **kw, scale=scale).o,
+            step=step,
+            **{name: x for name, x in gradients._asdict().items() if x is not None},
+        )
+
+    wide_args, wide_kw = wide(args, kw)
+    expected = on_reference(results, wide_args, wide_kw, do.astype(np.float64))
+    for name, x in results(args, kw, do).items():
+        assert error(x, expected[name]) < 2e-2, name
+        assert x.any() == (scale != 0), name
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -371,6 +418,27 @@ def test_out_strided_and_read_only_inputs(emulated):
     result = cd.chunk_delta_rule(*strided, **kw, out=out)
     assert result.o is out
     assert np.array_equal(out, expected.o)
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_a_wrong_index_in_device_memory_is_padding(emulated, request, layout):
+    """Beyond the pool, also where its lower half alone would be inside."""
+    if request.config.getoption("--on-gpu"):
+        pytest.skip("only the emulator tells what is outside")
+    args, kw = make_inputs(2, B=5, K=40, V=24, dtype=BF16, layout=layout, initial=True)
+    pool = kw["initial_state"]
+    before = pool.copy()
+    options = dict(state=pool, state_layout=layout, state_indices=np.arange(5))
+    problem = step_problem(*args, **options, scale=None, qk_l2norm=False, out=None)
+    with operators.device_of(args[0]) as device:
+        wrong = np.array([5, 6, 2**32 + 1, -(2**40), 3])
+        indices = device.bring(wrong, "state_indices", np.int64)
+        ready, targets = {"state_indices": indices}, {"state": pool}
+        results = execute(plan_tokens(problem, True), vars(problem), device, targets, ready)
+    assert not results["o"][:4].any()
+    assert results["o"][4].any()
+    assert np.array_equal(pool[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
+    assert not np.array_equal(pool[3], before[3])
 
 
 @pytest.mark.parametrize("values", [[0, 500, -7, 74], [0, 60, 10, 74], [5, 5, 5, 5]])

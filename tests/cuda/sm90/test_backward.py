@@ -132,6 +132,13 @@ def test_states_that_hardly_change_over_segments(divided, on_reference):
     check(divided, on_reference, args, kw)
 
 
+def test_nine_segments(divided, on_reference):
+    """Eight transfers in a row, both ways: each buffer of a join is used four times."""
+    divided(1, 9)
+    args, kw = make_inputs(9 * 64, K=64, V=64, dtype=BF16, beta=(0, 0.5), initial=True)
+    check(divided, on_reference, args, kw)
+
+
 def test_neighbours_do_not_matter(divided):
     """NaN in one sequence leaves the bits of the others as they are."""
     divided(2, 3)

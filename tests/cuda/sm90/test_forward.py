@@ -238,6 +238,15 @@ def test_states_that_hardly_change_over_segments(divided, gate):
     check(divided, args, kw)
 
 
+@pytest.mark.parametrize(("gate", "first"), [(None, None), (None, 95), ("scalar", None)])
+def test_nine_segments(divided, gate, first):
+    """Eight transfers in a row: each buffer of a join is used four times."""
+    divided(1, 9, first)
+    options = dict(gate=gate, decay=0.002, beta=(0, 0.5), dtype=BF16, initial=True)
+    args, kw = make_inputs(9 * 64, K=64, V=64, **options)
+    check(divided, args, kw)
+
+
 @pytest.mark.parametrize("gate", [None, "scalar"])
 def test_t_that_is_given_has_the_bits_of_t_that_is_solved(divided, gate):
     args, kw = make_inputs(300, K=128, V=72, gate=gate, dtype=BF16, initial=True, beta=(0, 2))
