@@ -1,0 +1,39 @@
+"""On CuPy arrays what else is in the batch changes no bit where no sequence is cut into segments."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import HOPPER
+from helpers import make_inputs
+
+import cupy_delta as cd
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def same(x, y):
+    return np.array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+def row(args, b):
+    return [None if x is None else x[b : b + 1] for x in args]
+
+
+@pytest.mark.parametrize("operator", [cd.chunk_delta_rule, cd.recurrent_delta_rule])
+@pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
+def test_a_row_alone_and_among_others(emulated, operator, facts):
+    emulated(**facts)
+    args, kw = make_inputs(70, B=3, G=2, K=32, V=96, gate="scalar", dtype=BF16, initial=True)
+    together = operator(*args, **kw)
+    alone = operator(*row(args, 1), **kw | {"initial_state": kw["initial_state"][1:2]})
+    assert same(alone.o[0], together.o[1])
+    assert same(alone.final_state[0], together.final_state[1])
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_step_alone_and_among_others(emulated, T):
+    args, kw = make_inputs(T, B=5, G=2, K=32, V=32, gate="scalar", dtype=BF16, initial=True)
+    pool, state = kw["initial_state"].copy(), kw["initial_state"][3:4].copy()
+    o = cd.delta_rule_step(*args, state=pool)
+    assert same(cd.delta_rule_step(*row(args, 3), state=state)[0], o[3])
+    assert same(state[0], pool[3])
