@@ -5,15 +5,15 @@ A filter of n taps predicts d_t from x_t, the n values before it, and then corre
     y_t = w^T x_t,   w <- w + mu / (eps + x_t^T x_t) (d_t - y_t) x_t
 
 With w as the state (K = n, V = 1), keys k_t = x_t, values v_t = d_t and
-beta_t = mu / (eps + x_t^T x_t), that is one token of the delta rule. Outputs are read after the
-write, so the query of token t is the next lag vector x_{t+1}: o_t is the prediction of d_{t+1}.
-Many step sizes mu run at once, as value heads that share the keys.
+beta_t = mu / (eps + x_t^T x_t), that is one token of the delta rule; filters.py says how, and why
+queries are those of the next token. Many step sizes mu run at once, as value heads that share the
+keys.
 
 The predictions are compared, sample by sample, with those of the NLMS filter of padasip.
 
 Run ``python examples/adaptive_filter.py``; it needs statsmodels (for the data), padasip and, for
-the picture, matplotlib: ``pip install "cupy_delta[test]"``. With ``--device gpu`` the same call
-gets CuPy arrays.
+the picture, matplotlib: the extra ``examples``. With ``--device gpu`` the same call gets CuPy
+arrays, in float32.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import argparse
 import sys
 
 import numpy as np
+from filters import adapt, nlms_step
 
-from cupy_delta import chunk_delta_rule
+from cupy_delta.extras import EXTRAS, install_command
 
 STEP_SIZES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 EPS = 1e-3
-TOLERANCE = 1e-9
+TOLERANCE = {"cpu": 1e-9, "gpu": 1e-3}
 
 
 def sunspots() -> tuple[np.ndarray, np.ndarray]:
@@ -61,19 +62,8 @@ def predict(x: np.ndarray, d: np.ndarray, step_sizes, asarray=np.asarray):
     array, (T, M)
         Each prediction from the samples before it; the first is 0, from zero weights.
     """
-    steps = np.asarray(step_sizes)
-    following = np.vstack([x[1:], np.zeros_like(x[:1])])
-    beta = steps / (EPS + np.sum(x * x, axis=1, keepdims=True))
-    values = np.repeat(d[:, None], len(steps), axis=1)
-    o, _ = chunk_delta_rule(
-        asarray(following[None, :, None, :]),
-        asarray(x[None, :, None, :]),
-        asarray(values[None, :, :, None]),
-        asarray(beta[None]),
-        scale=1.0,
-    )
-    o = o if isinstance(o, np.ndarray) else o.get()
-    return np.vstack([np.zeros_like(values[:1]), o[0, :-1, :, 0]])
+    beta = nlms_step(x, step_sizes, EPS).astype(x.dtype)
+    return adapt(x, d[:, None], beta, asarray=asarray)[0][:, :, 0]
 
 
 def reference(x: np.ndarray, d: np.ndarray, mu: float) -> np.ndarray:
@@ -94,21 +84,23 @@ def main(argv=None) -> int:
         years, series = sunspots()
         import padasip  # noqa: F401
     except ImportError as error:
-        print(f'{error}: pip install "cupy_delta[test]"', file=sys.stderr)
+        print(f"{error}: {install_command(*EXTRAS['examples'])}", file=sys.stderr)
         return 2
     if not 1 <= args.taps < len(series):
         print(f"--taps: expected 1 to {len(series) - 1}, got {args.taps}", file=sys.stderr)
         return 2
-    asarray = np.asarray
+    asarray, dtype = np.asarray, np.float64
     if args.device == "gpu":
         from cupy import asarray
 
+        dtype = np.float32
+
     x, d = lag_vectors(series, args.taps), series[args.taps :]
-    y = predict(x, d, STEP_SIZES, asarray)
+    y = predict(x.astype(dtype), d.astype(dtype), STEP_SIZES, asarray)
     worst = max(np.max(np.abs(y[:, j] - reference(x, d, mu))) for j, mu in enumerate(STEP_SIZES))
     print(f"{len(d)} predictions x {len(STEP_SIZES)} step sizes")
     print(f"largest difference from padasip's NLMS: {worst:.1e} sunspots")
-    if not worst < TOLERANCE * np.max(np.abs(d)):
+    if not worst < TOLERANCE[args.device] * np.max(np.abs(d)):
         print("the delta rule does not reproduce the NLMS filter", file=sys.stderr)
         return 1
     settled = slice(len(d) // 3, None)
@@ -126,7 +118,7 @@ def draw(path: str, years, d, y, errors) -> None:
     try:
         import matplotlib
     except ImportError:
-        print('no picture: pip install "cupy_delta[plot]"')
+        print(f"no picture: {install_command(*EXTRAS['examples'])}")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""On CuPy arrays what else is in the batch changes no bit where no sequence is cut into segments."""
+"""On CuPy arrays no bit depends on what else is in the batch, where no sequence is cut up."""
 
 import ml_dtypes
 import numpy as np
