@@ -1,11 +1,12 @@
 """On NumPy arrays what else is in the batch changes no bit of a sequence's results."""
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers import make_inputs
 
 import cupy_delta as cd
-import itertools
 
 GATES = [None, "scalar", "channel"]
 DTYPES = [np.float64, np.float32]
