@@ -95,7 +95,7 @@ def run(gpu, contestants: list, rows: list, args, save) -> dict:
 
 def write(path: str, report: dict) -> None:
     """Write the page and the figure beside the JSON file."""
-    from cupy_delta.commands.console import save_figure, whole_file
+    from cupy_delta.commands.output import save_figure, whole_file
 
     stem = os.path.splitext(path)[0]
     with whole_file(stem + ".md") as file:
@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(report))
         return 0
     # Not at the top: a peer's first call imports no more than it needs.
-    from cupy_delta.commands.console import gpu_problem, print_table, write_json
+    from cupy_delta.commands.console import gpu_problem, print_table
+    from cupy_delta.commands.output import write_json
 
     rows = chosen(args.rows)
     if not rows:

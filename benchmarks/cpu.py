@@ -25,7 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 import cupy_delta
-from cupy_delta.commands.console import print_table, write_json
+from cupy_delta.commands.console import print_table
+from cupy_delta.commands.output import write_json
 from cupy_delta.reference.parallel import for_each, thread_count
 
 CHUNK = 64

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 import cupy_delta
-from cupy_delta.commands.console import print_table, write_json
+from cupy_delta.commands.console import print_table
+from cupy_delta.commands.output import write_json
 
 D = 128
 CALLS = 10

@@ -1,6 +1,7 @@
 """Time the operators over a grid of shapes.
 
-Prints tokens/s, FLOP/s and bytes/s per row; the counts are those of `work`.
+Prints tokens/s, FLOP/s and bytes/s per row, of the fewest operations that the chunkwise form takes
+and of every input read and every output written once.
 """
 
 from __future__ import annotations
@@ -17,27 +18,33 @@ from ..version import __version__
 from .console import (
     Device,
     add_device,
+    add_seed,
     positive,
     positives,
     print_table,
     progress,
     random_inputs,
-    save_figure,
-    write_json,
 )
+from .output import check_json, check_picture, save_figure, text_beside, write_json
 
 
 def add_arguments(parser) -> None:
     add_device(parser)
     grid = dict(type=positives, metavar="N[,N...]")
-    parser.add_argument("-T", "--tokens", default=[512, 2048, 8192], **grid, help="tokens T")
-    parser.add_argument("-H", "--heads", default=[16], **grid, help="heads H = HV")
-    parser.add_argument("-D", "--head-size", default=[128], **grid, help="head size K = V")
-    parser.add_argument("-B", "--batch", default=1, type=positive, help="batch B")
-    parser.add_argument("--dtype", default="float32", choices=list(FLOAT_DTYPES))
+    shown = "(default: %(default)s)"
+    parser.add_argument("-T", "--tokens", default="512,2048,8192", **grid, help=f"tokens T {shown}")
+    parser.add_argument("-H", "--heads", default="16", **grid, help=f"heads H = HV {shown}")
+    parser.add_argument("-D", "--head-size", default="128", **grid, help=f"K = V {shown}")
+    parser.add_argument("-B", "--batch", default=1, type=positive, help=f"batch B {shown}")
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(FLOAT_DTYPES), help=f"of the inputs {shown}"
+    )
+    add_seed(parser)
     parser.add_argument("--backward", action="store_true", help="time the gradients, too")
-    parser.add_argument("--repeats", default=5, type=positive, help="timed runs per row")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the rows to a JSON file")
+    parser.add_argument("--repeats", default=5, type=positive, help=f"timed runs per row {shown}")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the rows as JSON; - is the output"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw tokens/s over T (needs matplotlib)")
 
 
@@ -77,6 +84,10 @@ def work(passes: str, T: int, heads: int, K: int, V: int, itemsize: int, chunk: 
 def run_command(args) -> int:
     device = Device(args.device)
     plt = _pyplot() if args.plot else None
+    check_json(args.output)
+    if plt:
+        check_picture(args.plot)
+    shown = text_beside(args.output)
     grid = [(D, H, T) for D in args.head_size for H in args.heads for T in args.tokens]
     rows = []
     for D, H, T in progress(grid, "timing"):
@@ -99,10 +110,9 @@ def run_command(args) -> int:
             )
     header = ["pass", "B", "T", "H", "D", "ms", "spread", "tokens/s", "GFLOP/s", "GB/s"]
     formats = ["", "", "", "", "", ".2f", ".0%", ",.0f", ".1f", ".2f"]
-    print(f"{args.dtype} on the {device.name}, median of {args.repeats}")
-    print_table(
-        header, [[format(x, f) for x, f in zip(r.values(), formats, strict=True)] for r in rows]
-    )
+    print(f"{args.dtype} on the {device.name}, median of {args.repeats}", file=shown)
+    cells = [[format(x, f) for x, f in zip(r.values(), formats, strict=True)] for r in rows]
+    print_table(header, cells, shown)
     if args.output:
         report = dict(version=__version__, device=device.name, dtype=args.dtype, rows=rows)
         write_json(args.output, report)
@@ -112,7 +122,7 @@ def run_command(args) -> int:
 
 
 def _time(args, device: Device, T: int, H: int, D: int) -> dict[str, list[float]]:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(args.seed)
     inputs = random_inputs(rng, args.dtype, T, B=args.batch, H=H, HV=H, K=D, V=D)
     inputs = [device.to(x) for x in inputs]
 

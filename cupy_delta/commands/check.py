@@ -23,7 +23,17 @@ from ..operators import (
 )
 from ..problem import operator_problem
 from ..reference.adjoint import recurrent_delta_rule_bwd
-from .console import Device, add_device, print_table, progress, random_inputs, write_json
+from .console import (
+    NOT_FINITE,
+    Device,
+    add_device,
+    add_seed,
+    not_finite,
+    print_table,
+    progress,
+    random_inputs,
+)
+from .output import check_json, text_beside, write_json
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -75,29 +85,37 @@ CASES = (
 
 def add_arguments(parser) -> None:
     add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the table to a JSON file")
+    add_seed(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON; - is the output")
 
 
 def run_command(args) -> int:
-    device = Device(args.device)
+    check_json(args.json)
+    device, shown = Device(args.device), text_beside(args.json)
     work = [(case, dtype) for case in CASES for dtype in BOUNDS]
-    rows = []
+    rows, diverged = [], []
     for case, dtype in progress(work, "checking"):
         if device.name == "gpu" and _only_on_cpu(case, dtype):
             rows.append([case.name, dtype, "-", "-", "not on this device"])
             continue
-        error = _error(case, dtype, device, args.seed)
+        error, where = _error(case, dtype, device, args.seed)
         verdict = "ok" if error <= BOUNDS[dtype] else "FAILED"
+        if where:
+            verdict = "NOT FINITE"
+            diverged.append(f"{case.name}, {dtype}: not finite: {where}")
         rows.append([case.name, dtype, f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", verdict])
-    print_table(["case", "dtype", "error", "bound", "verdict"], rows)
-    failed = sum(row[-1] == "FAILED" for row in rows)
+    print_table(["case", "dtype", "error", "bound", "verdict"], rows, shown)
+    for line in diverged:
+        print(line, file=shown)
+    ok = sum(row[-1] == "ok" for row in rows)
     ran = sum(row[-1] != "not on this device" for row in rows)
-    print(f"{ran - failed} of {ran} cases within their bounds on the {device.name}")
+    print(f"{ok} of {ran} cases within their bounds on the {device.name}", file=shown)
     if args.json:
         keys = ("case", "dtype", "error", "bound", "verdict")
         write_json(args.json, [dict(zip(keys, row, strict=True)) for row in rows])
-    return 1 if failed else 0
+    if diverged:
+        return NOT_FINITE
+    return 0 if ok == ran else 1
 
 
 def _only_on_cpu(case: Case, dtype: str) -> bool:
@@ -107,14 +125,15 @@ def _only_on_cpu(case: Case, dtype: str) -> bool:
     return gate or (chunked and dtype == "float64")
 
 
-def _error(case: Case, dtype: str, device: Device, seed: int) -> float:
-    """Return the error of one case."""
+def _error(case: Case, dtype: str, device: Device, seed: int) -> tuple[float, str | None]:
+    """Return the error of one case, and which of its results are not finite."""
     arrays = _draw(case, dtype, np.random.default_rng(seed))
     moved = {name: device.to(x) for name, x in arrays.items()}
-    results = [device.back(x) for x in _results(case, moved)]
+    results = {name: device.back(x) for name, x in _results(case, moved).items()}
     wide = {n: x.astype(np.float64) if _is_float(x) else x for n, x in arrays.items()}
     exact = _exact(case, wide)
-    return max(_difference(x, y) for x, y in zip(results, exact, strict=True))
+    error = max(_difference(x, y) for x, y in zip(results.values(), exact, strict=True))
+    return error, not_finite({n: x for n, x in results.items() if x is not None})
 
 
 def _draw(case: Case, dtype: str, rng) -> dict:
@@ -144,32 +163,33 @@ def _draw(case: Case, dtype: str, rng) -> dict:
     return names | dict(do=do, dstate=dstate, pool=pool, indices=indices)
 
 
-def _results(case: Case, a: dict) -> list:
-    """Run the operator of a case on its arrays."""
+def _results(case: Case, a: dict) -> dict:
+    """Run the operator of a case on its arrays; return its results by name."""
     inputs = [a[name] for name in ("q", "k", "v", "beta", "g")]
     options = case.options | dict(initial_state=a["state"], cu_seqlens=a["cu_seqlens"])
     if case.operator == "chunk":
-        return list(chunk_delta_rule(*inputs, **options))
+        return chunk_delta_rule(*inputs, **options)._asdict()
     if case.operator == "recurrent":
-        return list(recurrent_delta_rule(*inputs, **options))
+        return recurrent_delta_rule(*inputs, **options)._asdict()
     if case.operator == "step":
         state = a["state"].copy()
-        return [delta_rule_step(*inputs, state=state), state]
+        return dict(o=delta_rule_step(*inputs, state=state), state=state)
     if case.operator == "indexed step":
         pool = a["pool"].copy()
         o = delta_rule_step(*inputs, state=pool, state_indices=a["indices"])
-        return [o, pool]
+        return dict(o=o, state=pool)
     sequences = dict(cu_seqlens=a["cu_seqlens"])
     if case.operator == "blocks":
         q, k, v, beta, g = inputs
         pieces = case.options | sequences
         w, u, _ = wy_factors(k, v, beta, g, **pieces)
         states, v_new, final = state_pass(k, w, u, g, initial_state=a["state"], **pieces)
-        return [chunk_output(q, k, v_new, states, g, **pieces), final]
+        return dict(o=chunk_output(q, k, v_new, states, g, **pieces), final_state=final)
     if case.operator == "transfer":
-        return [sequence_transfer(*inputs[1:], **sequences).apply(a["state"])]
+        final = sequence_transfer(*inputs[1:], **sequences).apply(a["state"])
+        return dict(final_state=final)
     forward = chunk_delta_rule_fwd(*inputs, **options)
-    return list(chunk_delta_rule_bwd(forward.residuals, a["do"], a["dstate"]))
+    return chunk_delta_rule_bwd(forward.residuals, a["do"], a["dstate"])._asdict()
 
 
 def _exact(case: Case, a: dict) -> list:

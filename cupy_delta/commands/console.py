@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import BinaryIO
 
 import numpy as np
 
@@ -52,43 +47,6 @@ def progress(items: list, label: str) -> Iterator:
             print(f"{label}: {i + 1}/{len(items)}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def whole_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file that is written whole or not at all: a full disk leaves an old one as it was."""
-    from .main import CommandError
-
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=".part", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: str, report) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-
-
-def save_figure(figure, path: str) -> None:
-    kind = os.path.splitext(path)[1][1:].lower() or "png"
-    with whole_file(path) as file:
-        figure.savefig(file, format=kind, dpi=150)
-
-
 def positive(text: str) -> int:
     """Parse an argument that must be a positive integer."""
     if not text.isdecimal() or int(text) < 1:
@@ -101,11 +59,24 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def add_device(parser) -> None:
+def seed(text: str) -> int:
+    """Parse the seed of random numbers."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def add_seed(parser) -> None:
+    parser.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the random data (default: 0)"
+    )
+
+
+def add_device(parser, default: str = "auto") -> None:
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "gpu"),
-        default="auto",
+        default=default,
         help="where arrays live; auto takes a GPU if CuPy finds one (default: %(default)s)",
     )
 
@@ -143,6 +114,27 @@ def gpu_problem() -> str | None:
     from ..cuda import environment
 
     return environment()["problem"]
+
+
+# Exit status of a command whose outputs hold Inf or NaN.
+NOT_FINITE = 3
+STATES = ("final_state", "initial_state", "state")
+
+
+def not_finite(results: dict) -> str | None:
+    """Say how many values of each result are not finite, and where the first is; None if all are.
+
+    Results are named: states (N, HV, ., .), others (B, T, heads, ...).
+    """
+    found = []
+    for name, x in results.items():
+        bad = ~np.isfinite(x)
+        if bad.any():
+            axes = ("sequence", "head") if name in STATES else ("batch row", "token", "head")
+            first = np.unravel_index(np.argmax(bad), x.shape)
+            place = ", ".join(f"{axis} {i}" for axis, i in zip(axes, first, strict=False))
+            found.append(f"{np.sum(bad)} of {x.size} values of {name}, the first at {place}")
+    return "; ".join(found) or None
 
 
 def random_inputs(rng, dtype: str, T, *, B=1, H=1, HV=1, K=64, V=64, beta=(0.0, 1.0)):

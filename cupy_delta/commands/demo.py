@@ -10,16 +10,21 @@ import numpy as np
 
 from ..extras import EXTRAS, install_command
 from ..operators import chunk_delta_rule
-from .console import print_table, save_figure
+from .console import add_seed, print_table
+from .output import check_output, check_picture, save_figure
 
 KEYS, K, V, ROUNDS = 16, 256, 32, 12
 
 
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "-o", "--output", default="cupy_delta_demo.png", metavar="PNG", help="picture to write"
+        "-o",
+        "--output",
+        default="cupy_delta_demo.png",
+        metavar="PNG",
+        help="picture to write (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the data (default: %(default)s)")
+    add_seed(parser)
 
 
 def simulate(seed: int):
@@ -46,6 +51,8 @@ def simulate(seed: int):
 
 
 def run_command(args) -> int:
+    can_draw = _has_matplotlib()
+    (check_picture if can_draw else check_output)(args.output)
     truth, delta, additive = simulate(args.seed)
     errors = [_error(x, truth) for x in (delta, additive)]
     print(f"{KEYS} keys of length {K}, each bound to a new value {ROUNDS} times.")
@@ -53,15 +60,21 @@ def run_command(args) -> int:
     rows = [[r + 1, f"{d:.2f}", f"{a:.2f}"] for r, (d, a) in enumerate(zip(*errors, strict=True))]
     print_table(["times bound", "delta rule", "additive"], [r for r in rows if r[0] in _SHOWN])
     print("\nThe delta rule replaces what a key held; a sum keeps every old value.")
-    try:
-        import matplotlib
-    except ImportError:
+    if not can_draw:
         print(f"No picture, it needs matplotlib: {install_command(*EXTRAS['plot'])}")
         return 0
-    matplotlib.use("Agg")
     _draw(args.output, truth, delta, additive, errors)
     print(f"Picture: {args.output}")
     return 0
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    return True
 
 
 _SHOWN = (1, 2, 3, 4, 6, 8, 10, 12)

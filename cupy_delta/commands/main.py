@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 
 from ..version import __version__
 
@@ -13,7 +14,8 @@ COMMANDS = ("info", "check", "bench", "demo", "run", "compile")
 
 EPILOG = """\
 exit status: 0 success, 1 a check failed, 2 wrong arguments or nothing could be done,
-130 interrupted. Errors are one line; --traceback shows where they came from.
+3 outputs that are not finite (run, check), 130 interrupted. Errors are one line;
+--traceback shows where they came from.
 """
 
 
@@ -34,23 +36,35 @@ def main(argv: list[str] | None = None) -> int:
     int
         The exit status.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = None
     try:
-        return args.function(args) or 0
+        args = _parser().parse_args(argv)
+        status = args.function(args) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader went away; give the interpreter nothing left to flush into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()  # its reader went away
         return 0
     except Exception as error:
-        if args.traceback:
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"cupy_delta {args.command}: {text}", file=sys.stderr)
+        if args is None or args.traceback:
+            traceback.print_exc()
+        else:
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"cupy_delta {args.command}: {text}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except (OSError, AttributeError):
+            _abandon_output()  # the disk that it goes to is full
         return 2
+
+
+def _abandon_output() -> None:
+    """Give the interpreter nothing that it would flush, and fail to flush, at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,8 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __package__)
-        summary = (module.__doc__ or name).strip().splitlines()[0]
-        sub = subparsers.add_parser(name, help=summary, description=summary)
+        description = (module.__doc__ or "").strip()
+        sub = subparsers.add_parser(
+            name,
+            help=description.splitlines()[0],
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.add_argument(
             "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )

@@ -2,12 +2,14 @@
 
 IN holds q, k, v, beta and, if wanted, g, initial_state and cu_seqlens; OUT gets o and final_state.
 NumPy cannot store bfloat16: it saves such arrays as raw 2-byte items, and --bfloat16 reads raw
-2-byte items as bfloat16. Outputs in bfloat16 are stored the same way.
+2-byte items as bfloat16. Outputs in bfloat16 are stored the same way, and read by
+np.load("OUT.npz")["o"].view(ml_dtypes.bfloat16).
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from typing import Any
 
@@ -15,22 +17,34 @@ import numpy as np
 
 from ..arrays import FLOAT_DTYPES
 from ..operators import chunk_delta_rule, recurrent_delta_rule
-from .console import Device, positive, whole_file
+from .console import NOT_FINITE, Device, add_device, not_finite, positive
+from .output import check_output, whole_file
 
 REQUIRED = ("q", "k", "v", "beta")
 OPTIONAL = ("g", "initial_state", "cu_seqlens")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("input", metavar="IN.npz")
-    parser.add_argument("-o", "--output", metavar="OUT.npz", required=True)
-    parser.add_argument("--operator", choices=("chunk", "recurrent"), default="chunk")
+    parser.add_argument("input", metavar="IN.npz", help="the arrays")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT.npz", required=True, help="where the results go"
+    )
+    parser.add_argument(
+        "--operator",
+        choices=("chunk", "recurrent"),
+        default="chunk",
+        help="in chunks or token by token (default: chunk)",
+    )
     parser.add_argument("--scale", type=float, help="factor on the outputs (default: K ** -0.5)")
     parser.add_argument("--qk-l2norm", action="store_true", help="normalise q and k first")
-    parser.add_argument("--chunk-size", type=positive, metavar="N")
-    parser.add_argument("--state-layout", choices=("kv", "vk"), default="kv")
+    parser.add_argument(
+        "--chunk-size", type=positive, metavar="N", help="tokens per chunk (default: chosen)"
+    )
+    parser.add_argument(
+        "--state-layout", choices=("kv", "vk"), default="kv", help="of the states (default: kv)"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="raw 2-byte items are bfloat16")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    add_device(parser, default="cpu")
 
 
 def run_command(args) -> int:
@@ -38,6 +52,7 @@ def run_command(args) -> int:
 
     if args.operator == "recurrent" and args.chunk_size:
         raise CommandError("--chunk-size: the recurrent operator has no chunks")
+    check_output(args.output, (".npz",))
     arrays = _load(args.input, args.bfloat16)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise CommandError(f"{args.output}: expected another file than the input")
@@ -59,7 +74,21 @@ def run_command(args) -> int:
     with whole_file(args.output) as file:
         np.savez(file, o=o, final_state=final_state)
     print(f"{args.output}: o {o.shape} {o.dtype}, final_state {final_state.shape}")
-    return 0
+    if o.dtype == FLOAT_DTYPES["bfloat16"]:
+        print(f'read o with np.load("{args.output}")["o"].view(ml_dtypes.bfloat16)')
+    diverged = not_finite(dict(o=o, final_state=final_state))
+    if not diverged:
+        return 0
+    given = not_finite({name: x for name, x in arrays.items() if name in REQUIRED})
+    reason = f"in {args.input} there are {given}" if given else WHY
+    print(f"cupy_delta run: not finite: {diverged}; {reason}", file=sys.stderr)
+    return NOT_FINITE
+
+
+WHY = (
+    "keys that are not of unit length, or a beta beyond 2, make states grow: --qk-l2norm, and"
+    ' "When it diverges" in docs/conventions.md'
+)
 
 
 def _load(path: str, bfloat16: bool) -> dict:

@@ -103,18 +103,39 @@ def test_check_passes_and_writes_its_table(capsys, tmp_path):
     assert {row["verdict"] for row in rows} == {"ok"}
 
 
-@pytest.mark.parametrize("error", [1e-9, np.nan])
-def test_check_fails_when_an_operator_is_wrong(capsys, monkeypatch, error):
+def test_check_fails_when_an_operator_is_wrong(capsys, monkeypatch):
     right = check.chunk_delta_rule
 
     def wrong(*args, **kwargs):
-        o, state = right(*args, **kwargs)
-        o[..., 0, 0, 0] += o.dtype.type(error)
-        return o, state
+        result = right(*args, **kwargs)
+        result.o[..., 0, 0, 0] += result.o.dtype.type(1e-9)
+        return result
 
     monkeypatch.setattr(check, "chunk_delta_rule", wrong)
     assert main(["check", "--device", "cpu"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_check_says_where_outputs_are_not_finite(capsys, monkeypatch, value):
+    right = check.recurrent_delta_rule
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        result.o[0, 5:, 1, 3] = value
+        return result
+
+    monkeypatch.setattr(check, "recurrent_delta_rule", wrong)
+    monkeypatch.setattr(check, "CASES", [x for x in check.CASES if x.name == "recurrent"])
+    monkeypatch.setattr(check, "_exact", lambda case, a: list(right(*map(a.get, INPUTS), None)))
+    INPUTS = ("q", "k", "v", "beta")
+    assert main(["check", "--device", "cpu"]) == 3
+    out = capsys.readouterr().out
+    count = 125
+    place = f"{count} of 33280 values of o, the first at batch row 0, token 5, head 1"
+    assert out.count("NOT FINITE") == 4
+    for dtype in check.BOUNDS:
+        assert f"recurrent, {dtype}: not finite: {place}\n" in out
 
 
 def test_bench_writes_json_and_a_plot(capsys, tmp_path):
