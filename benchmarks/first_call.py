@@ -63,7 +63,8 @@ def child(args: argparse.Namespace) -> None:
     phases.ends("import cupy")
     import cupy_delta
     from cupy_delta.arrays import FLOAT_DTYPES
-    from cupy_delta.cuda import operators, plan
+    from cupy_delta.cuda import operators
+    from cupy_delta.cuda import plan as plans
     from cupy_delta.problem import operator_problem
 
     phases.ends("import cupy_delta")
@@ -81,7 +82,7 @@ def child(args: argparse.Namespace) -> None:
     problem = operator_problem(*arrays, None, initial_state=None, cu_seqlens=None, **options)
     device = operators.device_of(arrays[2])
     with device:
-        launches = plan.plan_forward(problem, device.facts).working
+        launches = plans.plan("forward", problem, device.facts).working
         phases.ends("device and plan")
         if args.child == "together":
             device.prepare(launches)

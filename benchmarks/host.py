@@ -14,7 +14,8 @@ import numpy as np
 
 import cupy_delta
 from cupy_delta import cuda, dispatch
-from cupy_delta.cuda import operators, plan
+from cupy_delta.cuda import operators
+from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.problem import operator_problem, step_problem
@@ -119,12 +120,12 @@ def main() -> None:
         check = partial(
             operator_problem, *args, None, initial_state=None, cu_seqlens=None, **options
         )
-        times = stages(call, check, lambda p, d: plan.plan_forward(p, d.facts), {}, wait)
+        times = stages(call, check, lambda p, d: plans.plan("forward", p, d.facts), {}, wait)
         row("forward {}x{} h{}/{}".format(*shape), times)
     *args, state = draw(xp, *STEP)
     call = partial(cupy_delta.delta_rule_step, *args, state=state)
     check = partial(step_problem, *args, None, state=state, state_indices=None, **options)
-    times = stages(call, check, lambda p, d: plan.plan_tokens(p, True), {"state": state}, wait)
+    times = stages(call, check, lambda p, d: plans.plan("step", p, d.facts), {"state": state}, wait)
     row("step of {0} h{2}/{3}".format(*STEP), times)
     *args, _ = draw(xp, *SHAPES[1])
     forward = partial(cupy_delta.chunk_delta_rule_fwd, *args)

@@ -35,7 +35,7 @@ class Call:
     gate: Gate | None = None
     beta_per_value: bool = False
     varlen: bool = False
-    chunks: int = 0
+    chunks: int | None = None
     slots: int = 0
     pool_dtype: np.dtype | None = None
     scale: float = 1.0
@@ -48,6 +48,21 @@ class Call:
     def groups(self) -> int:
         """Value heads per key head."""
         return self.HV // self.H
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        """The shape of q and k."""
+        return (self.B, self.T, self.H, self.K)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of v and o."""
+        return (self.B, self.T, self.HV, self.V)
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of what every token and value head has one of, as beta."""
+        return (self.B, self.T, self.HV)
 
     @property
     def compute_dtype(self) -> np.dtype:
@@ -72,3 +87,7 @@ class Call:
         other sequence's length; without `cu_seqlens` every batch row has its own ceil(T / C).
         """
         return self.T // chunk + self.N if self.varlen else -(-self.T // chunk)
+
+    def states_shape(self, chunk: int) -> tuple[int, ...]:
+        """Return the shape of states entering chunks."""
+        return (self.B, self.chunk_slots(chunk), self.HV, self.K, self.V)

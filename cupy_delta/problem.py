@@ -28,7 +28,7 @@ from .checker import (
 )
 
 MAX_STEP_TOKENS = 8
-SIZES = ("B", "T", "N", "H", "HV", "K", "V", "chunks", "slots")
+SIZES = ("B", "T", "N", "H", "HV", "K", "V", "slots")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,7 +253,7 @@ def _pieces(check: Checker, qk_l2norm, chunk_size, **options) -> Problem:
 def check_chunk_axis(call: Call, chunk: int) -> None:
     """Check the chunk axis of `states` once the chunk size is settled."""
     slots = call.chunk_slots(chunk)
-    if call.chunks != slots:
+    if call.chunks not in (None, slots):
         shape = (call.B, call.chunks, call.HV, call.K, call.V)
         raise ValueError(
             f"states: expected {slots} chunks of chunk_size = {chunk} along axis 1,"
@@ -285,6 +285,7 @@ def affine_arrays(p, h, operands: dict) -> str:
 def _problem(check: Checker, **options: Any) -> Problem:
     """Return what was checked, without arrays."""
     described: dict[str, Any] = {s: check.sizes.get(s, 0) for s in SIZES}
+    described["chunks"] = check.sizes.get("chunks")
     rank = {name: len(axes) for name, axes in check.axes.items()}
     described["gate"] = {3: "scalar", 4: "channel"}.get(rank.get("g", 0))
     described["beta_per_value"] = rank.get("beta") == 4

@@ -8,6 +8,7 @@ from ..problem import Problem
 from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
+from .tokens.affine import plan_affine
 
 
 def device_of(x):
@@ -25,7 +26,7 @@ def _device(index: int):
 def chunk_delta_rule(problem: Problem):
     """Return (o, final_state)."""
     with device_of(problem.v) as device:
-        plan = plans.plan_forward(problem, device.facts)
+        plan = plans.plan("forward", problem, device.facts)
         results = execute(plan, vars(problem), device, {"o": problem.out})
     return _results(problem, results)
 
@@ -34,7 +35,7 @@ def chunk_delta_rule_fwd(problem: Problem):
     """Return (o, final_state, saved); saved holds what the gradients' kernels read."""
     with device_of(problem.v) as device:
         names = plans.names_for_backward(problem, device.facts)
-        plan = plans.plan_forward(problem, device.facts, True)
+        plan = plans.plan("training", problem, device.facts)
         results = execute(plan, vars(problem), device, {"o": problem.out})
     o, final_state = _results(problem, results)
     return o, final_state, {name: results[name] for name in names}
@@ -47,9 +48,8 @@ def _results(problem: Problem, results: dict):
 def chunk_delta_rule_bwd(residuals, do, dfinal_state):
     """Return the gradients of (q, k, v, beta, g, initial_state)."""
     problem = residuals.problem
-    plans.check_gate_gradients(problem)
     with device_of(problem.v) as device:
-        plan = plans.plan_backward(problem, device.facts, dfinal_state is not None)
+        plan = plans.plan("backward", problem, device.facts)
         gradients = {"do": do, "dfinal_state": dfinal_state}
         results = execute(plan, gradients, device, ready=residuals.saved)
         dbeta = results["dbeta"]
@@ -62,7 +62,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
 def recurrent_delta_rule(problem: Problem):
     """Return (o, final_state)."""
     with device_of(problem.v) as device:
-        plan = plans.plan_tokens(problem, False)
+        plan = plans.plan("recurrent", problem, device.facts)
         results = execute(plan, vars(problem), device, {"o": problem.out})
     return _results(problem, results)
 
@@ -70,7 +70,7 @@ def recurrent_delta_rule(problem: Problem):
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated."""
     with device_of(problem.v) as device:
-        plan = plans.plan_tokens(problem, True)
+        plan = plans.plan("step", problem, device.facts)
         targets = {"o": problem.out, "state": problem.state}
         results = execute(plan, vars(problem), device, targets)
     return results["o"] if problem.out is None else problem.out
@@ -79,7 +79,7 @@ def delta_rule_step(problem: Problem):
 def wy_factors(problem: Problem):
     """Return (w, u, t)."""
     with device_of(problem.v) as device:
-        plan = plans.plan_wy_factors(problem, device.facts)
+        plan = plans.plan("wy_factors", problem, device.facts)
         results = execute(plan, vars(problem), device)
     return results["w"], results["u"], results["t"]
 
@@ -87,7 +87,7 @@ def wy_factors(problem: Problem):
 def state_pass(problem: Problem):
     """Return (states, v_new, final_state)."""
     with device_of(problem.k) as device:
-        plan = plans.plan_state_pass(problem, device.facts)
+        plan = plans.plan("state_pass", problem, device.facts)
         results = execute(plan, vars(problem), device)
     return results["states"], results["v_new"], results["final_state"]
 
@@ -95,14 +95,14 @@ def state_pass(problem: Problem):
 def chunk_output(problem: Problem):
     """Return o."""
     with device_of(problem.q) as device:
-        plan = plans.plan_chunk_output(problem, device.facts)
+        plan = plans.plan("chunk_output", problem, device.facts)
         return execute(plan, vars(problem), device)["o"]
 
 
 def sequence_transfer(problem: Problem):
     """Return (p, h)."""
     with device_of(problem.v) as device:
-        plan = plans.plan_transfer(problem, device.facts)
+        plan = plans.plan("transfer", problem, device.facts)
         results = execute(plan, vars(problem), device)
     return results["p"], results["h"]
 
@@ -110,5 +110,5 @@ def sequence_transfer(problem: Problem):
 def affine(p, x, h):
     """Return P x + h, or P x where h is None, for stacks (N, HV, K, .)."""
     with device_of(p) as device, left_aside():
-        plan = plans.plan_affine(p.shape[:3], x.shape[3], x.dtype, h is not None)
+        plan = plan_affine(p.shape[:3], x.shape[3], x.dtype, h is not None)
         return execute(plan, {"p": p, "x": x, "h": h}, device)["y"]

@@ -1,8 +1,8 @@
-"""What every plan is made of: facts of a device, launches, and how kernels carve shared memory."""
+"""What plans are made of: launches, arrays, and how kernels carve shared memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from ..call import Call
 
+# The dtype in which the chunked kernels read beta and g.
+SUMS = np.dtype(np.float32)
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -36,7 +38,7 @@ class Launch:
 
     Compared by identity: plans are kept, and so is what was compiled for their launches. `arch` is
     the one architecture that a kernel is for, if its instructions exist on no other. One that is
-    `beside` may run at the same time as the next one; both end before the one after that begins.
+    `concurrent` may run at the same time as the next one; both end before the one after begins.
     """
 
     file: str
@@ -47,7 +49,7 @@ class Launch:
     shared: int
     arguments: tuple
     arch: str = ""
-    beside: bool = False
+    concurrent: bool = False
 
     @cached_property
     def pointers(self) -> tuple[tuple[int, str], ...]:
@@ -62,6 +64,39 @@ class Launch:
     def arrays(self) -> set[str]:
         """Return the names of the arrays that the kernel is given."""
         return {name for _, name in self.pointers} | {box.name for _, box in self.boxes}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Launches in order, and the arrays to make for them: name -> (shape, dtype).
+
+    `sums` is the dtype in which kernels read beta and g.
+    """
+
+    launches: tuple
+    outputs: dict
+    workspace: dict = field(default_factory=dict)
+    zeroed: tuple = ()
+    sums: np.dtype = SUMS
+
+    @cached_property
+    def working(self) -> tuple[Launch, ...]:
+        """The launches that have work: a grid of zero would still run one block."""
+        return tuple(launch for launch in self.launches if launch.grid)
+
+    @cached_property
+    def made(self) -> tuple[tuple[str, tuple, np.dtype], ...]:
+        """The arrays to make: name, shape and dtype."""
+        return tuple((name, *like) for name, like in (self.workspace | self.outputs).items())
+
+    @cached_property
+    def read(self) -> tuple[tuple[str, np.dtype | None], ...]:
+        """The arrays that have to be there: name, and dtype to read it in if not its own."""
+        names = set().union(*(launch.arrays() for launch in self.launches))
+        integers = np.dtype(np.int64)
+        dtypes = dict(beta=self.sums, g=self.sums, cu_seqlens=integers, state_indices=integers)
+        made = self.workspace.keys() | self.outputs.keys()
+        return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 
 
 def i32(x: int) -> np.int32:
@@ -118,3 +153,19 @@ def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
             f"chunk_size = {chunk}: {what} would need {shared} bytes of shared memory per block,"
             f" this GPU has {facts.shared_bytes}; a smaller chunk_size works"
         )
+
+
+def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
+    """Return the results of `chunk_delta_rule_bwd`, and what its two kernels hand over."""
+    outputs = {
+        "dq": (call.key_shape, call.dtype),
+        "dk": (call.key_shape, call.dtype),
+        "dv": (call.value_shape, call.dtype),
+        "dbeta": (call.token_shape, SUMS),
+        "dinitial_state": (call.state_shape, call.state_dtype),
+    }
+    between = {
+        "dstates": (call.states_shape(chunk), call.dtype),
+        "g_rows": (call.value_shape, call.dtype),
+    }
+    return outputs, between

@@ -7,11 +7,19 @@ from dataclasses import replace
 
 from ..arrays import FLOAT_DTYPES
 from ..call import Call
-from . import plan as plans
+from .plan import plan
 from .runtime.sources import AT_ONCE
 from .spec import DeviceFacts, Launch
 
-PASSES = ("forward", "backward", "recurrent", "step", "blocks")
+# What is computed in each pass, in the order in which it is refused.
+OPERATIONS = {
+    "forward": ("forward",),
+    "backward": ("backward", "training"),
+    "recurrent": ("recurrent",),
+    "step": ("step",),
+    "blocks": ("wy_factors", "state_pass", "chunk_output", "transfer"),
+}
+PASSES = tuple(OPERATIONS)
 
 
 def launches_of(
@@ -75,35 +83,17 @@ def launches_of(
         state_layout=state_layout,
     )
     call = replace(call, pool_dtype=call.state_dtype)
-    planned = []
-    if "forward" in passes:
-        planned.append(plans.plan_forward(call, facts))
-    if "backward" in passes:
-        plans.check_gate_gradients(call)
-        planned.append(plans.plan_forward(call, facts, True))
-        planned.append(plans.plan_backward(call, facts, True))
-    if "recurrent" in passes:
-        planned.append(plans.plan_tokens(call, False))
-    if "step" in passes:
-        # One sequence per batch row: a step knows no cu_seqlens.
-        planned.append(plans.plan_tokens(replace(call, B=N, varlen=False), True))
-    if "blocks" in passes:
-        planned += _blocks(replace(call, state_layout="kv"), facts)
+    calls = dict.fromkeys(PASSES, call)
+    # One sequence per batch row: a step knows no cu_seqlens. Building blocks have one layout.
+    calls |= dict(step=replace(call, B=N, varlen=False), blocks=replace(call, state_layout="kv"))
+    planned = [
+        plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]
+    ]
     distinct = {}
-    for plan in planned:
-        for launch in plan.launches:
+    for one in planned:
+        for launch in one.launches:
             distinct.setdefault((launch.file, launch.defines), launch)
     return list(distinct.values())
-
-
-def _blocks(call: Call, facts: DeviceFacts) -> list[plans.Plan]:
-    call = replace(call, chunks=call.chunk_slots(plans.chunk_of(call)))
-    return [
-        plans.plan_wy_factors(call, facts),
-        plans.plan_state_pass(call, facts),
-        plans.plan_chunk_output(call, facts),
-        plans.plan_transfer(call, facts),
-    ]
 
 
 def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:

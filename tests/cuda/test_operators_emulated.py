@@ -12,7 +12,7 @@ from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import operators
-from cupy_delta.cuda.plan import plan_forward, plan_tokens
+from cupy_delta.cuda.plan import plan
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.problem import operator_problem, step_problem
 
@@ -434,7 +434,9 @@ def test_a_wrong_index_in_device_memory_is_padding(emulated, request, layout):
         wrong = np.array([5, 6, 2**32 + 1, -(2**40), 3])
         indices = device.bring(wrong, "state_indices", np.int64)
         ready, targets = {"state_indices": indices}, {"state": pool}
-        results = execute(plan_tokens(problem, True), vars(problem), device, targets, ready)
+        results = execute(
+            plan("step", problem, device.facts), vars(problem), device, targets, ready
+        )
     assert not results["o"][:4].any()
     assert results["o"][4].any()
     assert np.array_equal(pool[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
@@ -453,5 +455,5 @@ def test_wrong_cu_seqlens_stay_inside_the_arrays(emulated, values, facts, reques
     emulated(Run(check=False), **facts)
     with operators.device_of(args[0]) as device:
         ends = device.bring(np.array(values), "cu_seqlens", np.int64)
-        plan = plan_forward(problem, device.facts)
-        execute(plan, vars(problem), device, ready={"cu_seqlens": ends})
+        found = plan("forward", problem, device.facts)
+        execute(found, vars(problem), device, ready={"cu_seqlens": ends})

@@ -8,6 +8,8 @@ from cupy_delta.call import Call
 from cupy_delta.checker import KEPT_CALLS
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.runtime import sources
+from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.cuda.tokens.affine import plan_affine
 from cupy_delta.cuda.variants import launches_of
 from cupy_delta.problem import (
     chunk_output_problem,
@@ -17,8 +19,8 @@ from cupy_delta.problem import (
     step_problem,
 )
 
-H200 = plans.DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
-SMALL = plans.DeviceFacts(sm_count=28, shared_bytes=99 * 1024)
+H200 = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+SMALL = DeviceFacts(sm_count=28, shared_bytes=99 * 1024)
 
 
 def problem(dtype=np.float16, chunk_size=None, qk_l2norm=False, **sizes):
@@ -39,12 +41,12 @@ def problem(dtype=np.float16, chunk_size=None, qk_l2norm=False, **sizes):
 )
 def test_what_is_not_supported_is_named(options, words):
     with pytest.raises(NotImplementedError, match=words):
-        plans.plan_forward(problem(**options), H200)
+        plans.plan("forward", problem(**options), H200)
 
 
 def test_a_chunk_too_large_for_the_gpu_is_named():
     with pytest.raises(NotImplementedError, match=r"chunk_size = 64: .* this GPU has 101376"):
-        plans.plan_forward(problem(K=256, V=256, chunk_size=64), SMALL)
+        plans.plan("forward", problem(K=256, V=256, chunk_size=64), SMALL)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -52,7 +54,7 @@ def test_a_chunk_too_large_for_the_gpu_is_named():
 @pytest.mark.parametrize("V", [1, 64, 128, 256])
 def test_every_head_size_fits_every_gpu(dtype, K, V):
     p = problem(dtype=dtype, K=K, V=V, T=1)
-    for plan in (plans.plan_forward(p, SMALL, True), plans.plan_backward(p, SMALL, True)):
+    for plan in (plans.plan("training", p, SMALL), plans.plan("backward", p, SMALL)):
         for launch in plan.launches:
             assert 0 <= launch.shared <= SMALL.shared_bytes
             assert launch.block <= 1024 and launch.block % 32 == 0
@@ -65,26 +67,26 @@ def slices_of(walk):
 
 def test_grids_cover_all_chunks_and_heads():
     p = problem(B=3, T=70, H=2, G=2)
-    factors, walk = plans.plan_forward(p, H200).launches
+    factors, walk = plans.plan("forward", p, H200).launches
     assert factors.grid == 3 * 3 * 2
     assert walk.grid == 3 * 4 * slices_of(walk)
     v = problem(T=70, cu_seqlens=[0, 10, 10, 70])
-    assert plans.plan_forward(v, H200).launches[0].grid == 70 // 32 + 3
+    assert plans.plan("forward", v, H200).launches[0].grid == 70 // 32 + 3
 
 
 def test_nothing_to_do_launches_nothing_that_matters():
     for sizes in (dict(T=0), dict(B=0), dict(T=0, cu_seqlens=[0])):
         p = problem(**sizes)
-        factors, walk = plans.plan_forward(p, H200).launches
+        factors, walk = plans.plan("forward", p, H200).launches
         assert factors.grid == 0
         assert walk.grid == p.N * p.HV * slices_of(walk)
 
 
 def test_plans_are_kept_and_hold_no_array():
-    first = plans.plan_forward(problem(seed=0), H200)
-    assert plans.plan_forward(problem(seed=1), H200) is first
-    assert plans.plan_forward(problem(seed=0, T=71), H200) is not first
-    assert plans.plan_forward(problem(qk_l2norm=True), H200) is not first
+    first = plans.plan("forward", problem(seed=0), H200)
+    assert plans.plan("forward", problem(seed=1), H200) is first
+    assert plans.plan("forward", problem(seed=0, T=71), H200) is not first
+    assert plans.plan("forward", problem(qk_l2norm=True), H200) is not first
     for launch in first.launches:
         assert all(a is None or isinstance(a, str | np.generic) for a in launch.arguments)
 
@@ -93,8 +95,8 @@ def test_a_call_is_planned_without_arrays():
     sizes = dict(B=1, T=70, N=2, H=2, HV=4, K=64, V=32)
     call = Call(dtype=np.dtype(np.float16), **sizes, gate="scalar", varlen=True, scale=64**-0.5)
     given = problem(T=70, H=2, G=2, K=64, V=32, gate="scalar", cu_seqlens=[0, 10, 70], initial=True)
-    for facts in (H200, plans.DeviceFacts(132, 227 * 1024, (9, 0))):
-        planned, expected = plans.plan_forward(call, facts), plans.plan_forward(given, facts)
+    for facts in (H200, DeviceFacts(132, 227 * 1024, (9, 0))):
+        planned, expected = plans.plan("forward", call, facts), plans.plan("forward", given, facts)
         assert planned.made == expected.made
         assert [vars(x) for x in planned.launches] == [vars(x) for x in expected.launches]
 
@@ -108,17 +110,19 @@ def test_calls_that_are_alike_are_equal_and_problems_are_not():
 
 
 def test_residuals_and_options_change_the_plan():
-    names = [launch.entry for launch in plans.plan_forward(problem(qk_l2norm=True), H200).launches]
+    names = [
+        launch.entry for launch in plans.plan("forward", problem(qk_l2norm=True), H200).launches
+    ]
     assert names == ["l2norm", "l2norm", "wy_factors", "forward"]
-    assert "states" in plans.plan_forward(problem(), H200, True).workspace
-    assert "states" not in plans.plan_forward(problem(), H200).workspace
+    assert "states" in plans.plan("training", problem(), H200).workspace
+    assert "states" not in plans.plan("forward", problem(), H200).workspace
 
 
 def test_every_launch_names_arrays_that_exist():
     p = problem(qk_l2norm=True, initial=True)
     given = {"q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "do", "dfinal_state"}
-    forward = plans.plan_forward(p, H200, True)
-    backward = plans.plan_backward(p, H200, True)
+    forward = plans.plan("training", p, H200)
+    backward = plans.plan("backward", p, H200)
     known = given | set(forward.workspace) | set(forward.outputs)
     for plan in (forward, backward):
         known |= set(plan.workspace) | set(plan.outputs)
@@ -130,28 +134,28 @@ def test_a_plan_says_what_it_reads():
     f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
     p = problem(B=1, cu_seqlens=[0, 70], gate="scalar", initial=True)
     own = dict.fromkeys(("q", "k", "v", "initial_state"))
-    read = dict(plans.plan_forward(p, H200).read)
+    read = dict(plans.plan("forward", p, H200).read)
     assert read == own | dict(beta=f32, g=f32, cu_seqlens=i64)
     args, kw = make_inputs(2, B=3, dtype=np.float64, initial=True)
     state = dict(state=kw["initial_state"], state_indices=np.arange(3))
     options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
-    read = dict(plans.plan_tokens(step_problem(*args, **state, **options), True).read)
+    read = dict(plans.plan("step", step_problem(*args, **state, **options), H200).read)
     assert read["beta"] == np.float64 and read["state_indices"] == i64
 
 
 def test_the_forward_leaves_what_the_backward_reads():
     p = problem(qk_l2norm=True, initial=True)
-    backward = plans.plan_backward(p, H200, True)
+    backward = plans.plan("backward", p, H200)
     read = {name for name, _ in backward.read}
     assert {*plans.names_for_backward(p, H200)} == read - {"do", "dfinal_state"}
 
 
 def test_plans_in_use_are_kept_however_many_others_there_are():
     p = problem()
-    kept = plans.plan_forward(p, H200)
+    kept = plans.plan("forward", p, H200)
     for T in range(100, 100 + KEPT_CALLS + 5):
-        plans.plan_forward(problem(T=T, K=16, V=16), H200)
-        assert plans.plan_forward(problem(), H200) is kept
+        plans.plan("forward", problem(T=T, K=16, V=16), H200)
+        assert plans.plan("forward", problem(), H200) is kept
 
 
 @pytest.mark.parametrize("passes", ["forward", "recurrent"])
@@ -162,7 +166,7 @@ def test_too_many_tokens_are_named(passes):
 
 def test_transfers_of_16_bits_are_named():
     with pytest.raises(NotImplementedError, match="h: transfers of float16 are not supported"):
-        plans.plan_affine((1, 1, 4), 4, np.dtype(np.float16), False)
+        plan_affine((1, 1, 4), 4, np.dtype(np.float16), False)
 
 
 def test_a_step_of_sequences_needs_the_kernel_of_a_batch():
@@ -176,11 +180,11 @@ def test_steps_and_factors_have_plans():
     args, kw = make_inputs(2, B=3, K=40, V=33, initial=True)
     state = dict(state=kw["initial_state"], state_indices=None)
     options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
-    (launch,) = plans.plan_tokens(step_problem(*args, **state, **options), True).launches
+    (launch,) = plans.plan("step", step_problem(*args, **state, **options), H200).launches
     assert launch.entry == "decode"
     args, _ = make_inputs(50, dtype=np.float32)
     p = factors_problem(*args[1:], qk_l2norm=False, cu_seqlens=None)
-    assert [x.entry for x in plans.plan_transfer(p, H200).launches] == ["wy_factors"] + [
+    assert [x.entry for x in plans.plan("transfer", p, H200).launches] == ["wy_factors"] + [
         "forward"
     ] * 2
 
@@ -193,10 +197,10 @@ def test_pieces_prepare_keys_and_gates_once():
     states = np.zeros((1, 4, 1, 5, 7), np.float32)
     output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
     for plan, names in (
-        (plans.plan_wy_factors(factors, H200), "l2norm wy_factors"),
-        (plans.plan_transfer(factors, H200), "l2norm wy_factors forward forward"),
-        (plans.plan_state_pass(passed, H200), "l2norm gate_sums forward"),
-        (plans.plan_chunk_output(output, H200), "l2norm l2norm gate_sums chunk_output"),
+        (plans.plan("wy_factors", factors, H200), "l2norm wy_factors"),
+        (plans.plan("transfer", factors, H200), "l2norm wy_factors forward forward"),
+        (plans.plan("state_pass", passed, H200), "l2norm gate_sums forward"),
+        (plans.plan("chunk_output", output, H200), "l2norm l2norm gate_sums chunk_output"),
     ):
         assert [x.entry for x in plan.launches] == names.split()
 
@@ -208,14 +212,14 @@ def test_pieces_refuse_a_gate_per_key_channel():
     passed = state_pass_problem(k, k, v, g, initial_state=None, chunk_size=16, **options)
     states = np.zeros((1, 4, 1, 5, 7), np.float32)
     output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
-    for plan, p in (
-        (plans.plan_wy_factors, factors),
-        (plans.plan_transfer, factors),
-        (plans.plan_state_pass, passed),
-        (plans.plan_chunk_output, output),
+    for operation, p in (
+        ("wy_factors", factors),
+        ("transfer", factors),
+        ("state_pass", passed),
+        ("chunk_output", output),
     ):
         with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
-            plan(p, H200)
+            plans.plan(operation, p, H200)
 
 
 def test_digest_changes_with_any_header(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 import resources
 from helpers import make_inputs
 
-from cupy_delta.cuda.portable.decode import step_launch
 from cupy_delta.cuda.runtime.sources import variant_source
+from cupy_delta.cuda.tokens.decode import decode_launch
 from cupy_delta.problem import step_problem
 
 GOLDEN = json.loads(resources.GOLDEN.read_text())
@@ -61,7 +61,7 @@ def test_decoding_16_bit_states_leaves_registers_for_many_threads(arch, layout):
     args, kw = make_inputs(1, initial=True, **sizes)
     state = dict(state=kw["initial_state"].astype(ml_dtypes.bfloat16), state_indices=None)
     options = dict(scale=None, qk_l2norm=True, state_layout=layout, out=None)
-    launch = step_launch(step_problem(*args, **state, **options))
+    launch = decode_launch(step_problem(*args, **state, **options))
     measured = resources.compiled(variant_source(launch.file, launch.defines), arch)
     assert measured.registers <= 72
     assert measured.spilled == 0

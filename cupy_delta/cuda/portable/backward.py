@@ -1,15 +1,41 @@
-"""The launches of the gradients: the reverse walk, and what is chunk-parallel."""
+"""The gradients: the reverse walk, and what is chunk-parallel."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ...call import Call
-from ..spec import DeviceFacts, Launch, carve, fits, i32, normal, padded, pitch, slots, variant
-from .forward import walk_shape
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    Plan,
+    carve,
+    fits,
+    gradient_arrays,
+    i32,
+    normal,
+    padded,
+    pitch,
+    slots,
+    variant,
+)
+from ..tokens.l2norm import through_norm
+from .choice import choose, walk_shape
 
 
-def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts, has_dfinal: bool) -> Launch:
+def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_bwd`, from what `plan_training` has left."""
+    chunk = choose(call, facts).chunk
+    outputs, workspace = gradient_arrays(call, chunk)
+    launches = (
+        backward_state_launch(call, chunk, facts),
+        backward_chunk_launch(call, chunk, facts),
+        *through_norm(call),
+    )
+    return Plan(launches, outputs, workspace)
+
+
+def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     size, K = call.dtype.itemsize, padded(call.K)
     # A warp alone waits for its own loads: two are faster on an H200 with 8 and with 32 heads.
@@ -40,7 +66,7 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts, has_dfinal
             "p",
             "beta",
             "do",
-            "dfinal_state" if has_dfinal else None,
+            "dfinal_state",
             "cu_seqlens",
             "dstates",
             "g_rows",

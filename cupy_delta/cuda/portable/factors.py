@@ -80,3 +80,10 @@ def gate_sums_launch(call: Call, chunk: int) -> Launch:
             i32(call.HV),
         ),
     )
+
+
+def running_sums(call: Call) -> dict:
+    """Return the array of the running sums of g in each chunk; none without a gate."""
+    if call.gate is None:
+        return {}
+    return {"G": ((call.B, call.T, call.HV), np.dtype(np.float64))}

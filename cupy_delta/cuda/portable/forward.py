@@ -1,4 +1,4 @@
-"""The launches of the walk over the chunks, of its segments, and of outputs from states."""
+"""The walk over the chunks, and over segments of long sequences at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import numpy as np
 
 from ...call import Call
 from ..spec import (
+    C_TYPES,
     DeviceFacts,
     Launch,
+    Plan,
     carve,
     fits,
     i32,
@@ -15,46 +17,64 @@ from ..spec import (
     padded,
     pitch,
     running_sum,
-    slots,
     variant,
 )
-
-# Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
-SEGMENT_CHUNKS = 64
-
-
-def walk_shape(
-    call: Call, V: int, chunk: int, facts: DeviceFacts, row_tiles: int, walked: int = 1
-) -> tuple[int, int]:
-    """Return (16-row tiles of value channels per warp, warps per block) for a walk.
-
-    `walked` is the number of segments of each sequence that are walked.
-
-    Up to four warps share the keys of a block; fewer where the blocks would leave more than a
-    quarter of the multiprocessors idle, down to two.
-    """
-    rows = padded(V) // 16
-    row_tiles = 1 if call.dtype.itemsize == 4 or chunk > 32 else min(row_tiles, rows)
-    warps = min(4, -(-rows // row_tiles))
-    sequences = call.N * call.HV * walked
-    # Measured on an H200: wide blocks once they fill three quarters of it, but at least two warps.
-    while warps > 2 and sequences * -(-rows // (row_tiles * warps)) < 0.75 * facts.sm_count:
-        warps = -(-warps // 2)
-    return row_tiles, warps
+from ..tokens.l2norm import normalised
+from .choice import Choice, choose, walk_shape
+from .factors import running_sums, wy_factors_launch
 
 
-def segment_count(call: Call, chunk: int, facts: DeviceFacts) -> int:
-    """Segments to cut every sequence into: 1, or 4 or 8 for long sequences of few heads.
+def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule`."""
+    return walked(call, facts, choose(call, facts))
 
-    Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing, and
-    nothing is gained where one walk takes half of the multiprocessors.
-    """
-    blocks = call.N * call.HV * -(-padded(call.V) // 32)
-    chunks = call.B * call.T // (chunk * max(1, call.N))
-    for segments in (8, 4):
-        if blocks and 2 * blocks <= facts.sm_count and chunks >= segments * SEGMENT_CHUNKS:
-            return segments
-    return 1
+
+def plan_training(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_fwd`, which leaves what the gradients read."""
+    return walked(call, facts, choose(call, facts), residuals=True)
+
+
+def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = False) -> Plan:
+    """Plan factors and the walk, of segments at once if there are several."""
+    chunk, segments = choice
+    outputs = {
+        "o": (call.value_shape, call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
+    }
+    launches, workspace = normalised(call, "q", "k")
+    workspace["core"] = workspace["p"] = ((*call.token_shape, chunk), call.dtype)
+    workspace |= running_sums(call)
+    states = None
+    if residuals:
+        states = C_TYPES[call.dtype.name]
+        workspace["states"] = (call.states_shape(chunk), call.dtype)
+        workspace["corrections"] = (call.value_shape, call.dtype)
+    launches.append(wy_factors_launch(call, chunk, facts, factors=False))
+    initial = "initial_state"
+    if segments > 1:
+        initial = "entering"
+        workspace |= segment_arrays(call, segments)
+        cut = dict(segments=segments, transfer=True, output=None, initial=None)
+        launches += [
+            forward_launch(call, chunk, facts, final="segment_h", **cut),
+            forward_launch(call, chunk, facts, final="segment_p", zero_v=True, **cut),
+            segment_states_launch(call, segments),
+        ]
+    launches.append(
+        forward_launch(call, chunk, facts, segments=segments, states=states, initial=initial)
+    )
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def segment_arrays(call: Call, segments: int) -> dict:
+    N, heads = call.N, call.state_shape[1:]
+    square = (call.HV, call.K, call.K)
+    shapes = {
+        "segment_h": (N, segments - 1, *heads),
+        "segment_p": (N, segments - 1, *square),
+        "entering": (N, segments, *heads),
+    }
+    return {name: (shape, call.state_dtype) for name, shape in shapes.items()}
 
 
 def segment_states_launch(call: Call, segments: int) -> Launch:
@@ -77,7 +97,7 @@ def segment_states_launch(call: Call, segments: int) -> Launch:
     )
 
 
-def walk_launch(
+def forward_launch(
     call: Call,
     chunk: int,
     facts: DeviceFacts,
@@ -151,44 +171,6 @@ def walk_launch(
             "states" if states else None,
             ("v_new" if factors else "corrections") if states else None,
             np.float32(call.scale),
-            i32(call.T),
-            i32(call.H),
-            i32(call.HV),
-        ),
-    )
-
-
-def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
-    """Outputs of all chunks from their states."""
-    size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
-    slice_ = min(V, 64)
-    shared = carve(
-        (chunk * pitch(K, size), size),
-        (chunk * pitch(K, size), size),
-        (chunk * pitch(slice_, size), size),
-        (K * pitch(slice_, size), size),
-        (chunk * pitch(chunk, size), size),
-        *([] if call.gate is None else [(chunk, 8)]),
-    )
-    fits("chunk outputs", chunk, shared, facts)
-    slices = -(-V // slice_)
-    return Launch(
-        "portable/chunk_output.cu",
-        "chunk_output",
-        variant(call, chunk, SLICE=slice_),
-        slots(call, chunk) * call.HV * slices if call.T else 0,
-        128,
-        shared,
-        (
-            normal(call, "q"),
-            normal(call, "k"),
-            "v_new",
-            "states",
-            running_sum(call),
-            "cu_seqlens",
-            "o",
-            np.float32(call.scale),
-            i32(call.N),
             i32(call.T),
             i32(call.H),
             i32(call.HV),

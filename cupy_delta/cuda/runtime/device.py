@@ -102,7 +102,7 @@ class CupyDevice:
         for i, box in launch.boxes:
             arguments[i] = _map(arrays[box.name].data.ptr, box.shape, box.box)
         call = loaded.grid, loaded.block, arguments, launch.shared
-        if launch.beside:
+        if launch.concurrent:
             # On a stream of its own, which the current one waits for after the next launch.
             side = _side_stream(self.index)
             side.wait_event(cupy.cuda.get_current_stream().record())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..plan import Plan
+from ..spec import Plan
 
 NONE: Mapping = {}
 

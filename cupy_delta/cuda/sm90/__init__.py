@@ -1,1 +1,5 @@
-"""Launches of the kernels for compute capability 9.0."""
+"""Kernels for compute capability 9.0: 16-bit arrays in chunks of 64, with TMA and wgmma."""
+
+from . import backward, forward, tiles, training
+
+__all__ = ["backward", "forward", "tiles", "training"]

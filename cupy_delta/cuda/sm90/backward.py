@@ -1,19 +1,70 @@
-"""The launch of the chunk-parallel gradients on compute capability 9.0."""
+"""The gradients on compute capability 9.0: the reverse walk, and what is chunk-parallel."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ...call import Call
-from ..spec import DeviceFacts, Launch, TensorBox, carve, i32, normal, slots, variant
-from .forward import BARRIER, BOX, CHUNK, TILE, box
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    Plan,
+    TensorBox,
+    carve,
+    gradient_arrays,
+    i32,
+    normal,
+    slots,
+    variant,
+)
+from ..tokens.l2norm import through_norm
+from . import cost
+from .segments import segment_arrays
+from .tiles import BARRIER, BOX, CHUNK, TILE, box
+from .training import given_walk_launch
 
+# Chunks that the reverse walk loads ahead, by tiles of value channels per block.
+WALK_STAGES = {1: 3, 2: 3}
 THREADS = 384
 # Buffers of 64 value channels, by boxes of 64 keys.
 STAGES = {1: 4, 2: 3}
 
 
-def chunk_shared(K: int) -> int:
+def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_bwd`, from what `plan_training` has left."""
+    choice = cost.choose_backward(call, facts)
+    outputs, workspace = gradient_arrays(call, CHUNK)
+    launches = []
+    if choice.segments > 1:
+        workspace |= segment_arrays(call, choice.segments - 1)
+        launches.append(backward_state_hopper_launch(call, choice, transfer=True))
+    launches += [
+        backward_state_hopper_launch(call, choice),
+        backward_chunk_hopper_launch(call, facts),
+        *through_norm(call),
+    ]
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def backward_state_hopper_launch(call: Call, choice: cost.Choice, transfer: bool = False) -> Launch:
+    """The reverse walk: the gradient of the state leaving each chunk, and G."""
+    tiles = choice.transfer_tiles if transfer else choice.value_tiles
+    start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
+    return given_walk_launch(
+        call,
+        "sm90/backward_state.cu",
+        "backward_state_hopper",
+        "do",
+        ("dstates", "g_rows"),
+        (start, "cu_seqlens", "g_rows", end),
+        tiles=tiles,
+        stages=WALK_STAGES[tiles],
+        segments=choice.segments,
+        transfer=transfer,
+    )
+
+
+def backward_chunk_shared(K: int) -> int:
     """Return the bytes of shared memory, as sm90/backward_chunk.cu carves them."""
     boxes = -(-K // BOX)
     stages = STAGES[boxes]
@@ -24,7 +75,7 @@ def chunk_shared(K: int) -> int:
     return carve((2 * CHUNK, 4), *((count, BARRIER) for count in barriers), start=tiles)
 
 
-def backward_chunk_launch(call: Call, facts: DeviceFacts) -> Launch:
+def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients: one block per multiprocessor, for many chunks and key heads."""
     p = call
     count = slots(p, CHUNK)
@@ -61,7 +112,7 @@ def backward_chunk_launch(call: Call, facts: DeviceFacts) -> Launch:
         variant(p, CHUNK, SLICE_STAGES=STAGES[-(-p.K // BOX)]),
         min(pairs, facts.sm_count),
         THREADS,
-        chunk_shared(p.K),
+        backward_chunk_shared(p.K),
         arguments,
         arch="sm_90a",
     )

@@ -1,8 +1,6 @@
-"""Factors and walks of training on compute capability 9.0: launches, and how work is divided."""
+"""What `chunk_delta_rule_fwd` leaves, on compute capability 9.0: factors, then a walk with them."""
 
 from __future__ import annotations
-
-from itertools import product
 
 import numpy as np
 
@@ -10,6 +8,7 @@ from ...call import Call
 from ..spec import (
     DeviceFacts,
     Launch,
+    Plan,
     TensorBox,
     carve,
     i32,
@@ -17,39 +16,46 @@ from ..spec import (
     slots,
     variant,
 )
-from . import forward
-from .forward import (
+from ..tokens.l2norm import normalised
+from . import cost
+from .forward import transfer_launch
+from .segments import Part, segment_arrays, transfer_box
+from .tiles import (
     BARRIER,
     BOX,
     CHUNK,
     INVERSE,
-    JOIN,
     JOIN_BARRIERS,
-    LAUNCH,
-    SEGMENTS,
     TILE,
-    Division,
-    Part,
-    blocks,
     box,
-    transfer_box,
+    slices_of,
     transfer_slices,
 )
 
-# Microseconds on an H200, by slices per block: per chunk of a walk, and of a transfer.
-FORWARD = {1: 1.7, 2: 2.55}
-FORWARD_TRANSFER = {1: 1.38, 2: 1.9}
-BACKWARD = {1: 1.5, 2: 1.85}
-BACKWARD_TRANSFER = {1: 0.98, 2: 1.4}
-BANDWIDTH = 3.65e6  # bytes per microsecond
-# Chunks that are loaded ahead, by slices per block.
-FORWARD_STAGES = {1: 3, 2: 2}
-BACKWARD_STAGES = {1: 3, 2: 3}
+# Chunks that are loaded ahead, by tiles of value channels per block.
+STAGES = {1: 3, 2: 2}
 
 
-def available(call: Call, facts: DeviceFacts) -> bool:
-    """Whether all of training runs on the kernels for compute capability 9.0."""
-    return forward.available(call, facts) and call.gate is None
+def plan_training(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_fwd`, which leaves what the gradients read."""
+    choice = cost.choose_training(call, facts)
+    outputs = {
+        "o": (call.value_shape, call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
+    }
+    launches, workspace = normalised(call, "q", "k")
+    # Without a gate P is the same for all value heads of a key head: it is kept once.
+    workspace["core"] = ((*call.token_shape, CHUNK), call.dtype)
+    workspace["p"] = ((call.B, call.T, call.H, CHUNK), call.dtype)
+    workspace["states"] = (call.states_shape(CHUNK), call.dtype)
+    workspace["corrections"] = (call.value_shape, call.dtype)
+    launches.append(wy_factors_hopper_launch(call))
+    if choice.segments > 1:
+        workspace |= segment_arrays(call, choice.segments - 1)
+        part = Part(choice.segments, walked=choice.segments)
+        launches.append(transfer_launch(call, choice.transfer_tiles, part))
+    launches.append(forward_residuals_hopper_launch(call, choice))
+    return Plan(tuple(launches), outputs, workspace)
 
 
 def factors_shared(K: int) -> int:
@@ -60,7 +66,7 @@ def factors_shared(K: int) -> int:
     return carve((area, 1), (2 * CHUNK, 4), (1, BARRIER))
 
 
-def factors_launch(call: Call) -> Launch:
+def wy_factors_hopper_launch(call: Call) -> Launch:
     """The core of every value head and P of every key head, all chunks at once."""
     p = call
     keys = (p.B, p.T, p.H, p.K)
@@ -87,55 +93,18 @@ def factors_launch(call: Call) -> Launch:
     )
 
 
-def division(
-    call: Call, facts: DeviceFacts, walk: dict, transfer: dict, written_rows: int
-) -> Division:
-    """Return the division of a walk that takes the least time by the constants above."""
-    p = call
-    chunks = max(1, -(-p.B * p.T // (CHUNK * max(1, p.N))))
-    pairs = p.N * p.HV
-    widths = (1,) if p.V <= BOX else (2, 1)
-    # What a walk moves per chunk and value head: keys, rows of values and factors, a state.
-    rows = 2 * p.K / p.groups + (1 + written_rows) * p.V + 2 * CHUNK
-    traffic = pairs * chunks * (CHUNK * rows + p.K * p.V) * p.dtype.itemsize / BANDWIDTH
-
-    def rounds(count: int) -> int:
-        return -(-count // facts.sm_count)
-
-    def cost(d: Division) -> float:
-        length = -(-chunks // d.segments)
-        count = pairs * d.segments * blocks(p.V, d.math)
-        time = max(traffic, rounds(count) * length * walk[d.math])
-        if d.segments > 1:
-            cut = pairs * (d.segments - 1)
-            count = cut * transfer_slices(p, d.transfer_math)
-            time += rounds(count) * length * transfer[d.transfer_math]
-            time += LAUNCH + JOIN * (d.segments - 1)
-        return time
-
-    return min((Division(*choice) for choice in product(widths, SEGMENTS, widths)), key=cost)
-
-
-def forward_division(call: Call, facts: DeviceFacts) -> Division:
-    return division(call, facts, FORWARD, FORWARD_TRANSFER, written_rows=2)
-
-
-def backward_division(call: Call, facts: DeviceFacts) -> Division:
-    return division(call, facts, BACKWARD, BACKWARD_TRANSFER, written_rows=1)
-
-
-def walk_shared(K: int, math: int, stages: int, output: bool, joins: bool) -> int:
+def given_walk_shared(K: int, value_tiles: int, stages: int, output: bool, joins: bool) -> int:
     """Return the bytes of shared memory of either walk, as sm90/training/walk.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
-    keys, square, rows = stages * boxes, stages, stages * math
-    tiles = [keys, keys, square, square, rows, math * boxes] + [math] * output
+    keys, square, rows = stages * boxes, stages, stages * value_tiles
+    tiles = [keys, keys, square, square, rows, value_tiles * boxes] + [value_tiles] * output
     barriers = [(n, BARRIER) for n in (stages, stages, 1, joins * JOIN_BARRIERS)]
     start = carve(*((n * count, size) for n in tiles), align=1024)
     return carve((stages * CHUNK, 4), *barriers, start=start)
 
 
-def walk_launch(
+def given_walk_launch(
     call: Call,
     file: str,
     entry: str,
@@ -143,7 +112,7 @@ def walk_launch(
     results: tuple,
     arguments: tuple,
     *,
-    math: int,
+    tiles: int,
     stages: int,
     segments: int,
     transfer: bool = False,
@@ -155,7 +124,7 @@ def walk_launch(
     p = call
     walked = segments - 1 if transfer else segments
     joins = segments > 1 and not transfer
-    slices = transfer_slices(p, math) if transfer else blocks(p.V, math)
+    slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     maps = (
         box(normal(p, "q"), keys),
@@ -175,7 +144,7 @@ def walk_launch(
         STATE_VK=int(p.state_layout == "vk"),
         JOINS=int(joins),
         TRANSFER=int(transfer),
-        MATH=math,
+        MATH=tiles,
         CHUNK_STAGES=stages,
     )
     sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV), i32(segments))
@@ -184,50 +153,23 @@ def walk_launch(
         entry,
         defines,
         p.N * walked * p.HV * slices,
-        384 if math == 2 else 160,
-        walk_shared(p.K, math, stages, len(results) > 2, joins),
+        384 if tiles == 2 else 160,
+        given_walk_shared(p.K, tiles, stages, len(results) > 2, joins),
         (*maps, "beta", *arguments, *sizes),
         arch="sm_90a",
     )
 
 
-def forward_launches(call: Call, d: Division) -> list[Launch]:
+def forward_residuals_hopper_launch(call: Call, choice: cost.Choice) -> Launch:
     """The walk that leaves o, final_state and what the gradients read, after core and P."""
-    walk = walk_launch(
+    return given_walk_launch(
         call,
         "sm90/training.cu",
         "forward_residuals_hopper",
         "v",
         ("states", "o", "corrections"),
         ("initial_state", "cu_seqlens", "o", "final_state", "corrections"),
-        math=d.math,
-        stages=FORWARD_STAGES[d.math],
-        segments=d.segments,
+        tiles=choice.value_tiles,
+        stages=STAGES[choice.value_tiles],
+        segments=choice.segments,
     )
-    if d.segments == 1:
-        return [walk]
-    walked = Part(d.segments, walked=d.segments)
-    return [forward.transfer_launch(call, d.transfer_math, walked), walk]
-
-
-def backward_launches(call: Call, d: Division, has_dfinal: bool) -> list[Launch]:
-    """The reverse walk: the gradient of the state leaving each chunk, and G."""
-
-    def walk(start: str | None, end: str | None, math: int, transfer: bool = False) -> Launch:
-        return walk_launch(
-            call,
-            "sm90/backward_state.cu",
-            "backward_state_hopper",
-            "do",
-            ("dstates", "g_rows"),
-            (start, "cu_seqlens", "g_rows", end),
-            math=math,
-            stages=BACKWARD_STAGES[math],
-            segments=d.segments,
-            transfer=transfer,
-        )
-
-    last = walk("dfinal_state" if has_dfinal else None, "dinitial_state", d.math)
-    if d.segments == 1:
-        return [last]
-    return [walk(None, None, d.transfer_math, transfer=True), last]

@@ -6,7 +6,7 @@ import pytest
 from emulator import EmulatorDevice, Run
 from helpers import make_inputs
 
-from cupy_delta.cuda.plan import plan_backward, plan_forward
+from cupy_delta.cuda.plan import plan
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.problem import operator_problem
@@ -28,9 +28,9 @@ def gradients(args, kw, do, dfinal, chunk=None, run=None, l2norm=False, **facts)
     """Return the gradients by name, from the forward's residuals, all by the kernels."""
     problem = problem_of(args, kw, chunk, l2norm)
     device = EmulatorDevice(run or Run(), **facts)
-    saved = execute(plan_forward(problem, device.facts, True), vars(problem), device)
-    plan = plan_backward(problem, device.facts, dfinal is not None)
-    results = execute(plan, {"do": do, "dfinal_state": dfinal}, device, ready=saved)
+    saved = execute(plan("training", problem, device.facts), vars(problem), device)
+    backward = plan("backward", problem, device.facts)
+    results = execute(backward, {"do": do, "dfinal_state": dfinal}, device, ready=saved)
     return {name: np.array(results[name], np.float64) for name in NAMES}
 
 
@@ -199,9 +199,10 @@ def test_plain_products_are_the_gradients_without_rounding():
 @pytest.mark.parametrize("V", [1, 64, 128, 256])
 def test_default_chunk_fits_the_smallest_shared_memory(dtype, K, V):
     facts = DeviceFacts(sm_count=84, shared_bytes=99 * 1024)
-    plan = plan_backward(problem_of(*make_inputs(64, K=K, V=V, dtype=dtype)), facts, True)
-    assert [launch.entry for launch in plan.launches] == ["backward_state", "backward_chunk"]
-    assert all(launch.shared <= facts.shared_bytes for launch in plan.launches)
+    problem = problem_of(*make_inputs(64, K=K, V=V, dtype=dtype))
+    launches = plan("backward", problem, facts).launches
+    assert [launch.entry for launch in launches] == ["backward_state", "backward_chunk"]
+    assert all(launch.shared <= facts.shared_bytes for launch in launches)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])

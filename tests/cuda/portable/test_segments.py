@@ -8,7 +8,8 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda.portable import forward
+from cupy_delta.cuda import plan as plans
+from cupy_delta.cuda.portable import choice
 from cupy_delta.cuda.spec import DeviceFacts
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -20,10 +21,8 @@ UNEVEN = [0, 0, 3, 500, 501, 901]
 @pytest.fixture
 def short_segments(monkeypatch):
     """Cut sequences that are short enough for the emulator."""
-    from cupy_delta.cuda import plan
-
-    monkeypatch.setattr(forward, "SEGMENT_CHUNKS", 1)
-    monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
+    monkeypatch.setattr(choice, "SEGMENT_CHUNKS", 1)
+    monkeypatch.setattr(plans, "plan", plans.made)
 
 
 def assert_cut(emulated):

@@ -11,9 +11,8 @@ import pytest
 
 import cupy_delta.cuda
 from cupy_delta.cuda import variants
-from cupy_delta.cuda.plan import Plan
 from cupy_delta.cuda.runtime.execute import execute
-from cupy_delta.cuda.spec import DeviceFacts, Launch
+from cupy_delta.cuda.spec import DeviceFacts, Launch, Plan
 
 SECONDS = 10
 

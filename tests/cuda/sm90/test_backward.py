@@ -8,9 +8,8 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda import plan
-from cupy_delta.cuda.sm90 import training
-from cupy_delta.cuda.sm90.forward import Division
+from cupy_delta.cuda import plan as plans
+from cupy_delta.cuda.sm90 import cost
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
@@ -25,11 +24,10 @@ def divided(monkeypatch, emulated):
     """Return a function that fixes the slices per block and the segments, on a Hopper device."""
 
     def use(math, segments=1, run=None):
-        fixed = Division(math, segments, math)
-        for name in ("forward_division", "backward_division"):
-            monkeypatch.setattr(training, name, lambda *args: fixed)
-        for name in ("plan_forward", "plan_backward"):
-            monkeypatch.setattr(plan, name, plan.planned(getattr(plan, name).__wrapped__))
+        fixed = cost.Choice(math, segments, math)
+        for name in ("choose_training", "choose_backward"):
+            monkeypatch.setattr(cost, name, lambda *args: fixed)
+        monkeypatch.setattr(plans, "plan", plans.made)
         emulated(run, **HOPPER)
 
     use.emulated = emulated

@@ -10,11 +10,10 @@ from helpers import make_inputs, unit
 from rounded import error, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda.plan import Plan
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.sm90 import backward
-from cupy_delta.cuda.sm90.forward import CHUNK
-from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.cuda.sm90.tiles import CHUNK
+from cupy_delta.cuda.spec import DeviceFacts, Plan
 from cupy_delta.cuda.variants import launches_of
 from cupy_delta.problem import Problem
 
@@ -60,7 +59,7 @@ def make_case(
 def computed(p, arrays, *, leg="source", blocks=2, run=None):
     """Run the kernel on `blocks` multiprocessors; what it does not write has all bits set."""
     device = EmulatorDevice(run or Run(), leg=leg, **(HOPPER | dict(sm_count=blocks)))
-    launch = backward.backward_chunk_launch(p, device.facts)
+    launch = backward.backward_chunk_hopper_launch(p, device.facts)
     rows = {"dq": (p.H, p.K), "dk": (p.H, p.K), "dv": (p.HV, p.V), "dbeta": (p.HV,)}
     outputs = {
         name: ((p.B, p.T, *shape), np.dtype(np.float32) if name == "dbeta" else p.dtype)

@@ -9,10 +9,10 @@ from emulator import HOPPER, EmulatorDevice, Run, copy_in
 from helpers import make_inputs
 from rounded import error
 
-from cupy_delta.cuda.plan import Plan
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.sm90 import training
-from cupy_delta.cuda.sm90.forward import CHUNK
+from cupy_delta.cuda.sm90.tiles import CHUNK
+from cupy_delta.cuda.spec import Plan
 from cupy_delta.problem import Problem
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -48,7 +48,7 @@ def computed(p, arrays, *, leg="source", run=None):
     outputs = {name: ((p.B, p.T, n, CHUNK), p.dtype) for name, n in heads.items()}
     given = {name: copy_in(x, name) for name, x in arrays.items()}
     given["cu_seqlens"] = None if p.cu_seqlens is None else copy_in(p.cu_seqlens, "cu_seqlens")
-    results = execute(Plan((training.factors_launch(p),), outputs), given, device)
+    results = execute(Plan((training.wy_factors_hopper_launch(p),), outputs), given, device)
     return np.array(results["core"]), np.array(results["p"])
 
 

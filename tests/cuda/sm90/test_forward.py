@@ -8,8 +8,10 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
-from cupy_delta.cuda import plan
-from cupy_delta.cuda.sm90 import forward
+from cupy_delta.cuda import plan as plans
+from cupy_delta.cuda.sm90 import cost
+from cupy_delta.cuda.sm90.segments import Part
+from cupy_delta.cuda.sm90.tiles import CHUNK
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
@@ -28,13 +30,13 @@ def divided(monkeypatch, emulated):
     """
 
     def use(math, segments=1, first=None, last=None, run=None, transfer=None):
-        fixed = forward.Division(math, segments, transfer or math)
+        fixed = cost.Choice(math, segments, transfer or math)
         if first is not None:
-            fixed = fixed._replace(first_math=math, first_percent=first)
+            fixed = fixed._replace(concurrent=math, first_percent=first)
         if last is not None:
-            fixed = fixed._replace(kept=True, last_percent=last)
-        monkeypatch.setattr(forward, "division", lambda *args: fixed)
-        monkeypatch.setattr(plan, "plan_forward", plan.planned(plan.plan_forward.__wrapped__))
+            fixed = fixed._replace(reuse_t=True, last_percent=last)
+        monkeypatch.setattr(cost, "choose_forward", lambda *args: fixed)
+        monkeypatch.setattr(plans, "plan", plans.made)
         emulated(run, **HOPPER)
 
     use.emulated = emulated
@@ -48,7 +50,7 @@ def launched(facts, **call):
 
 def part(launch):
     """The segments that a launch walks."""
-    return forward.Part(*(int(x) for x in launch.arguments[-len(forward.Part._fields) :]))
+    return Part(*(int(x) for x in launch.arguments[-len(Part._fields) :]))
 
 
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
@@ -88,7 +90,7 @@ def test_division_fills_the_multiprocessors(B, T, H, math, segments):
 def test_the_first_segment_is_walked_beside_the_transfers_of_others():
     """In pairs of blocks like theirs, and both end before the walk that reads what they leave."""
     first, transfers, rest = launched(H200, dtype="bfloat16", T=32768, H=8)
-    assert (first.beside, transfers.beside, rest.beside) == (True, False, False)
+    assert (first.concurrent, transfers.concurrent, rest.concurrent) == (True, False, False)
     assert dict(first.defines)["PLACED"] == dict(transfers.defines)["CLUSTER"] == 2
     walked = [(part(x).first, part(x).walked) for x in (first, transfers, rest)]
     assert walked == [(0, 1), (1, 7), (1, 8)]
@@ -128,7 +130,7 @@ def check(divided, args, kw):
         assert "forward" not in entries
     wide_args, wide_kw = wide(args, kw)
     exact = definition(*wide_args, **wide_kw)
-    plain = rounded_products(args, kw, forward.CHUNK)
+    plain = rounded_products(args, kw, CHUNK)
     for x, y, other in zip(result, exact, plain, strict=True):
         assert x.shape == y.shape
         assert error(x, y) < twice(other, y)

@@ -1,11 +1,11 @@
-"""The launch of a decoding step: how the threads of `tokens/decode.cu` share a state."""
+"""A decoding step, and how threads share a state: `tokens/decode.cu`."""
 
 from __future__ import annotations
 
 import math
 
 from ...call import Call
-from ..spec import C_TYPES, Launch, i32
+from ..spec import C_TYPES, DeviceFacts, Launch, Plan, i32
 
 # The fastest of those measured (docs/performance.md). Bytes of a thread's part of a state in the
 # type of its sums, and for (K, V) by bytes per element of the state.
@@ -16,6 +16,12 @@ PIECE_BYTES, KV_PIECE_BYTES = 64, {2: 128, 4: 256}
 THREADS = 128
 VECTOR_BYTES = 16
 WARP, MOST_WARPS = 32, 16
+
+
+def plan_step(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `delta_rule_step`."""
+    outputs = {"o": (call.value_shape, call.dtype)}
+    return Plan((decode_launch(call),), outputs, sums=call.compute_dtype)
 
 
 def power_of_two(least: int) -> int:
@@ -60,7 +66,7 @@ def step_tile(call: Call) -> dict:
     )
 
 
-def step_launch(call: Call) -> Launch:
+def decode_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
     real = call.compute_dtype
     tile = step_tile(call)

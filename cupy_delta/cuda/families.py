@@ -1,0 +1,195 @@
+"""Families of kernels: which computes what, and what none does.
+
+The only place that asks for an architecture, and the only table of what is refused: errors and
+`support` are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..arrays import FLOAT_DTYPES
+from ..call import Call
+from . import sm90
+from .portable import backward, forward, pieces
+from .spec import DeviceFacts, Plan
+from .tokens import decode, recurrent
+
+MAX_HEAD = 256
+CHUNKS = (16, 32, 64)
+
+
+class Family(NamedTuple):
+    """Kernels that are planned together: for which calls, and a plan for each operation."""
+
+    name: str
+    supports: Callable[[str, Call, DeviceFacts], bool]
+    plans: Mapping[str, Callable[[Call, DeviceFacts], Plan]]
+
+
+def _always(operation: str, call: Call, facts: DeviceFacts) -> bool:
+    return True
+
+
+# The first one that supports a call computes it.
+FAMILIES = (
+    Family(
+        "sm90",
+        sm90.tiles.supports,
+        {
+            "forward": sm90.forward.plan_forward,
+            "training": sm90.training.plan_training,
+            "backward": sm90.backward.plan_backward,
+        },
+    ),
+    Family(
+        "portable",
+        _always,
+        {
+            "forward": forward.plan_forward,
+            "training": forward.plan_training,
+            "backward": backward.plan_backward,
+            "wy_factors": pieces.plan_wy_factors,
+            "state_pass": pieces.plan_state_pass,
+            "chunk_output": pieces.plan_chunk_output,
+            "transfer": pieces.plan_transfer,
+        },
+    ),
+    Family(
+        "tokens",
+        _always,
+        {"recurrent": recurrent.plan_recurrent, "step": decode.plan_step},
+    ),
+)
+TOKENS = ("recurrent", "step")
+CHUNKED = tuple(FAMILIES[1].plans)
+
+
+class Limit(NamedTuple):
+    """What no family does: for which operations, when, and an error that says what would work."""
+
+    operations: tuple[str, ...]
+    refuses: Callable[[Call], bool]
+    message: str  # may name sizes and options, as {call.K}
+
+
+LIMITS = (
+    Limit(
+        (*CHUNKED, *TOKENS),
+        lambda call: call.T >= 2**31,
+        "T = {call.T}: CuPy arrays support fewer than 2**31 tokens along T",
+    ),
+    Limit(
+        (*CHUNKED, *TOKENS),
+        lambda call: call.K > MAX_HEAD,
+        f"K = {{call.K}}: CuPy arrays support head sizes up to {MAX_HEAD}; NumPy arrays any",
+    ),
+    Limit(
+        (*CHUNKED, *TOKENS),
+        lambda call: call.V > MAX_HEAD,
+        f"V = {{call.V}}: CuPy arrays support head sizes up to {MAX_HEAD}; NumPy arrays any",
+    ),
+    Limit(
+        (*CHUNKED, *TOKENS),
+        lambda call: call.gate == "channel",
+        "g: a gate per key channel, (B, T, HV, K), is not supported on CuPy arrays;"
+        " a scalar gate (B, T, HV) is, and NumPy arrays support both",
+    ),
+    Limit(
+        CHUNKED,
+        lambda call: call.dtype.name == "float64",
+        "float64: the chunked operators on CuPy arrays take float32, float16 and bfloat16;"
+        " recurrent_delta_rule and delta_rule_step take float64",
+    ),
+    Limit(
+        CHUNKED,
+        lambda call: call.chunk_size not in (None, *CHUNKS),
+        "chunk_size = {call.chunk_size}: CuPy arrays support 16, 32 and 64, or None",
+    ),
+    Limit(
+        ("backward",),
+        lambda call: call.gate is not None,
+        "g: gradients through a gate are not supported on CuPy arrays; NumPy arrays support"
+        " them, and chunk_delta_rule runs the gate forward",
+    ),
+)
+
+
+def refusal(operation: str, call: Call) -> str | None:
+    """Return why no family computes an operation for a call, or None if one does."""
+    for limit in LIMITS:
+        if operation in limit.operations and limit.refuses(call):
+            return limit.message.format(call=call)
+    return None
+
+
+def family_for(operation: str, call: Call, facts: DeviceFacts) -> Family:
+    """Return the family that computes an operation for a call; raise `NotImplementedError`."""
+    if message := refusal(operation, call):
+        raise NotImplementedError(message)
+    return next(
+        family
+        for family in FAMILIES
+        if operation in family.plans and family.supports(operation, call, facts)
+    )
+
+
+# ---- the table, for documents --------------------------------------------------------------------
+
+# What is asked for beside a call of 16-bit arrays, and what the operators' own checks keep it from.
+OPTIONS: dict[str, dict] = {
+    "float16, bfloat16": dict(),
+    "float32": dict(dtype=FLOAT_DTYPES["float32"]),
+    "float64": dict(dtype=FLOAT_DTYPES["float64"]),
+    "g of (B, T, HV)": dict(gate="scalar"),
+    "g of (B, T, HV, K)": dict(gate="channel"),
+    "beta of (B, T, HV, V)": dict(beta_per_value=True),
+    "cu_seqlens": dict(varlen=True),
+    "qk_l2norm": dict(qk_l2norm=True),
+    'state_layout="vk"': dict(state_layout="vk"),
+    "chunk_size of 16 or 32": dict(chunk_size=16),
+    "chunk_size of 64": dict(chunk_size=64),
+    "another chunk_size": dict(chunk_size=48),
+    "K of 129 to 256": dict(K=256),
+    "K or V above 256": dict(V=512),
+}
+TAKEN_BY = {
+    "beta of (B, T, HV, V)": ("recurrent",),
+    "cu_seqlens": (*CHUNKED, "recurrent"),
+    'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
+    "chunk_size of 16 or 32": CHUNKED,
+    "chunk_size of 64": CHUNKED,
+    "another chunk_size": CHUNKED,
+}
+
+
+class Support(NamedTuple):
+    """One cell of the table: the family that computes it, or why none does."""
+
+    operation: str
+    option: str
+    capability: tuple[int, int]
+    family: str | None
+    refusal: str | None
+
+
+def support(capabilities: tuple[tuple[int, int], ...] = ((8, 0), (9, 0))) -> list[Support]:
+    """Return what computes each operation with each of `OPTIONS`, by asking for it.
+
+    Options that an operator does not have are left out. `capabilities` are those of devices.
+    """
+    plain = Call(dtype=FLOAT_DTYPES["bfloat16"], B=1, T=4096, N=1, H=8, HV=8, K=128, V=128)
+    cells = []
+    for operation in (*CHUNKED, *TOKENS):
+        for option, fields in OPTIONS.items():
+            if operation not in TAKEN_BY.get(option, (operation,)):
+                continue
+            call = replace(plain, **fields)
+            why = refusal(operation, call)
+            for capability in capabilities:
+                facts = DeviceFacts(132, 227 * 1024, capability)
+                name = None if why else family_for(operation, call, facts).name
+                cells.append(Support(operation, option, capability, name, why))
+    return cells

@@ -1,0 +1,124 @@
+"""The building blocks: factors, the state pass, outputs of chunks, and transfers of sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...call import Call
+from ...problem import check_chunk_axis
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    Plan,
+    carve,
+    fits,
+    i32,
+    normal,
+    padded,
+    pitch,
+    running_sum,
+    slots,
+    variant,
+)
+from ..tokens.l2norm import normalised
+from .choice import choose
+from .factors import gate_sums_launch, running_sums, wy_factors_launch
+from .forward import forward_launch
+
+
+def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `wy_factors`."""
+    chunk = choose(call, facts).chunk
+    launches, workspace = normalised(call, "k")
+    launches.append(wy_factors_launch(call, chunk, facts, factors=True))
+    return Plan(tuple(launches), factor_arrays(call, chunk), workspace | running_sums(call))
+
+
+def factor_arrays(call: Call, chunk: int) -> dict:
+    sizes = {"w": call.K, "u": call.V, "t": chunk}
+    return {name: ((*call.token_shape, size), call.dtype) for name, size in sizes.items()}
+
+
+def prepared(call: Call, chunk: int, *names: str) -> tuple[list[Launch], dict]:
+    """Return launches and arrays for what a piece reads beside factors: norms and sums of g."""
+    launches, workspace = normalised(call, *names)
+    if call.gate is not None:
+        launches.append(gate_sums_launch(call, chunk))
+    return launches, workspace | running_sums(call)
+
+
+def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `state_pass`; chunk slots that no chunk uses are zero."""
+    chunk = choose(call, facts).chunk
+    outputs = {
+        "states": (call.states_shape(chunk), call.state_dtype),
+        "v_new": (call.value_shape, call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
+    }
+    launches, workspace = prepared(call, chunk, "k")
+    launches.append(forward_launch(call, chunk, facts, factors=True, states="float", output=None))
+    zeroed = ("states",) if call.varlen else ()
+    return Plan(tuple(launches), outputs, workspace, zeroed=zeroed)
+
+
+def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_output`."""
+    chunk = choose(call, facts).chunk
+    check_chunk_axis(call, chunk)
+    launches, workspace = prepared(call, chunk, "q", "k")
+    launches.append(chunk_output_launch(call, chunk, facts))
+    return Plan(tuple(launches), {"o": (call.value_shape, call.dtype)}, workspace)
+
+
+def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
+    outputs = {
+        "p": ((call.N, call.HV, call.K, call.K), call.state_dtype),
+        "h": ((call.N, call.HV, call.K, call.V), call.state_dtype),
+    }
+    chunk = choose(call, facts).chunk
+    factors = plan_wy_factors(call, facts)
+    options = dict(factors=True, output=None, initial=None)
+    walks = (
+        forward_launch(call, chunk, facts, final="h", **options),
+        forward_launch(call, chunk, facts, final="p", zero_v=True, **options),
+    )
+    return Plan((*factors.launches, *walks), outputs, factors.outputs | factors.workspace)
+
+
+def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
+    """Outputs of all chunks from their states."""
+    size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
+    slice_ = min(V, 64)
+    shared = carve(
+        (chunk * pitch(K, size), size),
+        (chunk * pitch(K, size), size),
+        (chunk * pitch(slice_, size), size),
+        (K * pitch(slice_, size), size),
+        (chunk * pitch(chunk, size), size),
+        *([] if call.gate is None else [(chunk, 8)]),
+    )
+    fits("chunk outputs", chunk, shared, facts)
+    slices = -(-V // slice_)
+    return Launch(
+        "portable/chunk_output.cu",
+        "chunk_output",
+        variant(call, chunk, SLICE=slice_),
+        slots(call, chunk) * call.HV * slices if call.T else 0,
+        128,
+        shared,
+        (
+            normal(call, "q"),
+            normal(call, "k"),
+            "v_new",
+            "states",
+            running_sum(call),
+            "cu_seqlens",
+            "o",
+            np.float32(call.scale),
+            i32(call.N),
+            i32(call.T),
+            i32(call.H),
+            i32(call.HV),
+        ),
+    )

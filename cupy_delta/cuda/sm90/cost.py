@@ -1,0 +1,136 @@
+"""How the walks of compute capability 9.0 are divided: the choice of the least predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+from ...call import Call
+from ..spec import DeviceFacts
+from .tiles import BOX, CHUNK, slices_of, transfer_cluster, transfer_slices
+
+# Microseconds on an H100 of one more launch, of a second stream, and of a walk for every segment
+# that it joins.
+LAUNCH, CONCURRENT, JOIN = 4.0, 3.0, 1.5
+SEGMENTS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
+BANDWIDTH = 3.65e6  # bytes per microsecond
+
+
+class Rates(NamedTuple):
+    """Microseconds per chunk, by tiles of 64 value channels per block.
+
+    Of a walk on all multiprocessors, and of a transfer. Where walks may run beside transfers or be
+    given T by them: of a walk beside transfers, and of one with one tile that is given T.
+    """
+
+    walk: dict[int, float]
+    transfer: dict[int, float]
+    concurrent_walk: dict[int, float] | None = None
+    given_walk: float = 0.0
+
+
+# Measured on an H100; with a gate these are predictions (docs/performance.md).
+FORWARD = Rates({1: 1.66, 2: 2.4}, {1: 1.25, 2: 1.46}, {1: 1.54, 2: 2.4}, 1.27)
+GATED_FORWARD = Rates({1: 1.75, 2: 2.75}, {1: 1.3, 2: 1.55}, {1: 1.65, 2: 2.75}, 1.35)
+# Measured on an H200.
+TRAINING = Rates({1: 1.7, 2: 2.55}, {1: 1.38, 2: 1.9})
+BACKWARD = Rates({1: 1.5, 2: 1.85}, {1: 0.98, 2: 1.4})
+
+
+class Choice(NamedTuple):
+    """How a walk is divided.
+
+    Tiles of 64 value channels per block, segments per sequence, and tiles per block of a transfer.
+    With `concurrent` the first segment, whose state is known, is walked beside the transfers of
+    others, with so many tiles per block, and has `first_percent` of the others' length. With
+    `reuse_t` the walk is given T by the transfers, but for the last segment, which has
+    `last_percent`.
+    """
+
+    value_tiles: int
+    segments: int = 1
+    transfer_tiles: int = 1
+    concurrent: int = 0
+    first_percent: int = 100
+    reuse_t: bool = False
+    last_percent: int = 100
+
+
+def choose_forward(call: Call, facts: DeviceFacts) -> Choice:
+    """Choose for `chunk_delta_rule`."""
+    return cheapest(call, facts, FORWARD if call.gate is None else GATED_FORWARD)
+
+
+def choose_training(call: Call, facts: DeviceFacts) -> Choice:
+    """Choose for the walk that leaves what the gradients read: states, o and corrections."""
+    return cheapest(call, facts, TRAINING, traffic(call, written_rows=2))
+
+
+def choose_backward(call: Call, facts: DeviceFacts) -> Choice:
+    """Choose for the reverse walk, which writes gradients of states and G."""
+    return cheapest(call, facts, BACKWARD, traffic(call, written_rows=1))
+
+
+def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -> Choice:
+    """Return the choice of the least time by some rates; no walk takes less than `least`."""
+    return min(choices(call, rates), key=lambda choice: cost(choice, call, facts, rates, least))
+
+
+def choices(call: Call, rates: Rates) -> Iterator[Choice]:
+    """Yield what there is to choose from."""
+    widths = (1,) if call.V <= BOX else (2, 1)
+    for tiles in widths:
+        yield Choice(tiles)
+        for segments, transfer in product(SEGMENTS[1:], widths):
+            choice = Choice(tiles, segments, transfer)
+            # Walks with two tiles do not wait for their solver: to be given T costs them time.
+            if rates.given_walk and tiles == 1 and transfer_cluster(call, transfer) > 1:
+                percent = round(100 * rates.given_walk / rates.walk[1])
+                choice = choice._replace(reuse_t=True, last_percent=percent)
+            yield choice
+            if rates.concurrent_walk and segments > 2:
+                for first in widths:
+                    percent = round(100 * rates.transfer[transfer] / rates.concurrent_walk[first])
+                    yield choice._replace(concurrent=first, first_percent=percent)
+
+
+def cost(choice: Choice, call: Call, facts: DeviceFacts, rates: Rates, least: float) -> float:
+    """Return the predicted microseconds of a walk and what comes before it."""
+    chunks = chunks_per_sequence(call)
+    pairs = call.N * call.HV
+
+    def rounds(blocks: int) -> int:
+        return -(-blocks // facts.sm_count)
+
+    walked = choice.segments - (choice.concurrent > 0)
+    blocks = pairs * walked * slices_of(call.V, choice.value_tiles)
+    rate = rates.given_walk if choice.reuse_t else rates.walk[choice.value_tiles]
+    if choice.segments == 1:
+        return max(least, rounds(blocks) * chunks * rate)
+    lengths = 100 * (choice.segments - 2) + choice.first_percent + choice.last_percent
+    length = -(-100 * chunks // lengths)
+    time = max(least, rounds(blocks) * length * rate)
+    blocks = pairs * (walked - 1) * transfer_slices(call, choice.transfer_tiles)
+    before = rates.transfer[choice.transfer_tiles] * length
+    if choice.concurrent:
+        others = (choice.segments - 2) * length + choice.last_percent * length // 100
+        first = max(0, chunks - others)
+        before = max(before, rates.concurrent_walk[choice.concurrent] * first)
+        blocks += pairs * slices_of(call.V, choice.concurrent)
+        time += CONCURRENT
+    return time + rounds(blocks) * before + LAUNCH + JOIN * (walked - 1)
+
+
+def traffic(call: Call, written_rows: int) -> float:
+    """Return the microseconds for what a walk with factors given moves.
+
+    Per chunk and value head: keys, rows of values and factors, a state.
+    """
+    rows = 2 * call.K / call.groups + (1 + written_rows) * call.V + 2 * CHUNK
+    size = (CHUNK * rows + call.K * call.V) * call.dtype.itemsize
+    return call.N * call.HV * chunks_per_sequence(call) * size / BANDWIDTH
+
+
+def chunks_per_sequence(call: Call) -> int:
+    return max(1, -(-call.B * call.T // (CHUNK * max(1, call.N))))

@@ -1,0 +1,48 @@
+"""Segments of a sequence that are walked at once, and what transfers leave for joining them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...call import Call
+from ..spec import TensorBox, slots
+from .tiles import BOX, CHUNK
+
+
+class Part(NamedTuple):
+    """The segments of every sequence that one launch walks, as the kernel's last arguments."""
+
+    segments: int = 1
+    first_percent: int = 100
+    last_percent: int = 100
+    first: int = 0
+    walked: int = 1
+
+
+WHOLE = Part()
+
+
+def segment_arrays(call: Call, transferred: int, keeps_t: bool = False) -> dict:
+    """What transfers leave, as sm90/join.cuh has it: H, P and decays; T if it is kept."""
+    keys, values = (-(-size // BOX) * BOX for size in (call.K, call.V))
+    arrays = {
+        "segment_h": ((call.N, transferred, call.HV, values, keys), call.state_dtype),
+        "segment_p": ((call.N * transferred, call.HV, call.K, call.K), call.dtype),
+    }
+    if call.gate is not None:
+        arrays["segment_decays"] = ((call.N * transferred, call.HV), call.state_dtype)
+    if keeps_t:
+        arrays["segment_t"] = ((slots(call, CHUNK), call.HV, CHUNK, CHUNK), call.dtype)
+    return arrays
+
+
+def transfer_box(call: Call, transferred: int) -> TensorBox:
+    """64 rows and columns of P."""
+    shape, _ = segment_arrays(call, transferred)["segment_p"]
+    return TensorBox("segment_p", shape, (1, 1, BOX, BOX))
+
+
+def kept_box(call: Call) -> TensorBox:
+    """T of one chunk and value head."""
+    shape, _ = segment_arrays(call, 0, keeps_t=True)["segment_t"]
+    return TensorBox("segment_t", shape, (1, 1, CHUNK, CHUNK))

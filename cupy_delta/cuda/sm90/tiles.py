@@ -1,0 +1,49 @@
+"""Tiles of the kernels for compute capability 9.0, and the calls that they are for."""
+
+from __future__ import annotations
+
+from ...call import Call
+from ..spec import DeviceFacts, TensorBox
+
+CHUNK = 64
+BOX = 64  # elements of 16 bits in a row of a swizzled tile
+WARP_CHANNELS = 16  # of an output that a warp sends
+TILE = (CHUNK * BOX, 2)
+INVERSE = CHUNK * 36
+BARRIER, JOIN_BARRIERS = 8, 5
+# Blocks of a transfer that solve chunks for each other, where their number allows.
+CLUSTER = 2
+
+
+def supports(operation: str, call: Call, facts: DeviceFacts) -> bool:
+    """Whether these kernels compute an operation that the family has."""
+    return (
+        facts.capability == (9, 0)
+        and call.dtype.itemsize == 2
+        and call.chunk_size in (None, CHUNK)
+        and call.K % 8 == 0
+        and call.V % 8 == 0
+        and call.K <= 128
+        and call.B * call.T > 0
+        and (operation == "forward" or call.gate is None)
+    )
+
+
+def box(name: str, shape: tuple, channels: int = BOX) -> TensorBox:
+    """64 tokens of one head and some of its channels."""
+    return TensorBox(name, tuple(shape), (1, CHUNK, 1, channels))
+
+
+def slices_of(size: int, tiles: int) -> int:
+    """Return how many blocks so many channels take, `tiles` of 64 each."""
+    return -(-size // (BOX * tiles))
+
+
+def transfer_slices(call: Call, tiles: int) -> int:
+    """Return the blocks per segment and head of a transfer: of H, and of P."""
+    return slices_of(call.V, tiles) + slices_of(call.K, tiles)
+
+
+def transfer_cluster(call: Call, tiles: int) -> int:
+    """Return how many blocks of a transfer solve chunks for each other."""
+    return CLUSTER if transfer_slices(call, tiles) % CLUSTER == 0 else 1
