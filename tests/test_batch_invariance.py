@@ -57,6 +57,18 @@ def test_a_sequence_alone_and_end_to_end_with_others(gate):
 
 
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("cut", [64, 128, 320])
+def test_a_sequence_cut_at_a_chunk_and_taken_up(gate, cut):
+    args, kw = make_inputs(400, H=2, G=2, K=16, V=16, gate=gate, dtype=np.float32)
+    whole = cd.chunk_delta_rule(*args, **kw)
+    parts = [[None if x is None else x[:, i] for x in args] for i in np.s_[:cut, cut:]]
+    first = cd.chunk_delta_rule(*parts[0], **kw)
+    rest = cd.chunk_delta_rule(*parts[1], **kw | {"initial_state": first.final_state})
+    assert same(np.concatenate([first.o, rest.o], axis=1), whole.o)
+    assert same(rest.final_state, whole.final_state)
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("D", [16, 128])
