@@ -142,11 +142,6 @@ def normal(call: Call, name: str) -> str:
     return f"{name}_normal" if call.qk_l2norm else name
 
 
-def running_sum(call: Call) -> str | None:
-    """Name of the array of the running sums of g in each chunk; None without a gate."""
-    return None if call.gate is None else "G"
-
-
 def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
     if shared > facts.shared_bytes:
         raise NotImplementedError(

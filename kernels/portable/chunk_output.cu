@@ -1,5 +1,5 @@
 // The outputs of every chunk, all chunks in parallel: with S the state entering the chunk, N its v_new and
-// D_ij = exp(G_i - G_j) for i >= j, G the running sum of g in the chunk (all 1 without a gate),
+// D_ij = e^(G_i - G_j) for i >= j, G the running sum of g in the chunk (all 1 without a gate),
 //
 //   O = scale (e^G Q S + tril(Q K^T . D) N)
 //
@@ -7,6 +7,7 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, SLICE (value channels per block, a multiple of 16).
 // Grid: slots * HV * ceil(padded(HEAD_V) / SLICE) blocks of 128 threads.
 // Shared memory: Q and K tiles, the slice of N and of S, the pairs, G; see cupy_delta/cuda/portable/forward.py.
+#include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -15,7 +16,7 @@ constexpr int THREADS = 128, KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLI
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    chunk_output(const DTYPE* q, const DTYPE* k, const DTYPE* v_new, const float* states, const double* running_sum,
+    chunk_output(const DTYPE* q, const DTYPE* k, const DTYPE* v_new, const float* states, const float* g,
                  const int64_t* cu_seqlens, DTYPE* o, float scale, int N, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, h = hv / (HV / H);
@@ -30,10 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   DTYPE* tile_n = smem.take<DTYPE>(CHUNK * V_PITCH, "v_new");
   DTYPE* state = smem.take<DTYPE>(KP * V_PITCH, "state");
   DTYPE* pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "pairs");
-#if HAS_GATE
-  double* G = smem.take<double>(CHUNK, "G");
-  load_column<CHUNK, THREADS>(G, running_sum + chunk.first * HV + hv, HV, chunk.tokens, thread);
-#endif
+  const Decay decay = Decay::take(smem);
+  if (warp == 0) decay.sum(g + chunk.first * HV + hv, HV, chunk.tokens, lane);
 
   const int64_t key = (chunk.first * H + h) * HEAD_K, value = (chunk.first * HV + hv) * HEAD_V + first;
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K, thread);
@@ -62,10 +61,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < 4; i++) {
         int row = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
         const bool inside = column <= row && row < chunk.tokens;
-#if HAS_GATE
-        if (inside) d[j][i] *= expf((float)(G[row] - G[column]));
-#endif
-        pairs[row * C_PITCH + column] = narrow<DTYPE>(inside ? d[j][i] : 0.0f);
+        const float factor = decay.pair(max(row, column), min(row, column));
+        pairs[row * C_PITCH + column] = narrow<DTYPE>(inside ? d[j][i] * factor : 0.0f);
       }
   }
   __syncthreads();
@@ -75,12 +72,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float d[2][4];
     clear(d);
     multiply_tiles<DTYPE, 2, KP, true>(d, tile_q + r * K_PITCH, K_PITCH, state + c, V_PITCH, lane);
-#if HAS_GATE
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) d[j][i] *= expf((float)G[r + sum_row(lane, i)]);
-#endif
+      for (int i = 0; i < 4; i++) d[j][i] *= decay.read(r + sum_row(lane, i));
     multiply_tiles<DTYPE, 2, CHUNK, true>(d, pairs + r * C_PITCH, C_PITCH, tile_n + c, V_PITCH, lane);
 #pragma unroll
     for (int j = 0; j < 2; j++)

@@ -1,22 +1,22 @@
 // The factors of every chunk, all chunks in parallel. With K, Q, V the rows of a chunk, b = beta and
-// D_ij = exp(G_i - G_j) for i >= j, G the running sum of g in the chunk (1 without a gate):
+// D_ij = e^(G_i - G_j) for i >= j, G the running sum of g in the chunk (1 without a gate, tiles/decay.cuh):
 //
 //   M = tril(K K^T . D, -1),   X = (I + diag(b) M)^-1
-//   WRITE_CORE:  core = -M X,  p = tril(Q K^T . D),  running_sum = G     what forward.cu and the gradients read
-//   WRITE_WU:  t = T = X diag(b),  w = T (e^G K),  u = T V,  running_sum   the public WY factors
+//   WRITE_CORE:  core = -M X,  p = tril(Q K^T . D)     what forward.cu and the gradients read
+//   WRITE_WU:  t = T = X diag(b),  w = T (e^G K),  u = T V     the public WY factors
+//   decays = (e^G, e^(G_C - G))     with a gate, for walks
 //
 // X = I + diag(b) core, so T R = b (R + core (b R)): the core serves where T would, without dividing by b.
 //
-// Numbers: G in double, since small differences of large sums count; g below -1000 counts as -1000, whose exponential
-// is 0 like that of anything below, -inf included. Products of DTYPE operands with float sums (float: 3xTF32); the
-// inverse and the core in 3xTF32, see tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
+// Numbers: products of DTYPE operands with float sums (float: 3xTF32); the inverse and the core in 3xTF32, see
+// tiles/triangular_inverse.cuh; outputs rounded to DTYPE once.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WRITE_CORE or WRITE_WU.
 // Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
-// Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, A, X, half a
-// scratch and Q K^T (WRITE_CORE); beta and G; see cupy_delta/cuda/portable/factors.py.
+// Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, M, X, half a
+// scratch and Q K^T (WRITE_CORE); beta and, with a gate, G; see cupy_delta/cuda/portable/factors.py.
+#include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
-#include "tiles/gate.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/triangular_inverse.cuh"
@@ -66,8 +66,8 @@ PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE*
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wy_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
-               const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, double* running_sum, DTYPE* t, DTYPE* w, DTYPE* u,
-               int N, int T, int H, int HV) {
+               const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, float2* decays, DTYPE* t, DTYPE* w, DTYPE* u, int N,
+               int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int h = blockIdx.x % H, groups = HV / H;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, blockIdx.x / H, N, T);
@@ -83,11 +83,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   DTYPE* tile_t = smem.take<DTYPE>(CHUNK * C_PITCH, "t");
 #endif
   float* kk = smem.take<float>(CHUNK * A_PITCH, "kk");
-  float* a = smem.take<float>(CHUNK * A_PITCH, "a");
+  float* m = smem.take<float>(CHUNK * A_PITCH, "m");
   float* inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
   float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
   float* b = smem.take<float>(CHUNK, "beta");
-  double* G = smem.take<double>(CHUNK, "G");
+  const Decay decay = Decay::take(smem);
 
   const int64_t key_row = chunk.first * H + h;
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
@@ -107,10 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int group = 0; group < groups; group++) {
     const int64_t row = chunk.first * HV + h * groups + group;  // of (token, value head)
     load_column<CHUNK, THREADS>(b, beta + row, HV, chunk.tokens, thread);
-#if HAS_GATE
-    for (int i = thread; i < CHUNK; i += THREADS)
-      G[i] = i < chunk.tokens ? no_less_than_lowest(g[row + (int64_t)i * HV]) : 0.0f;
-#endif
+    if (warp == 0) decay.sum(g + row, HV, chunk.tokens, lane);
 #if WRITE_WU
     load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V,
                                                  thread);
@@ -118,44 +115,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-#if HAS_GATE
-    if (thread == 0) {
-      for (int i = 1; i < CHUNK; i++) G[i] += G[i - 1];
-    }
-    __syncthreads();
-    if (thread < chunk.tokens) running_sum[row + (int64_t)thread * HV] = G[thread];
-#endif
+    decay.store<THREADS>(decays + row, HV, chunk.tokens, thread);
     for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-      int r = i / CHUNK, c = i % CHUNK;
-      if (c > r) continue;
-#if HAS_GATE
-      float decay = expf((float)(G[r] - G[c]));
-#else
-      float decay = 1.0f;
+      const int r = i / CHUNK, c = i % CHUNK, at = r * A_PITCH + c;
+      const float factor = decay.pair(max(r, c), min(r, c));
+      m[at] = c < r ? kk[at] * factor : 0.0f;
+#if WRITE_CORE
+      if (r < chunk.tokens) p[(row + (int64_t)r * HV) * CHUNK + c] = narrow<DTYPE>(c <= r ? qk[at] * factor : 0.0f);
 #endif
-      a[r * A_PITCH + c] = b[r] * kk[r * A_PITCH + c] * decay;
     }
     __syncthreads();
-    invert_unit_lower<CHUNK, THREADS>(inverse, a, scratch, thread);
+    invert_unit_lower<CHUNK, THREADS>(inverse, m, b, scratch, thread);
 
 #if WRITE_CORE
-    // M takes the place of A.
-    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-      int r = i / CHUNK, c = i % CHUNK;
-      float decay = 1.0f;
-#if HAS_GATE
-      if (c <= r) decay = expf((float)(G[r] - G[c]));
-#endif
-      a[r * A_PITCH + c] = c < r ? kk[r * A_PITCH + c] * decay : 0.0f;
-      if (r < chunk.tokens)
-        p[(row + (int64_t)r * HV) * CHUNK + c] = narrow<DTYPE>(c <= r ? qk[r * A_PITCH + c] * decay : 0.0f);
-    }
-    __syncthreads();
     for (int tile = warp; tile < CHUNK / 16 * (CHUNK / 16); tile += THREADS / 32) {
       int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
       float d[2][4];
       clear(d);
-      if (c <= r) multiply_tiles<float, 2, CHUNK, true>(d, a + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
+      if (c <= r) multiply_tiles<float, 2, CHUNK, true>(d, m + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -177,17 +154,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
     const int64_t stride = HV;
     write_product<HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp, lane);
-#if HAS_GATE
-    // The decays of K go to T, which every value head has of its own.
-    __syncthreads();
-    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-      int r = i / CHUNK, c = i % CHUNK;
-      bool inside = c <= r && r < chunk.tokens;
-      float decayed = inside ? inverse[r * A_PITCH + c] * b[c] * expf((float)G[c]) : 0.0f;
-      tile_t[r * C_PITCH + c] = narrow<DTYPE>(decayed);
+    if constexpr (Decay::GATED) {
+      // The decays of K go to T, which every value head has of its own.
+      __syncthreads();
+      for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+        int r = i / CHUNK, c = i % CHUNK;
+        bool inside = c <= r && r < chunk.tokens;
+        float decayed = inside ? inverse[r * A_PITCH + c] * b[c] * decay.read(c) : 0.0f;
+        tile_t[r * C_PITCH + c] = narrow<DTYPE>(decayed);
+      }
+      __syncthreads();
     }
-    __syncthreads();
-#endif
     write_product<HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp, lane);
     __syncthreads();
 #endif

@@ -1,5 +1,5 @@
 // The walk over the chunks of a sequence: state pass and, fused with it, the output. Per chunk, with S the state,
-// core and P from factors.cu, G the running sum of g (all decays 1 without a gate), tokens as rows:
+// core, P and decays from factors.cu, G the running sum of g (all decays 1 without a gate), tokens as rows:
 //
 //   R = V - e^G K S       N^ = R + core (b R)       N = b N^       O = scale (e^G Q S + P N)
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
@@ -18,7 +18,8 @@
 // entering each chunk, in STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and
 // states (K, V)), WARPS, ROW_TILES (16-row tiles of value channels per warp). Grid: N * segments walked * HV * slices
 // blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
-// and V tiles, core, P, beta and G of a chunk; see cupy_delta/cuda/portable/forward.py.
+// and V tiles, core, P, beta and decays of a chunk; see cupy_delta/cuda/portable/forward.py.
+#include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -30,7 +31,8 @@ typedef Mma<DTYPE> Product;
 constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
 // Blocks per multiprocessor: all registers for two tiles, where shared memory holds no second block, and where the
 // compiler would rather spill; else as it sees fit.
-constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && (sizeof(DTYPE) == 2 || FROM_FACTORS)) ? 1 : 0;
+constexpr bool SPILLS = sizeof(DTYPE) == 4 && (HEAD_K <= 64 || (KSM >= 1200 && FROM_FACTORS));
+constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && sizeof(DTYPE) == 2) || SPILLS ? 1 : 0;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
@@ -39,7 +41,7 @@ constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;  // of each sequence'
 struct Stage {
   DTYPE *k, *q_or_w, *v, *core, *p;
   float* beta;
-  double* G;
+  DecayFactors decays;
 };
 
 PRIM Stage take_stage(DynSmem& smem) {
@@ -56,9 +58,7 @@ PRIM Stage take_stage(DynSmem& smem) {
 #endif
   s.beta = smem.take<float>(CHUNK, "beta");
 #endif
-#if HAS_GATE
-  s.G = smem.take<double>(CHUNK, "G");
-#endif
+  s.decays = DecayFactors::take(smem);
   return s;
 }
 
@@ -133,7 +133,7 @@ PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
 struct Inputs {
   const DTYPE *q_or_w, *k, *v, *core, *p;
   const float* beta;
-  const double* G;
+  const float2* decays;
 };
 
 PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
@@ -154,9 +154,7 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
                                                  thread);
   load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
 #endif
-#if HAS_GATE
-  load_column<CHUNK, THREADS>(s.G, in.G + value, HV, tokens, thread);
-#endif
+  s.decays.load<THREADS>(in.decays + value, HV, tokens, thread);
 #if !ZERO_V
   load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
                                                   tokens, width, thread);
@@ -165,7 +163,7 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
-            const double* G, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
+            const float2* decays, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
             STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
@@ -174,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Sequence sequence = find_segment<CHUNK>(cu_seqlens, n, Cut{SEGMENTS}, segment, T);
   const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
   const int64_t entering_at = ((int64_t)part * HV + hv) * HEAD_K * HEAD_V;
-  const Inputs inputs = {q_or_w, k, v, core, p, beta, G};
+  const Inputs inputs = {q_or_w, k, v, core, p, beta, decays};
 
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
@@ -251,11 +249,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             N[m][j + half][i] = u[half][i] - r;
 #else
             const int t = sum_column(lane, j + half, i);
-#if HAS_GATE
-            const float decay = expf((float)stage.G[t]);
-            r *= decay;
-            O[m][j + half][i] *= decay;
-#endif
+            r *= stage.decays.read(t);
+            O[m][j + half][i] *= stage.decays.read(t);
             N[m][j + half][i] = u[half][i] - r;
             r = stage.beta[t] * (u[half][i] - r);
 #endif
@@ -289,10 +284,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
 #endif
 
-    // S' = e^(G_C) S + (e^(G_C - G) K)^T N. Tokens past the end have G = 0 and N = 0.
-#if HAS_GATE
-    const double end = stage.G[tokens - 1];
-    const float carry = expf((float)end);
+    // S' = e^(G_C) S + (e^(G_C - G) K)^T N
+    const float carry = stage.decays.carry(tokens);
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
@@ -302,12 +295,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int t = sum_column(lane, j, i);
-          N[m][j][i] *= t < tokens ? expf((float)(end - stage.G[t])) : 0.0f;
-        }
+        for (int i = 0; i < 4; i++) N[m][j][i] *= stage.decays.write(sum_column(lane, j, i));
     }
-#endif
 #pragma unroll
     for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
       Product::order_loads();

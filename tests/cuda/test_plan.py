@@ -199,8 +199,8 @@ def test_pieces_prepare_keys_and_gates_once():
     for plan, names in (
         (plans.plan("wy_factors", factors, H200), "l2norm wy_factors"),
         (plans.plan("transfer", factors, H200), "l2norm wy_factors forward forward"),
-        (plans.plan("state_pass", passed, H200), "l2norm gate_sums forward"),
-        (plans.plan("chunk_output", output, H200), "l2norm l2norm gate_sums chunk_output"),
+        (plans.plan("state_pass", passed, H200), "l2norm decays forward"),
+        (plans.plan("chunk_output", output, H200), "l2norm l2norm chunk_output"),
     ):
         assert [x.entry for x in plan.launches] == names.split()
 

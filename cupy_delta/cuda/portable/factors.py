@@ -1,8 +1,6 @@
-"""The launches of `portable/factors.cu` and `portable/gate_sums.cu`, which need no state."""
+"""The launch of `portable/factors.cu`: the WY factors of all chunks."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from ...call import Call
 from ..spec import (
@@ -14,10 +12,10 @@ from ..spec import (
     normal,
     padded,
     pitch,
-    running_sum,
     slots,
     variant,
 )
+from .decays import decay_shared, decays_of
 
 
 def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
@@ -30,7 +28,7 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
         first = [rows, (chunk * pitch(V, size), size), (chunk * pitch(chunk, size), size)]
     else:
         first = [rows, rows, square]
-    shared = carve(*first, square, square, square, half, (chunk, 4), (chunk, 8))
+    shared = carve(*first, square, square, square, half, (chunk, 4), *decay_shared(call, chunk))
     fits("the WY factors", chunk, shared, facts)
     core, public = ("core", "p"), ("t", "w", "u")
     core, public = ((None,) * 2, public) if factors else (core, (None,) * 3)
@@ -49,7 +47,7 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
             "g",
             "cu_seqlens",
             *core,
-            running_sum(call),
+            decays_of(call),
             *public,
             i32(call.N),
             i32(call.T),
@@ -57,33 +55,3 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
             i32(call.HV),
         ),
     )
-
-
-def gate_sums_launch(call: Call, chunk: int) -> Launch:
-    """The running sums of g in each chunk, where the factors have not left them."""
-    count = slots(call, chunk)
-    defines = dict(CHUNK=chunk, VARLEN=int(call.varlen))
-    return Launch(
-        "portable/gate_sums.cu",
-        "gate_sums",
-        tuple(defines.items()),
-        -(-count * call.HV // 128) if call.T else 0,
-        128,
-        0,
-        (
-            "g",
-            "cu_seqlens",
-            "G",
-            np.int64(count),
-            i32(call.N),
-            i32(call.T),
-            i32(call.HV),
-        ),
-    )
-
-
-def running_sums(call: Call) -> dict:
-    """Return the array of the running sums of g in each chunk; none without a gate."""
-    if call.gate is None:
-        return {}
-    return {"G": ((call.B, call.T, call.HV), np.dtype(np.float64))}

@@ -16,12 +16,12 @@ from ..spec import (
     normal,
     padded,
     pitch,
-    running_sum,
     variant,
 )
 from ..tokens.l2norm import normalised
 from .choice import Choice, choose, walk_shape
-from .factors import running_sums, wy_factors_launch
+from .decays import decay_arrays, decay_shared, decays_of
+from .factors import wy_factors_launch
 
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
@@ -43,7 +43,7 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
     }
     launches, workspace = normalised(call, "q", "k")
     workspace["core"] = workspace["p"] = ((*call.token_shape, chunk), call.dtype)
-    workspace |= running_sums(call)
+    workspace |= decay_arrays(call)
     states = None
     if residuals:
         states = C_TYPES[call.dtype.name]
@@ -131,8 +131,7 @@ def forward_launch(
         stage += [square, (chunk, 4)]
     if not factors and not transfer:
         stage.append(square)
-    if call.gate is not None:
-        stage.append((chunk, 8))
+    stage += decay_shared(call, chunk)
     shared = carve(*stage, *stage)
     fits("the state pass", chunk, shared, facts)
     defines = variant(
@@ -163,7 +162,7 @@ def forward_launch(
             None if factors else "core",
             None if factors else "p",
             None if factors else "beta",
-            running_sum(call),
+            decays_of(call),
             initial,
             "cu_seqlens",
             output,

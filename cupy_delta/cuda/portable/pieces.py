@@ -16,13 +16,13 @@ from ..spec import (
     normal,
     padded,
     pitch,
-    running_sum,
     slots,
     variant,
 )
 from ..tokens.l2norm import normalised
 from .choice import choose
-from .factors import gate_sums_launch, running_sums, wy_factors_launch
+from .decays import decay_arrays, decay_shared, decays_launch
+from .factors import wy_factors_launch
 from .forward import forward_launch
 
 
@@ -31,20 +31,12 @@ def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
     chunk = choose(call, facts).chunk
     launches, workspace = normalised(call, "k")
     launches.append(wy_factors_launch(call, chunk, facts, factors=True))
-    return Plan(tuple(launches), factor_arrays(call, chunk), workspace | running_sums(call))
+    return Plan(tuple(launches), factor_arrays(call, chunk), workspace | decay_arrays(call))
 
 
 def factor_arrays(call: Call, chunk: int) -> dict:
     sizes = {"w": call.K, "u": call.V, "t": chunk}
     return {name: ((*call.token_shape, size), call.dtype) for name, size in sizes.items()}
-
-
-def prepared(call: Call, chunk: int, *names: str) -> tuple[list[Launch], dict]:
-    """Return launches and arrays for what a piece reads beside factors: norms and sums of g."""
-    launches, workspace = normalised(call, *names)
-    if call.gate is not None:
-        launches.append(gate_sums_launch(call, chunk))
-    return launches, workspace | running_sums(call)
 
 
 def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
@@ -55,17 +47,19 @@ def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
         "v_new": (call.value_shape, call.dtype),
         "final_state": (call.state_shape, call.state_dtype),
     }
-    launches, workspace = prepared(call, chunk, "k")
+    launches, workspace = normalised(call, "k")
+    if call.gate is not None:
+        launches.append(decays_launch(call, chunk))
     launches.append(forward_launch(call, chunk, facts, factors=True, states="float", output=None))
     zeroed = ("states",) if call.varlen else ()
-    return Plan(tuple(launches), outputs, workspace, zeroed=zeroed)
+    return Plan(tuple(launches), outputs, workspace | decay_arrays(call), zeroed=zeroed)
 
 
 def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_output`."""
     chunk = choose(call, facts).chunk
     check_chunk_axis(call, chunk)
-    launches, workspace = prepared(call, chunk, "q", "k")
+    launches, workspace = normalised(call, "q", "k")
     launches.append(chunk_output_launch(call, chunk, facts))
     return Plan(tuple(launches), {"o": (call.value_shape, call.dtype)}, workspace)
 
@@ -96,7 +90,7 @@ def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         (chunk * pitch(slice_, size), size),
         (K * pitch(slice_, size), size),
         (chunk * pitch(chunk, size), size),
-        *([] if call.gate is None else [(chunk, 8)]),
+        *decay_shared(call, chunk),
     )
     fits("chunk outputs", chunk, shared, facts)
     slices = -(-V // slice_)
@@ -112,7 +106,7 @@ def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
             normal(call, "k"),
             "v_new",
             "states",
-            running_sum(call),
+            "g",
             "cu_seqlens",
             "o",
             np.float32(call.scale),
