@@ -136,7 +136,7 @@ def family_for(operation: str, call: Call, facts: DeviceFacts) -> Family:
     )
 
 
-# ---- the table, for documents --------------------------------------------------------------------
+# ---- the table, for documents and `info` ---------------------------------------------------------
 
 # What is asked for beside a call of 16-bit arrays, and what the operators' own checks keep it from.
 OPTIONS: dict[str, dict] = {
@@ -151,17 +151,19 @@ OPTIONS: dict[str, dict] = {
     'state_layout="vk"': dict(state_layout="vk"),
     "chunk_size of 16 or 32": dict(chunk_size=16),
     "chunk_size of 64": dict(chunk_size=64),
-    "another chunk_size": dict(chunk_size=48),
+    "other chunk_size than 16, 32, 64": dict(chunk_size=48),
     "K of 129 to 256": dict(K=256),
     "K or V above 256": dict(V=512),
 }
+PIECES = ("wy_factors", "state_pass", "chunk_output")
+SIZED = ("forward", "training", "backward", *PIECES)
 TAKEN_BY = {
     "beta of (B, T, HV, V)": ("recurrent",),
     "cu_seqlens": (*CHUNKED, "recurrent"),
     'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
-    "chunk_size of 16 or 32": CHUNKED,
-    "chunk_size of 64": CHUNKED,
-    "another chunk_size": CHUNKED,
+    "chunk_size of 16 or 32": SIZED,
+    "chunk_size of 64": SIZED,
+    "other chunk_size than 16, 32, 64": SIZED,
 }
 
 
@@ -193,3 +195,19 @@ def support(capabilities: tuple[tuple[int, int], ...] = ((8, 0), (9, 0))) -> lis
                 name = None if why else family_for(operation, call, facts).name
                 cells.append(Support(operation, option, capability, name, why))
     return cells
+
+
+def unsupported() -> list[str]:
+    """Return what CuPy arrays refuse, each in a few words."""
+    cells = support(((8, 0),))
+    lines = []
+    for option in OPTIONS:
+        taken = {c.operation for c in cells if c.option == option}
+        refused = {c.operation for c in cells if c.option == option and c.refusal}
+        if refused == taken:
+            lines.append(option)
+        elif refused <= {"training", "backward"} and refused:
+            lines.append(f"{option} in gradients")
+        elif refused:
+            lines.append(f"{option} in chunks")
+    return lines

@@ -44,8 +44,15 @@ def environment() -> dict:
         "problem": problems[0] if problems else None,
         "cannot_compile": cannot_compile[0] if cannot_compile else None,
         "notices": notices,
-        "support": "run the CUDA kernels; gradients through gates and per-channel gates do not",
+        "support": _support(),
     }
+
+
+def _support() -> str:
+    from ..families import unsupported  # which plans, and no CuPy
+
+    refused = unsupported()
+    return "run the CUDA kernels" + (f", but not: {'; '.join(refused)}" if refused else "")
 
 
 def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:

@@ -16,6 +16,7 @@ import pytest
 
 from cupy_delta.commands import main
 from cupy_delta.cuda import environment as environment_of
+from cupy_delta.cuda.families import unsupported
 from cupy_delta.cuda.runtime.environment import explained
 from cupy_delta.extras import EXTRAS, install_command
 
@@ -63,6 +64,15 @@ def test_all_is_well(cupy):
     assert (found["problems"], found["problem"], found["notices"]) == ([], None, [])
     assert found["facts"]["device 0"] == "NVIDIA H100, compute 9.0, 80 GiB"
     assert not os.listdir(os.environ["CUPY_CACHE_DIR"])
+
+
+def test_what_runs_is_told_from_the_table_of_refusals(cupy, capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^CuPy arrays +run the CUDA kernels, but not: ", text, re.MULTILINE)
+    for option in unsupported():
+        assert option in text
+    assert "K or V above 256" in unsupported()
 
 
 def only_problem(capsys):
