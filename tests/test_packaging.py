@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+import cupy_delta
 from cupy_delta.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,3 +78,25 @@ def test_readme_has_each_command_once_on_a_line_of_its_own(command):
 
 def test_the_environment_of_the_readme_is_ignored_by_git():
     assert "/.venv*/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_every_place_names_the_same_version():
+    version = cupy_delta.__version__
+    headings = re.findall(r"^## (\S+?)(?:,.*)?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] in (version, "Unreleased")
+    assert version in headings
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_hooks_before_a_commit_run_what_ci_runs(setup_cfg):
+    """Tools alone, of the pinned versions, with nothing to fetch."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"repo: (.*)", hooks) == ["local"]
+    entries = re.findall(r"entry: (.*)", hooks)
+    assert set(re.findall(r"language: (.*)", hooks)) == {"system"}
+    ci = (ROOT / ".ci" / "run").read_text()
+    pinned = lines(setup_cfg["options.extras_require"]["test"])
+    tools = {entry.split()[0] for entry in entries}
+    assert tools == set(re.findall(r'"\$bin/([a-z-]+)"', ci)) - {"python"}
+    for tool in tools:
+        assert any(re.fullmatch(rf"{tool}==\d+\..*\*", line) for line in pinned), tool
