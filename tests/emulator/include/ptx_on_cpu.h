@@ -34,7 +34,7 @@ inline float fma_down(float a, float b, float c) {  // rounded towards minus inf
   float r = (float)exact;
   return (double)r > exact ? std::nextafter(r, -INFINITY) : r;
 }
-inline float saturate(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
+inline float saturate(float x) { return x > 0 ? min(x, 1.0f) : 0.0f; }
 inline uint32_t bit_field_insert(uint32_t a, uint32_t b, uint32_t position, uint32_t length) {
   uint32_t mask = (length >= 32 ? ~0u : (1u << length) - 1) << position;
   return (b & ~mask) | (a << position & mask);

@@ -1,5 +1,6 @@
 // The emulator's state, shared by its parts. One cluster of blocks runs at a time, one fiber per thread.
 #pragma once
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <memory>
