@@ -22,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
 
 COMMON = ["-std=c++17", "-fPIC", "-fno-strict-aliasing"]
-# What makes the check: every access calls back, and undefined behaviour traps. Nothing is optimised:
-# most kernels run for a shorter time than optimising them would take.
+# What makes the check: every access calls back, and undefined behaviour traps. Nothing is
+# optimised: most kernels run for a shorter time than optimising them would take.
 CHECK = [
     "-O0",
     "-g1",
