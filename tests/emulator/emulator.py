@@ -57,6 +57,7 @@ class _Options(ctypes.Structure):
         ("preempt", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("max_steps", ctypes.c_uint64),
+        ("last", ctypes.c_uint),
     )
 
 
@@ -65,7 +66,8 @@ class Run:
     """How a launch is run.
 
     schedule : which thread goes next; completion : when cp.async and TMA copy; preempt : switch
-    threads at one access in so many (0: only where the kernel waits).
+    threads at one access in so many (0: only where the kernel waits); last : run so many blocks at
+    the end of the grid alone (0: all).
     """
 
     schedule: str = "ascending"
@@ -74,6 +76,7 @@ class Run:
     seed: int = 0
     check: bool = True
     max_steps: int = 50_000_000
+    last: int = 0
 
     def options(self) -> _Options:
         return _Options(
@@ -83,6 +86,7 @@ class Run:
             self.preempt,
             self.seed,
             self.max_steps,
+            self.last,
         )
 
 
@@ -211,13 +215,20 @@ def _load(library: Path) -> ctypes.CDLL:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def empty(shape, dtype, name: str = "array", initialised: bool = False) -> np.ndarray:
-    """Allocate between guard pages: all bits set (NaN) and, unless told so, uninitialised."""
+def empty(
+    shape, dtype, name: str = "array", initialised: bool = False, there: int | None = None
+) -> np.ndarray:
+    """Allocate between guard pages: all bits set (NaN) and, unless told so, uninitialised.
+
+    With `there` only so many bytes at the end are in memory, a multiple of 16; what comes before
+    has addresses alone.
+    """
     dtype = np.dtype(dtype)
     count = int(np.prod(shape, dtype=np.int64))
     size = max(1, count * dtype.itemsize)
-    address = runtime().emulator_allocate(name.encode(), size, int(initialised))
-    memory = (ctypes.c_uint8 * size).from_address(address)
+    there = size if there is None else there
+    address = runtime().emulator_allocate(name.encode(), there, int(initialised))
+    memory = (ctypes.c_uint8 * size).from_address(address + there - size)
     weakref.finalize(memory, runtime().emulator_free, address)
     flat = np.frombuffer(memory, np.uint8)[: count * dtype.itemsize]
     return flat.view(dtype).reshape(shape)

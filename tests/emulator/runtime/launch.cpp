@@ -56,6 +56,7 @@ int emulator_launch(void* kernel, unsigned cluster, unsigned grid, unsigned thre
   }
   begin_launch();
   for (unsigned i : launch_order(grid / cluster)) {
+    if (options.last && i * cluster + options.last < grid) continue;
     begin_cluster_memory((int)cluster, shared_bytes);
     reset_cluster();
     reset_mbarriers();

@@ -26,6 +26,7 @@ struct Options {
   int preempt;     // switch threads at one access in so many; 0: never
   uint64_t seed;
   uint64_t max_steps;  // switches before a launch counts as a livelock
+  unsigned last;       // run so many blocks at the end of the grid alone; 0: all
 };
 extern Options options;
 uint64_t random_bits();
