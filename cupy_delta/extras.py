@@ -27,10 +27,17 @@ def install_command(*requirements: str) -> str:
     >>> install_command(*EXTRAS["plot"]).endswith("install 'matplotlib>=3.8' 'rich>=13'")
     True
     """
+    return _pip("install", *requirements)
+
+
+def uninstall_command(*names: str) -> str:
+    """Return the command line that takes some packages away from the Python that runs."""
+    return _pip("uninstall", *names)
+
+
+def _pip(verb: str, *words: str) -> str:
     python = sys.executable or "python3"
+    if importlib.util.find_spec("pip") is not None:
+        return shlex.join([python, "-m", "pip", verb, *words])
     # An environment that was made by uv has no pip of its own.
-    has_pip = importlib.util.find_spec("pip") is not None
-    command = [python, "-m", "pip", "install"]
-    if not has_pip:
-        command = ["uv", "pip", "install", "--python", python]
-    return shlex.join([*command, *requirements])
+    return shlex.join(["uv", "pip", verb, "--python", python, *words])

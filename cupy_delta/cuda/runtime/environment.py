@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import packages_distributions
 
-from ...extras import EXTRAS, install_command
+from ...extras import EXTRAS, install_command, uninstall_command
 from .sources import kernel_folder
 
 LOWEST_CAPABILITY = 8
@@ -76,10 +76,10 @@ def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:
         return _folder_problem() or f"import cupy fails ({_line(error)})"
     except Exception as error:
         facts["CuPy"] = "broken"
-        found = " and ".join(_cupys()) or "CuPy"
+        names = _cupys() or ["cupy"]
         return (
-            f"import cupy fails ({_line(error)}): reinstall it; uninstall {found}, then"
-            f" {install_command(*EXTRAS['cuda12'])}"
+            f"import cupy fails ({_line(error)}): reinstall it, {uninstall_command(*names)}, then"
+            f" {install_command(*EXTRAS[_extra(names[0])])}"
         )
     facts["CuPy"] = cupy.__version__
     return None
@@ -113,7 +113,7 @@ def _two_cupys() -> str | None:
         return None
     return (
         f"{' and '.join(names)} are both installed, in one folder, and overwrite each other:"
-        f" uninstall them all, then {install_command(*EXTRAS[_extra(names[-1])])}"
+        f" {uninstall_command(*names)}, then {install_command(*EXTRAS[_extra(names[0])])}"
     )
 
 

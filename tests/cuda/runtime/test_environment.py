@@ -18,7 +18,7 @@ from cupy_delta.commands import main
 from cupy_delta.cuda import environment as environment_of
 from cupy_delta.cuda.families import unsupported
 from cupy_delta.cuda.runtime.environment import explained
-from cupy_delta.extras import EXTRAS, install_command
+from cupy_delta.extras import EXTRAS, install_command, uninstall_command
 
 environment_module = sys.modules[explained.__module__]
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,7 +107,8 @@ def test_two_cupys(cupy, capsys, monkeypatch):
     both = ["cupy-cuda12x", "cupy-cuda13x"]
     monkeypatch.setattr(environment_module, "_cupys", lambda: both)
     (notice,) = environment_of()["notices"]
-    assert "cupy-cuda12x and cupy-cuda13x are both installed" in notice and "uninstall" in notice
+    assert "cupy-cuda12x and cupy-cuda13x are both installed" in notice
+    assert "-m pip uninstall cupy-cuda12x cupy-cuda13x, then " in notice
     assert main(["info"]) == 0
     assert re.search(f"^take care +{re.escape(notice)}$", capsys.readouterr().out, re.MULTILINE)
 
@@ -211,3 +212,4 @@ def test_the_command_that_installs_names_this_python(monkeypatch):
     assert install_command("a>=1") == f"{shlex.quote(sys.executable)} -m pip install 'a>=1'"
     monkeypatch.setattr(environment_module.importlib.util, "find_spec", lambda name: None)
     assert install_command("a") == f"uv pip install --python {shlex.quote(sys.executable)} a"
+    assert uninstall_command("a") == f"uv pip uninstall --python {shlex.quote(sys.executable)} a"
