@@ -100,7 +100,7 @@ def ends(results):
 def test_forward(leg, dtype, D, facts):
     call, given, args, kw = problem(dtype, D, "scalar")
     device = FarDevice(leg=leg, **facts)
-    found = ends(execute(plans.plan_forward(call, device.facts), given, device))
+    found = ends(execute(plans.plan("forward", call, device.facts), given, device))
     wide_args, wide_kw = wide(args, kw)
     o, final_state = definition(*wide_args, **wide_kw)
     assert error(found["o"], o) < 1e-2
@@ -119,9 +119,9 @@ def test_gradients(leg, dtype, D, facts):
     do = rng.standard_normal(args[2].shape).astype(dtype)
     dfinal = rng.standard_normal((2, HEADS, D, D)).astype(np.float32)
     device = FarDevice(leg=leg, **facts)
-    saved = execute(plans.plan_forward(call, device.facts, True), given, device)
+    saved = execute(plans.plan("training", call, device.facts), given, device)
     upstream = dict(do=do, dfinal_state=dfinal)
-    plan = plans.plan_backward(call, device.facts, True)
+    plan = plans.plan("backward", call, device.facts)
     found = ends(saved) | ends(execute(plan, upstream, device, ready=saved))
     wide_args, wide_kw = wide(args, kw)
     forward = cd.chunk_delta_rule_fwd(*wide_args, **wide_kw, qk_l2norm=True)
@@ -141,9 +141,10 @@ def test_building_blocks(leg):
     call = replace(call, chunks=call.chunk_slots(chunk))
     device = FarDevice(leg=leg, **PORTABLE)
     ready = {}
-    for plan in (plans.plan_wy_factors, plans.plan_state_pass, plans.plan_chunk_output):
-        ready |= execute(plan(call, device.facts), given, device, ready=ready)
-    found = ends(ready) | ends(execute(plans.plan_transfer(call, device.facts), given, device))
+    for operation in ("wy_factors", "state_pass", "chunk_output"):
+        plan = plans.plan(operation, call, device.facts)
+        ready |= execute(plan, given, device, ready=ready)
+    found = ends(ready) | ends(execute(plans.plan("transfer", call, device.facts), given, device))
     wide_args, wide_kw = wide(args, kw)
     o, final_state = cd.recurrent_delta_rule(*wide_args, **wide_kw, qk_l2norm=True)
     assert error(found["o"], o) < 1e-2
@@ -156,7 +157,7 @@ def test_building_blocks(leg):
 def test_tokens(leg):
     call, given, args, kw = problem(F16, 32, "scalar", qk_l2norm=True)
     device = FarDevice(leg=leg, **PORTABLE)
-    found = ends(execute(plans.plan_tokens(call, False), given, device))
+    found = ends(execute(plans.plan("recurrent", call, device.facts), given, device))
     wide_args, wide_kw = wide(args, kw)
     o, final_state = cd.recurrent_delta_rule(*wide_args, **wide_kw, qk_l2norm=True)
     assert error(found["o"], o) < 1e-2
