@@ -20,7 +20,7 @@ class Call:
     `dtype` is that of q, k and v. `gate` is that of g: None, "scalar" (B, T, HV) or "channel"
     (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). With `varlen`, N sequences lie end
     to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given,
-    `slots` and `pool_dtype` belong to the pool of states of a decoding step. `kept` holds what was
+    `pool_slots` and `pool_dtype` are those of the states of a decoding step. `kept` holds what was
     derived from all this, plans for example.
     """
 
@@ -36,7 +36,7 @@ class Call:
     beta_per_value: bool = False
     varlen: bool = False
     chunks: int | None = None
-    slots: int = 0
+    pool_slots: int = 0
     pool_dtype: np.dtype | None = None
     scale: float = 1.0
     qk_l2norm: bool = False

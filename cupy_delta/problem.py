@@ -28,7 +28,7 @@ from .checker import (
 )
 
 MAX_STEP_TOKENS = 8
-SIZES = ("B", "T", "N", "H", "HV", "K", "V", "slots")
+SIZES = ("B", "T", "N", "H", "HV", "K", "V")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -285,6 +285,7 @@ def affine_arrays(p, h, operands: dict) -> str:
 def _problem(check: Checker, **options: Any) -> Problem:
     """Return what was checked, without arrays."""
     described: dict[str, Any] = {s: check.sizes.get(s, 0) for s in SIZES}
+    described["pool_slots"] = check.sizes.get("slots", 0)
     described["chunks"] = check.sizes.get("chunks")
     rank = {name: len(axes) for name, axes in check.axes.items()}
     described["gate"] = {3: "scalar", 4: "channel"}.get(rank.get("g", 0))

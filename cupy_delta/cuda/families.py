@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..arrays import FLOAT_DTYPES
 from ..call import Call
 from . import sm90
+from .architectures import ARCHITECTURES
 from .portable import backward, forward, pieces
 from .spec import DeviceFacts, Plan
 from .tokens import decode, recurrent
@@ -172,15 +173,16 @@ class Support(NamedTuple):
 
     operation: str
     option: str
-    capability: tuple[int, int]
+    architecture: str
     family: str | None
     refusal: str | None
 
 
-def support(capabilities: tuple[tuple[int, int], ...] = ((8, 0), (9, 0))) -> list[Support]:
+def support(architectures: tuple[str, ...] = ("sm_80", "sm_90")) -> list[Support]:
     """Return what computes each operation with each of `OPTIONS`, by asking for it.
 
-    Options that an operator does not have are left out. `capabilities` are those of devices.
+    Options that an operator does not have are left out. `architectures` are some of
+    `ARCHITECTURES`: those of one family of kernels have the same rows.
     """
     plain = Call(dtype=FLOAT_DTYPES["bfloat16"], B=1, T=4096, N=1, H=8, HV=8, K=128, V=128)
     cells = []
@@ -190,10 +192,10 @@ def support(capabilities: tuple[tuple[int, int], ...] = ((8, 0), (9, 0))) -> lis
                 continue
             call = replace(plain, **fields)
             why = refusal(operation, call)
-            for capability in capabilities:
-                facts = DeviceFacts(132, 227 * 1024, capability)
+            for architecture in architectures:
+                facts = ARCHITECTURES[architecture]
                 name = None if why else family_for(operation, call, facts).name
-                cells.append(Support(operation, option, capability, name, why))
+                cells.append(Support(operation, option, architecture, name, why))
     return cells
 
 

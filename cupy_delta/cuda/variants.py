@@ -76,7 +76,7 @@ def launches_of(
         V=V,
         gate="scalar" if gate else None,
         varlen=varlen,
-        slots=N,
+        pool_slots=N,
         scale=K**-0.5,
         qk_l2norm=qk_l2norm,
         chunk_size=chunk_size,

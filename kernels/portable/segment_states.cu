@@ -5,10 +5,9 @@
 // Numbers: float products and sums, in ascending order of the inner index. Macros: HEAD_K, HEAD_V, SEGMENTS, STATE_VK
 // (layout of all states; P is (K, K) always).
 // Grid: N * HV * ceil(HEAD_V / 8) blocks of 128 threads; a block has 8 value channels of a sequence's head, a thread
-// two of them for every 32nd key channel. Arrays: h (N, SEGMENTS - 1, HV, states), p the same with (K, K), entering
-// (N, SEGMENTS, HV, states).
-// Shared memory: the block's columns of the state twice, float. P is read from global memory ahead of its use, as no
-// step waits for it.
+// two of them for every 32nd key channel. Arrays: segment_h (N, SEGMENTS - 1, HV, states), segment_p the same with (K,
+// K), entering (N, SEGMENTS, HV, states). Shared memory: the block's columns of the state twice, float. P is read from
+// global memory ahead of its use, as no step waits for it.
 #include "tiles/store.cuh"
 
 constexpr int THREADS = 128, VALUES = 8, PAIRS = VALUES / 2, GROUPS = THREADS / PAIRS, DEPTH = 16;
@@ -46,8 +45,8 @@ PRIM void multiply_columns(float (&sums)[ROWS][2], const float (&x)[ROWS][DEPTH]
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    segment_states(const float* initial_state, const float* p, const float* h, float* entering, int HV) {
+extern "C" __global__ void __launch_bounds__(THREADS) segment_states(const float* initial_state, const float* segment_p,
+                                                                     const float* segment_h, float* entering, int HV) {
   const int thread = threadIdx.x, column = thread % PAIRS * 2, group = thread / PAIRS;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
   const int value = slice * VALUES + column;
@@ -61,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     return key < HEAD_K && value + j < HEAD_V ? state[state_offset(value + j, key)] : 0.0f;
   };
   float ahead[ROWS][DEPTH];
-  if constexpr (SEGMENTS > 1) load_columns(ahead, p + ((int64_t)n * (SEGMENTS - 1) * HV + hv) * square, group, 0);
+  if constexpr (SEGMENTS > 1)
+    load_columns(ahead, segment_p + ((int64_t)n * (SEGMENTS - 1) * HV + hv) * square, group, 0);
   for (int s = 0; s < SEGMENTS; s++) {
     float *S = s % 2 ? second : first, *before = s % 2 ? first : second;
     float sums[ROWS][2];
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
           sums[i][j] = initial_state != nullptr ? element(initial, group + i * GROUPS, j) : 0.0f;
     } else {
       const int64_t part = ((int64_t)n * (SEGMENTS - 1) + s - 1) * HV + hv;
-      const float *P = p + part * square, *next = s + 1 < SEGMENTS ? P + HV * square : P;
+      const float *P = segment_p + part * square, *next = s + 1 < SEGMENTS ? P + HV * square : P;
       float now[ROWS][DEPTH];
 #pragma unroll
       for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = 0.0f;
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < ROWS; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) sums[i][j] += element(h + part * size, group + i * GROUPS, j);
+        for (int j = 0; j < 2; j++) sums[i][j] += element(segment_h + part * size, group + i * GROUPS, j);
     }
     float* out = entering + (((int64_t)n * SEGMENTS + s) * HV + hv) * size;
 #pragma unroll

@@ -139,8 +139,8 @@ struct Token {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g, const int64_t* indices,
-           STATE_DTYPE* pool, DTYPE* o, real scale, int T, int HV, int slots) {
+    decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g,
+           const int64_t* state_indices, STATE_DTYPE* state, DTYPE* o, real scale, int T, int HV, int pool_slots) {
   const uint32_t thread = threadIdx.x;
   const uint32_t slice = blockIdx.x % SLICES, head = blockIdx.x / SLICES;
   const uint32_t n = head / HV, hv = head % HV, h = hv / GROUP, H = HV / GROUP;
@@ -162,15 +162,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Passed& passed = *smem.take<Passed>(1, "passed");
 #endif
 
-  const int64_t slot = indices == nullptr ? n : indices[n];
-  if (slot < 0 || slot >= slots) {  // padding
+  const int64_t slot = state_indices == nullptr ? n : state_indices[n];
+  if (slot < 0 || slot >= pool_slots) {  // padding
 #pragma unroll 1
     for (int t = 0; t < tokens; t++)
       if (writes_o) o[(row(t) * HV + hv) * HEAD_V + own] = narrow<DTYPE>(0);
     return;
   }
   STATE_DTYPE* tile =
-      pool + (slot * HV + hv) * (HEAD_K * HEAD_V) + (STATE_VK ? channel * HEAD_K + key : key * HEAD_V + channel);
+      state + (slot * HV + hv) * (HEAD_K * HEAD_V) + (STATE_VK ? channel * HEAD_K + key : key * HEAD_V + channel);
 
   Access loaded[KEYS / KEY_VECTOR][VALUES / VALUE_VECTOR] = {};
   for_vectors(key, channel, [&](int i, int j, int offset) {

@@ -53,7 +53,7 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
     initial = "initial_state"
     if segments > 1:
         initial = "entering"
-        workspace |= segment_arrays(call, segments)
+        workspace |= cut_arrays(call, segments)
         cut = dict(segments=segments, transfer=True, output=None, initial=None)
         launches += [
             forward_launch(call, chunk, facts, final="segment_h", **cut),
@@ -66,7 +66,7 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
     return Plan(tuple(launches), outputs, workspace)
 
 
-def segment_arrays(call: Call, segments: int) -> dict:
+def cut_arrays(call: Call, segments: int) -> dict:
     N, heads = call.N, call.state_shape[1:]
     square = (call.HV, call.K, call.K)
     shapes = {

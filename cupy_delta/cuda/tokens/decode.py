@@ -104,6 +104,6 @@ def decode_launch(call: Call) -> Launch:
             real.type(call.scale),
             i32(call.T),
             i32(call.HV),
-            i32(call.slots),
+            i32(call.pool_slots),
         ),
     )

@@ -1,0 +1,119 @@
+"""Signatures of kernels, read from their sources, beside the arguments that launches give them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from cupy_delta.call import Call
+from cupy_delta.cuda.runtime.sources import kernel_folder
+from cupy_delta.cuda.sm90.segments import Part
+from cupy_delta.cuda.spec import C_TYPES, Launch, Plan, TensorBox
+
+# The dtypes of NumPy that C types stand for; those of 16 bits by their names in the kernels.
+DTYPES = {"int": "int32", "int64_t": "int64", "float2": "float32"} | {
+    c: name for name, c in C_TYPES.items()
+}
+# Where a parameter has another name than its array: one that serves several arrays, by entry, and
+# the array that a keyword of C++ has the name of.
+ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "forward": dict(
+        q_or_w=("q", "w"),
+        v=("v", "u"),
+        initial_state=("initial_state", "entering"),
+        final_state=("final_state", "segment_h", "segment_p", "h", "p"),
+        corrections=("corrections", "v_new"),
+    ),
+    "forward_hopper": dict(
+        p_map=("segment_p",),
+        h=("segment_h",),
+        decays=("segment_decays",),
+        t_map=("segment_t",),
+        initial_state=("initial_state", "after_first"),
+        final_state=("final_state", "after_first"),
+    ),
+    "forward_residuals_hopper": dict(
+        n_map=("corrections",), transfer_map=("segment_p",), h=("segment_h",)
+    ),
+    "backward_state_hopper": dict(g_map=("g_rows",), transfer_map=("segment_p",), h=("segment_h",)),
+    "backward_chunk_hopper": dict(n_map=("corrections",), g_map=("g_rows",)),
+    "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
+}
+KEYWORDS = {"d_o": "do"}
+# Sizes that a call has no name for.
+COUNTS = {"rows", "slots", "pairs", *Part._fields}
+
+
+class Parameter(NamedTuple):
+    """Of a kernel: its name, C type without const and pointer, and whether it is one."""
+
+    name: str
+    type: str
+    pointer: bool
+
+
+def signature(text: str, entry: str, macros: dict) -> list[Parameter]:
+    """Read the parameters of an entry; ``#if`` among them may ask for macros of its launch."""
+    (found,) = re.findall(rf'extern "C" __global__[^;{{]*?\b{entry}\(([^;{{]*)\)\s*{{', text)
+    kept, conditions = [], [True]
+    for line in found.splitlines():
+        directive, _, condition = line.strip().partition(" ")
+        if directive == "#if":
+            names = {name: bool(macros[name]) for name in re.findall(r"\w+", condition)}
+            asked = condition.replace("||", " or ").replace("&&", " and ").replace("!", " not ")
+            conditions.append(eval(asked, {}, names))
+        elif directive == "#endif":
+            conditions.pop()
+        elif all(conditions):
+            kept.append(line)
+    return [parameter(one, macros) for one in " ".join(kept).split(",")]
+
+
+def parameter(text: str, macros: dict) -> Parameter:
+    words = [w for w in text.split() if w not in ("const", "__grid_constant__")]
+    type_, name = words
+    c_type = type_.rstrip("*")
+    return Parameter(name, str(macros.get(c_type, c_type)), type_.endswith("*"))
+
+
+def mismatches(
+    launch: Launch, parameters: list[Parameter], plan: Plan, call: Call, dtypes: dict
+) -> list[str]:
+    """Say which arguments of a launch are not what the kernel's parameters are named and typed.
+
+    Sizes are told apart by the values that `call` gives them. `dtypes` are those of arrays that no
+    kernel of the plan writes, None where they may have several.
+    """
+    if len(parameters) != len(launch.arguments):
+        return [f"{len(parameters)} parameters, {len(launch.arguments)} arguments"]
+    made = {name: dtype for name, (_, dtype) in (plan.outputs | plan.workspace).items()}
+    wrong = []
+    for p, argument in zip(parameters, launch.arguments, strict=True):
+        dtype = call.compute_dtype.name if p.type == "real" else DTYPES.get(p.type)
+        if isinstance(argument, TensorBox):
+            fits = p.type == "TensorMap" and named(launch.entry, p.name, argument.name)
+        elif isinstance(argument, str):
+            its = (dtypes | made).get(argument)
+            fits = p.pointer and its in (None, dtype) and named(launch.entry, p.name, argument)
+        elif argument is None:
+            fits = p.pointer
+        else:
+            size = argument if p.name in COUNTS else getattr(call, p.name, None)
+            fits = argument.dtype == dtype and size is not None and argument == type(argument)(size)
+        if not fits:
+            wrong.append(f"{launch.entry}: {p.type} {p.name} is given {argument!r}")
+    return wrong
+
+
+def named(entry: str, parameter: str, array: str) -> bool:
+    """Whether a parameter has its array's name, a declared one, or that of its map."""
+    array = array.removesuffix("_normal")
+    aliases = ALIASES.get(entry, {})
+    if parameter in aliases:
+        return array in aliases[parameter]
+    name = parameter.removesuffix("_map")
+    return KEYWORDS.get(name, name) == array
+
+
+def text_of(launch: Launch) -> str:
+    return (kernel_folder() / launch.file).read_text()
