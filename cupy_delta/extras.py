@@ -14,6 +14,7 @@ EXTRAS = {
     "cuda12": ("cupy-cuda12x>=14.2", "cuda-toolkit[cudart,nvrtc]==12.*"),
     "cuda13": ("cupy-cuda13x>=14.2", "cuda-toolkit[cudart,nvrtc]==13.*"),
     "examples": ("matplotlib>=3.8", "padasip>=1.2", "statsmodels>=0.14"),
+    "jax": ("jax>=0.5",),
     "plot": ("matplotlib>=3.8", "rich>=13"),
 }
 

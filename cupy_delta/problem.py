@@ -96,7 +96,7 @@ def operator_problem(
 ) -> Problem:
     """Check a call of an operator over whole sequences."""
     found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
-    alike = _operator(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size)
+    alike = operator_call(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size)
     arrays = dict(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
     )
@@ -107,7 +107,8 @@ def operator_problem(
 
 
 @remembered
-def _operator(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size) -> Problem:
+def operator_call(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size) -> Problem:
+    """Check such a call by the looks of its arrays: a problem without arrays."""
     q, k, v, beta, g, initial_state, cu_seqlens, out = found
     check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g, beta_shapes)
@@ -125,7 +126,7 @@ def step_problem(
 ) -> Problem:
     """Check a decoding step."""
     found = looks(q, k, v, beta, g, state, state_indices, out)
-    alike = _step(found, scale, qk_l2norm, state_layout)
+    alike = step_call(found, scale, qk_l2norm, state_layout)
     problem = alike.of(
         dict(q=q, k=k, v=v, beta=beta, g=g, state=state, state_indices=state_indices, out=out)
     )
@@ -139,7 +140,8 @@ def step_problem(
 
 
 @remembered
-def _step(found, scale, qk_l2norm, state_layout) -> Problem:
+def step_call(found, scale, qk_l2norm, state_layout) -> Problem:
+    """Check such a call by the looks of its arrays: a problem without arrays."""
     q, k, v, beta, g, state, state_indices, out = found
     check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g)

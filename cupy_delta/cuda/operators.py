@@ -13,11 +13,12 @@ from .tokens.affine import plan_affine
 
 def device_of(x):
     """Return the device that a CuPy array lives on."""
-    return _device(x.device.id)
+    return device_by_index(x.device.id)
 
 
 @cache
-def _device(index: int):
+def device_by_index(index: int):
+    """Return the device with this number of CUDA's."""
     from .runtime.device import CupyDevice
 
     return CupyDevice(index)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..call import Call
 from ..problem import Problem
 
 DEFAULT_CHUNK = 64
@@ -105,6 +106,13 @@ def items(problem: Problem, chunk: int) -> Iterator[Item]:
 def block_count(problem: Problem, chunk: int) -> int:
     """Blocks of all sequences together."""
     return sum(len(_runs(start, stop, chunk)) for _, start, stop, _ in problem.sequences())
+
+
+def most_blocks(call: Call, chunk: int) -> int:
+    """Bound `block_count` by what is known without a value; without cu_seqlens it is the same."""
+    if call.varlen:
+        return call.T // (chunk * CHUNKS_PER_BLOCK) + 2 * call.N
+    return call.B * len(_runs(0, call.T, chunk))
 
 
 def _runs(start: int, stop: int, chunk: int) -> list[tuple[int, int, int]]:

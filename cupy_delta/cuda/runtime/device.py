@@ -91,6 +91,21 @@ class CupyDevice:
         """Compile all kernels of some launches, or find them in CuPy's cache."""
         _prepared(self.index, launches)
 
+    def load(self, launches: tuple[Launch, ...]) -> None:
+        """Compile kernels and load them, so that launching them does nothing else."""
+        self.prepare(launches)
+        for launch in launches:
+            _loaded(self.index, launch)
+
+    def borrow(self, address: int, nbytes: int) -> Borrowed:
+        """Return memory of this device that is someone else's, for `launch`."""
+        memory = cupy.cuda.UnownedMemory(address, nbytes, None, self.index)
+        return Borrowed(cupy.cuda.MemoryPointer(memory, 0))
+
+    def stream(self, address: int):
+        """Return a context in which someone else's stream of this device is the current one."""
+        return cupy.cuda.Stream.from_external(ForeignStream(address))
+
     def launch(self, launch: Launch, arrays: dict) -> None:
         """Launch a kernel; a pointer to no array is null."""
         loaded = _loaded(self.index, launch)
@@ -113,6 +128,21 @@ class CupyDevice:
         end = _beside.ends.pop(self.index, None)
         if end is not None:
             cupy.cuda.get_current_stream().wait_event(end)
+
+
+class Borrowed(NamedTuple):
+    """Of an array what `CupyDevice.launch` asks of it."""
+
+    data: cupy.cuda.MemoryPointer
+
+
+class ForeignStream(NamedTuple):
+    """A stream as CuPy takes it from others."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
 
 
 class _Beside(threading.local):
@@ -164,6 +194,7 @@ def _kernel(index: int, entry: str, program: Program, shared: int):
     kernel = _module(program).get_function(entry)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared
+    _ = kernel.num_regs  # to ask loads the kernel, which CUDA else may do at its first launch
     return kernel.kernel
 
 

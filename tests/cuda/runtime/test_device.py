@@ -46,7 +46,9 @@ class Module:
     def get_function(self, entry):
         assert self.key in Module.made, "looked up before it was compiled"
         Module.loaded.append((entry, threading.get_ident()))
-        return SimpleNamespace(kernel=lambda *call: None, max_dynamic_shared_size_bytes=None)
+        return SimpleNamespace(
+            kernel=lambda *call: None, max_dynamic_shared_size_bytes=None, num_regs=0
+        )
 
 
 class InUse(threading.local):
