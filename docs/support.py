@@ -24,7 +24,7 @@ FUNCTIONS = {
     "chunk_output": "chunk_output",
     "transfer": "sequence_transfer",
 }
-OTHERS, HOPPER = (8, 0), (9, 0)
+OTHERS, HOPPER = "sm_80", "sm_90"
 HEAD = """\
 # What runs on which arrays
 
@@ -43,7 +43,7 @@ compute capability 9.0 (H100, H200), elsewhere with those for all GPUs. *no*: re
 
 def page() -> str:
     """Return the page as Markdown."""
-    cells = {(c.operation, c.option, c.capability): c for c in support((OTHERS, HOPPER))}
+    cells = {(c.operation, c.option, c.architecture): c for c in support((OTHERS, HOPPER))}
     lines = [["", *(f"`{name}`" for name in FUNCTIONS.values())], ["---"] * (len(FUNCTIONS) + 1)]
     for option in OPTIONS:
         found = [tuple(cells.get((o, option, c)) for c in (OTHERS, HOPPER)) for o in FUNCTIONS]
@@ -67,7 +67,7 @@ def _cell(elsewhere: Support | None, hopper: Support | None) -> str:
 
 def _refusals(cells: dict) -> list[str]:
     """One line for each message, with the functions that it comes from."""
-    refused = [c for c in cells.values() if c.refusal and c.capability == OTHERS]
+    refused = [c for c in cells.values() if c.refusal and c.architecture == OTHERS]
     refused.sort(key=lambda c: (list(OPTIONS).index(c.option), c.refusal))
     lines = []
     for (_, message), group in groupby(refused, key=lambda c: (c.option, c.refusal)):

@@ -11,7 +11,7 @@ from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.cuda.families import OPTIONS, support
 
 ROOT = Path(__file__).resolve().parents[1]
-CELLS = [(c.operation, c.option) for c in support(((8, 0),))]
+CELLS = [(c.operation, c.option) for c in support(("sm_80",))]
 
 
 def load(path):

@@ -201,7 +201,7 @@ def support(architectures: tuple[str, ...] = ("sm_80", "sm_90")) -> list[Support
 
 def unsupported() -> list[str]:
     """Return what CuPy arrays refuse, each in a few words."""
-    cells = support(((8, 0),))
+    cells = support(("sm_80",))
     lines = []
     for option in OPTIONS:
         taken = {c.operation for c in cells if c.option == option}

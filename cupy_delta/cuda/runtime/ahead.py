@@ -18,7 +18,7 @@ from cupy._core import core
 from cupy.cuda import compiler, function
 
 from ..spec import DeviceFacts, Launch
-from .environment import cache_folder
+from .environment import cache_folder, explain
 from .programs import Program, compile_side_by_side, empty_programs
 
 
@@ -68,8 +68,8 @@ class Architecture:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        pass
+    def __exit__(self, kind, error, trace):
+        explain(error)
 
     def prepare(self, launches: tuple[Launch, ...]) -> None:
         """Compile all kernels of some launches, or find them in the cache."""

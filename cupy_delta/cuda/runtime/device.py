@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import workspace
 from ..spec import DeviceFacts, Launch
-from .environment import LOWEST_CAPABILITY, explained
+from .environment import LOWEST_CAPABILITY, explain
 from .programs import Program, compile_side_by_side
 from .tensor_maps import tensor_map
 
@@ -38,8 +38,7 @@ class CupyDevice:
 
     def __exit__(self, kind, error, trace):
         self._device.__exit__(kind, error, trace)
-        if isinstance(error, OSError):
-            raise explained(error) from error
+        explain(error)
 
     @cached_property
     def facts(self) -> DeviceFacts:

@@ -203,16 +203,19 @@ def _cannot(error: OSError, variable: str) -> str:
     return f"cannot be written ({error.strerror}): {remedies.get(error.errno or 0, elsewhere)}"
 
 
-def explained(error: OSError) -> OSError:
-    """Return an error that says what helps, for one that CuPy's compilation has raised."""
+def explain(error: BaseException | None) -> None:
+    """Raise an error that says what helps in place of one of CuPy's files, where that is known."""
+    if not isinstance(error, OSError):
+        return
     if str(error.filename).endswith(".cubin"):
         line = (
             f"the compiled kernel {error.filename} cannot be read ({error.strerror}): remove it, or"
             " let everybody read it"
         )
     else:
-        line = _folder_problem() or str(error)
-    return type(error)(line)
+        line = _folder_problem() or ""
+    if line:
+        raise type(error)(error.errno, line) from error
 
 
 def _device_problem(facts: dict[str, str]) -> str | None:

@@ -1,5 +1,6 @@
 """Kernels compiled for an architecture that is not here, as in an image: NVRTC and no driver."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -87,6 +88,15 @@ def test_what_cannot_be_compiled_is_said_first(python):
     assert done.returncode == 2 and "kernels cannot be compiled" in done.stderr
     done = python("-m", "cupy_delta", "compile", "--multiprocessors", "8")
     assert done.returncode == 2 and "expected with --arch alone" in done.stderr
+
+
+def test_a_disk_that_is_full_is_said(monkeypatch):
+    from cupy_delta.cuda.architectures import ARCHITECTURES
+    from cupy_delta.cuda.runtime.ahead import Architecture
+
+    monkeypatch.setenv("CUPY_CACHE_DIR", __file__)
+    with pytest.raises(OSError, match="set CUPY_CACHE_DIR"), Architecture(ARCHITECTURES["sm_80"]):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_architecture_that_nvrtc_does_not_know(monkeypatch):

@@ -17,10 +17,10 @@ import pytest
 from cupy_delta.commands import main
 from cupy_delta.cuda import environment as environment_of
 from cupy_delta.cuda.families import unsupported
-from cupy_delta.cuda.runtime.environment import explained
+from cupy_delta.cuda.runtime.environment import explain
 from cupy_delta.extras import EXTRAS, install_command, uninstall_command
 
-environment_module = sys.modules[explained.__module__]
+environment_module = sys.modules[explain.__module__]
 ROOT = Path(__file__).resolve().parents[3]
 TOOLKIT = shlex.quote(EXTRAS["cuda12"][1])
 
@@ -196,16 +196,15 @@ def test_an_error_of_the_cache_says_what_helps(cupy, monkeypatch, tmp_path):
     """What CuPy raises on a full disk names no file."""
     (tmp_path / "file").write_text("")
     full = OSError(errno.ENOSPC, "No space left on device")
-    assert str(explained(full)) == str(full)
+    for nothing_to_say in (full, None, ValueError("q")):
+        explain(nothing_to_say)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
-    line = str(explained(full))
-    assert "cannot be written" in line and "set CUPY_CACHE_DIR" in line
+    with pytest.raises(OSError, match=r"cannot be written .* set CUPY_CACHE_DIR") as found:
+        explain(full)
+    assert found.value.errno == errno.ENOSPC and found.value.__cause__ is full
     unreadable = PermissionError(errno.EACCES, "Permission denied", "/x/ab.cubin")
-    found = explained(unreadable)
-    assert isinstance(found, PermissionError)
-    assert str(found).endswith(
-        "/x/ab.cubin cannot be read (Permission denied): remove it, or let everybody read it"
-    )
+    with pytest.raises(PermissionError, match=r"/x/ab.cubin cannot be read .* remove it, or let"):
+        explain(unreadable)
 
 
 def test_the_command_that_installs_names_this_python(monkeypatch):
