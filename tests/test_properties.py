@@ -370,17 +370,17 @@ def test_nan_stays_in_its_sequence_and_head(operator, data):
 # --- building blocks ----------------------------------------------------------------------------
 
 
-@given(packed(gates=(None,)), chunks, st.booleans())
-def test_the_building_blocks_make_up_the_operator(problem, chunk_size, pack):
+@given(packed(), chunks, st.booleans(), st.booleans())
+def test_the_building_blocks_make_up_the_operator(problem, chunk_size, pack, norm):
     arrays, cu_seqlens = problem
-    q, k, v, beta, _, state = arrays.values()
+    q, k, v, beta, g, state = arrays.values()
     if not pack:
         cu_seqlens, state = None, state if state is None else state[:1]
-    options = dict(chunk_size=chunk_size, cu_seqlens=cu_seqlens)
-    w, u, t = cd.wy_factors(k, v, beta, **options)
-    states, v_new, final_state = cd.state_pass(k, w, u, initial_state=state, **options)
-    o = cd.chunk_output(q, k, v_new, states, **options)
-    expected = cd.chunk_delta_rule(q, k, v, beta, initial_state=state, **options)
+    options = dict(chunk_size=chunk_size, cu_seqlens=cu_seqlens, qk_l2norm=norm)
+    w, u, t = cd.wy_factors(k, v, beta, g, **options)
+    states, v_new, final_state = cd.state_pass(k, w, u, g, initial_state=state, **options)
+    o = cd.chunk_output(q, k, v_new, states, g, **options)
+    expected = cd.chunk_delta_rule(q, k, v, beta, g, initial_state=state, **options)
     close((o, final_state), expected)
     assert t.shape == (*beta.shape, chunk_size or t.shape[-1])
 
@@ -399,10 +399,11 @@ def test_wy_factors_solve_their_equation(arrays):
     close((u,), (np.einsum("bthc,bchv->bthv", t, v),))
 
 
-@given(packed(gates=(None,)), st.integers(0, 2**32 - 1))
+@given(packed(), st.integers(0, 2**32 - 1))
 def test_a_transfer_does_what_the_sequence_does(problem, seed):
     arrays, cu_seqlens = problem
-    transfer = cd.sequence_transfer(arrays["k"], arrays["v"], arrays["beta"], cu_seqlens=cu_seqlens)
+    args = (arrays[name] for name in ("k", "v", "beta", "g"))
+    transfer = cd.sequence_transfer(*args, cu_seqlens=cu_seqlens)
     state = np.random.default_rng(seed).standard_normal(transfer.h.shape)
     expected = cd.recurrent_delta_rule(**arrays | {"initial_state": state}, cu_seqlens=cu_seqlens)
     close((transfer.apply(state),), (expected.final_state,))
@@ -410,13 +411,13 @@ def test_a_transfer_does_what_the_sequence_does(problem, seed):
 
 @given(st.data())
 def test_transfers_compose(data):
-    arrays = data.draw(problems(gates=(None,)))
-    k, v, beta = arrays["k"], arrays["v"], arrays["beta"]
-    T = k.shape[1]
+    arrays = data.draw(problems())
+    args = [arrays[name] for name in ("k", "v", "beta", "g")]
+    T = args[0].shape[1]
     i, j = sorted(data.draw(st.tuples(st.integers(0, T), st.integers(0, T))))
 
     def transfer(a, b):
-        return cd.sequence_transfer(k[:, a:b], v[:, a:b], beta[:, a:b])
+        return cd.sequence_transfer(*(None if x is None else x[:, a:b] for x in args))
 
     first, second, third = transfer(0, i), transfer(i, j), transfer(j, T)
     close(first.then(second).then(third), transfer(0, T))
