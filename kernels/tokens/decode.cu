@@ -12,7 +12,8 @@
 //
 // Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order, then over
 // PARTS threads of a warp in a fixed tree, then over warps in ascending order; the state is rounded to STATE_DTYPE
-// once, at the end. q and k are normalised in the same precision with L2NORM.
+// once, at the end. q and k are normalised in the same precision with L2NORM, rows whose squares overflow in a smaller
+// unit, which their elements have exactly.
 //
 // Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, GROUP (value heads per key head), HAS_GATE, STATE_VK, L2NORM, ONE_TOKEN
 // (T is 1). VECTOR: elements of S per access, along the contiguous axis, whose size it divides. VALUES: value channels
@@ -120,14 +121,14 @@ PRIM void scatter_sums(real (&x)[VALUES], uint32_t part) {
   for (int bits = SCATTERED; bits < PARTS; bits *= 2) x[0] += __shfl_xor_sync(~0u, x[0], bits * NEXT);
 }
 
-struct Products {
-  real k_k, q_q, k_q, padding;  // read as a vector
+struct alignas(2 * sizeof(real)) Pair {
+  real k, q;
 };
 #if WARPS > 1
-// What warps pass to each other: S^T k, S^T q and the products of k and q over the keys of each, and n, to be times k.
+// What warps pass to each other: sums of squares, S^T k, S^T q and k . q over the keys of each, and n, to be times k.
 struct Passed {
-  real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS];
-  Products products[WARPS];
+  real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS], k_q[WARPS];
+  Pair squares[WARPS];
 };
 #endif
 
@@ -137,6 +138,12 @@ struct Token {
   DTYPE v;
   real beta, g;
 };
+
+// Takes a row in a smaller unit.
+PRIM void shrink(RowAccess (&row)[KEYS / ROW_VECTOR]) {
+#pragma unroll
+  for (auto& part : row) part.fill([&](int e) { return part[e] * small_unit(real()); });
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g,
@@ -211,22 +218,52 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   auto S = [&](int i, int j) -> real& { return held[i][j]; };
 #endif
   for (int t = 0; t < tokens; t++) {
+    real k_r = 1, q_r = 1;
+#if L2NORM
+    bool k_shrunk = false, q_shrunk = false;
+#pragma unroll 1
+    for (;;) {
+      Pair squares = {};
+#pragma unroll
+      for (int i = 0; i < KEYS; i++) {
+        squares.k += k_at(i) * k_at(i);
+        squares.q += q_at(i) * q_at(i);
+      }
+      squares.k = sum_over_parts(squares.k), squares.q = sum_over_parts(squares.q);
+#if WARPS > 1
+      if (thread % 32 == 0) passed.squares[thread / 32] = squares;
+      __syncthreads();
+      squares = {};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) squares.k += passed.squares[w].k, squares.q += passed.squares[w].q;
+#endif
+      // The same for the whole block, which has one row of q and one of k.
+      const bool k_large = !k_shrunk && overflowed<DTYPE>(squares.k),
+                 q_large = !q_shrunk && overflowed<DTYPE>(squares.q);
+      if (!k_large && !q_large) {
+        k_r = root(squares.k + (k_shrunk ? 0 : eps(scale))), q_r = root(squares.q + (q_shrunk ? 0 : eps(scale)));
+        break;
+      }
+      if (k_large) shrink(token.k), k_shrunk = true;
+      if (q_large) shrink(token.q), q_shrunk = true;
+#if WARPS > 1
+      __syncthreads();
+#endif
+    }
+#endif
     real k_sums[VALUES] = {}, q_sums[VALUES] = {};
-    Products sums = {};
+    real k_q = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
       const real k_i = k_at(i), q_i = q_at(i);
-      sums.k_k += k_i * k_i;
-      sums.q_q += q_i * q_i;
-      sums.k_q += k_i * q_i;
+      k_q += k_i * q_i;
 #pragma unroll
       for (int j = 0; j < VALUES; j++) {
         k_sums[j] += S(i, j) * k_i;
         q_sums[j] += S(i, j) * q_i;
       }
     }
-    if (L2NORM) sums.k_k = sum_over_parts(sums.k_k), sums.q_q = sum_over_parts(sums.q_q);
-    sums.k_q = sum_over_parts(sums.k_q);
+    k_q = sum_over_parts(k_q);
     scatter_sums(k_sums, part);
     scatter_sums(q_sums, part);
 #if WARPS == 1
@@ -240,26 +277,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         passed.q_S[warp][kept + j] = q_sums[j];
       }
     }
-    if (thread % 32 == 0) passed.products[warp] = sums;
+    if (thread % 32 == 0) passed.k_q[warp] = k_q;
     __syncthreads();
     real k_S = 0, q_S = 0;
     if (thread < CHANNELS) {
-      sums = {};
+      k_q = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         k_S += passed.k_S[w][thread];
         q_S += passed.q_S[w][thread];
-        sums.k_k += passed.products[w].k_k;
-        sums.q_q += passed.products[w].q_q;
-        sums.k_q += passed.products[w].k_q;
+        k_q += passed.k_q[w];
       }
     }
 #endif
     const real decay = HAS_GATE ? power(token.g) : (real)1;
-    const real k_factor = L2NORM ? root(sums.k_k + (real)1e-6) : (real)1;
-    const real q_factor = L2NORM ? scale * root(sums.q_q + (real)1e-6) : scale;
-    const real written = token.beta * (widen(token.v) - decay * k_factor * k_S) * k_factor;
-    const real out = q_factor * (decay * q_S + sums.k_q * written);
+    const real written = token.beta * (widen(token.v) - decay * k_r * k_S) * k_r;
+    const real out = scale * q_r * (decay * q_S + k_q * written);
     if (writes_o) o[(row(t) * HV + hv) * HEAD_V + own] = narrow<DTYPE>(out);
 
 #if WARPS == 1

@@ -3,7 +3,8 @@
 //   S <- e^g S,   r = v - S^T k,   S <- S + k (beta r)^T,   o = scale S^T q
 //
 // Numbers: float (double for DTYPE double) throughout, states too; sums over a thread's key channels in ascending order
-// and then over PARTS threads in a fixed tree. q and k are normalised in the same precision with L2NORM.
+// and then over PARTS threads in a fixed tree. q and k are normalised in the same precision with L2NORM, rows whose
+// squares overflow in a smaller unit.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, HAS_GATE, VARLEN, STATE_VK, L2NORM, BETA_PER_VALUE, PARTS (threads that share a value
 // channel's keys, a power of two up to 32), CHANNELS (value channels per block; CHANNELS * PARTS is a multiple of 32).
@@ -68,31 +69,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
 
-    real recalled = 0, q_squares = 0, k_squares = 0;
+    Norm<real> q_norm = {1, 1}, k_norm = {1, 1};
+#if L2NORM
+    auto norm = [&](const real* row) {
+      return norm_of<DTYPE, real>([&](real unit) {
+        real squares = 0;
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+          const real x = key(i) < HEAD_K ? row[key(i)] * unit : (real)0;
+          squares += x * x;
+        }
+        return sum_over_parts(squares);
+      });
+    };
+    q_norm = norm(token_q), k_norm = norm(token_k);
+#endif
+    real recalled = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      const int c = key(i);
-      const real q_c = c < HEAD_K ? token_q[c] : (real)0, k_c = c < HEAD_K ? token_k[c] : (real)0;
-      q_squares += q_c * q_c;
-      k_squares += k_c * k_c;
+      const real k_c = key(i) < HEAD_K ? token_k[key(i)] * k_norm.unit : (real)0;
       S[i] *= decay;
       recalled += S[i] * k_c;
     }
-    real q_factor = scale, k_factor = 1;
-#if L2NORM
-    q_factor = scale * root(sum_over_parts(q_squares) + (real)1e-6);
-    k_factor = root(sum_over_parts(k_squares) + (real)1e-6);
-#endif
-    const real written = strength * (value - k_factor * sum_over_parts(recalled)) * k_factor;
+    const real written = strength * (value - k_norm.r * sum_over_parts(recalled)) * k_norm.r;
     real out = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
       const int c = key(i);
       if (c >= HEAD_K) continue;
-      S[i] += token_k[c] * written;
-      out += S[i] * token_q[c];
+      S[i] += token_k[c] * k_norm.unit * written;
+      out += S[i] * (token_q[c] * q_norm.unit);
     }
-    out = sum_over_parts(out) * q_factor;
+    out = sum_over_parts(out) * (scale * q_norm.r);
     if (writes_o) o[row * HEAD_V + channel] = narrow<DTYPE>(out);
   }
 
