@@ -73,7 +73,10 @@ def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:
             import cupy
     except OSError as error:
         facts["CuPy"] = "cannot be imported"
-        return _folder_problem() or f"import cupy fails ({_line(error)})"
+        # CuPy makes the folder of its cache when it is imported.
+        return (
+            _folder_problem(error) if _folder_problem() else f"import cupy fails ({_line(error)})"
+        )
     except Exception as error:
         facts["CuPy"] = "broken"
         names = _cupys() or ["cupy"]
@@ -161,11 +164,11 @@ def cache_folder() -> str:
     return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
 
 
-def _folder_problem() -> str | None:
-    """Judge the two folders that CuPy writes while it compiles."""
+def _folder_problem(known: OSError | None = None) -> str | None:
+    """Judge the folders that CuPy writes while it compiles; of its cache an error may be known."""
     if not os.environ.get("CUPY_CACHE_DIR", "unset"):
         return "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
-    error = _write_error(cache_folder)
+    error = known or _write_error(cache_folder)
     if error:
         return f"the kernel cache {cache_folder()} {_cannot(error, 'CUPY_CACHE_DIR')}"
     error = _write_error(tempfile.gettempdir)
@@ -199,6 +202,7 @@ def _cannot(error: OSError, variable: str) -> str:
         errno.ENOSPC: f"make room there, or {elsewhere}",
         errno.EDQUOT: f"make room there, or {elsewhere}",
         errno.ENOTDIR: f"a file is in its way: remove that, or {elsewhere}",
+        errno.EEXIST: f"a file is in its way: remove that, or {elsewhere}",
     }
     return f"cannot be written ({error.strerror}): {remedies.get(error.errno or 0, elsewhere)}"
 

@@ -161,11 +161,12 @@ def test_a_cupy_that_cannot_make_its_cache(capsys, monkeypatch, tmp_path):
     """As CuPy does at import, where the folder cannot be made."""
     (tmp_path / "cupy.py").write_text("import os\nos.makedirs(os.environ['CUPY_CACHE_DIR'])\n")
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    problem = only_problem(capsys)
-    assert "a file is in its way" in problem and "reinstall" not in problem
+    for name, why in (("file/cache", "Not a directory"), ("file", "File exists")):
+        monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / name))
+        problem = only_problem(capsys)
+        assert f"{name} cannot be written ({why}): a file is in its way" in problem
 
 
 def test_no_home(cupy, monkeypatch):
