@@ -14,6 +14,7 @@ import numpy as np
 
 from ..arrays import FLOAT_DTYPES
 from ..building_blocks import chunk_output, sequence_transfer, state_pass, wy_factors
+from ..call import Call, Gate
 from ..operators import (
     chunk_delta_rule,
     chunk_delta_rule_bwd,
@@ -46,7 +47,7 @@ class Case:
     operator: str
     T: int = 130
     sizes: dict = field(default_factory=dict)
-    gate: str | None = None
+    gate: Gate | None = None
     beta: tuple = (0.0, 1.0)
     correlation: float = 0.0
     beta_per_value: bool = False
@@ -118,11 +119,25 @@ def run_command(args) -> int:
     return 0 if ok == ran else 1
 
 
+OPERATIONS = {
+    "chunk": ("forward",),
+    "recurrent": ("recurrent",),
+    "step": ("step",),
+    "indexed step": ("step",),
+    "blocks": ("wy_factors", "state_pass", "chunk_output"),
+    "transfer": ("transfer",),
+    "gradients": ("training", "backward"),
+}
+
+
 def _only_on_cpu(case: Case, dtype: str) -> bool:
-    """Tell what CuPy arrays do not support; anything else that fails there is a defect."""
-    chunked = case.operator in ("chunk", "gradients", "blocks", "transfer")
-    gate = case.gate == "channel" or (case.gate is not None and case.operator == "gradients")
-    return gate or (chunked and dtype == "float64")
+    """Tell what CuPy arrays refuse; anything else that fails there is a defect."""
+    from ..cuda.families import refusal
+
+    call = Call(
+        dtype=FLOAT_DTYPES[dtype], gate=case.gate, chunk_size=case.options.get("chunk_size")
+    )
+    return any(refusal(operation, call) for operation in OPERATIONS[case.operator])
 
 
 def _error(case: Case, dtype: str, device: Device, seed: int) -> tuple[float, str | None]:

@@ -46,4 +46,5 @@ def test_cases_of_the_check_command(emulated, on_reference, monkeypatch, case, d
         return
     exact = check._exact
     monkeypatch.setattr(check, "_exact", lambda *args: on_reference(exact, *args))
-    assert check._error(case, dtype, OnGpu(), 0) <= check.BOUNDS[dtype]
+    error, not_finite = check._error(case, dtype, OnGpu(), 0)
+    assert error <= check.BOUNDS[dtype] and not_finite is None

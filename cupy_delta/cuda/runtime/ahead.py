@@ -18,7 +18,7 @@ from cupy._core import core
 from cupy.cuda import compiler, function
 
 from ..spec import DeviceFacts, Launch
-from .environment import cache_folder, explain
+from .environment import cache_folder, cache_in_memory, explain
 from .programs import Program, compile_side_by_side, empty_programs
 
 
@@ -62,7 +62,7 @@ class Architecture:
                 f"sm_{self.arch}: NVRTC {version} compiles for sm_{newest} at most, and CuPy knows"
                 " no newer one; a newer cuda-toolkit may"
             )
-        if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
+        if cache_in_memory():
             raise ValueError("CUPY_CACHE_IN_MEMORY is set: nothing that is compiled would be kept")
 
     def __enter__(self):

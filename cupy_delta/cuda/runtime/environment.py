@@ -168,6 +168,8 @@ def _folder_problem(known: OSError | None = None) -> str | None:
     """Judge the folders that CuPy writes while it compiles; of its cache an error may be known."""
     if not os.environ.get("CUPY_CACHE_DIR", "unset"):
         return "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
+    if cache_in_memory():
+        return None
     error = known or _write_error(cache_folder)
     if error:
         return f"the kernel cache {cache_folder()} {_cannot(error, 'CUPY_CACHE_DIR')}"
@@ -175,6 +177,11 @@ def _folder_problem(known: OSError | None = None) -> str | None:
     if error:
         return f"the folder of temporary files {_cannot(error, 'TMPDIR')}"
     return None
+
+
+def cache_in_memory() -> bool:
+    """Whether CuPy was told to keep nothing on disk; as it reads this itself."""
+    return os.environ.get("CUPY_CACHE_IN_MEMORY", "").strip() == "1"
 
 
 def _has_kernels(folder: str) -> bool:

@@ -134,6 +134,8 @@ def test_a_cache_that_cannot_be_written(cupy, capsys, monkeypatch, number, remed
     monkeypatch.setattr(environment_module.tempfile, "TemporaryFile", lambda dir: refuse(error)())
     problem = only_problem(capsys)
     assert os.strerror(number) in problem and remedy in problem
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    assert environment_of()["problems"] == []
 
 
 def test_a_folder_for_temporary_files_that_cannot_be_written(cupy, capsys, monkeypatch, tmp_path):
