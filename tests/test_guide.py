@@ -35,14 +35,16 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language, path=GUIDE):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_code_for_a_gpu_is_code_and_names_what_there_is():
-    assert len(blocks("python")) >= 4
-    for block in blocks("python"):
-        compile(block, str(GUIDE), "exec")
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_code_for_a_gpu_is_code_and_names_what_there_is(page):
+    found = blocks("python", ROOT / page)
+    assert found
+    for block in found:
+        compile(block, page, "exec")
         for name in re.findall(r"\bcupy_delta\.(\w+)", block):
             assert hasattr(cupy_delta, name)
 
