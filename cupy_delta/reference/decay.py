@@ -107,7 +107,8 @@ class ChannelDecay:
 
     exp(G_i - G_j) no longer leaves the sum over channels. The chunk is halved again and again:
     between the later half and the earlier one, with m the earlier half's last token, it is
-    exp(G_i - G_m) exp(G_m - G_j), two factors of at most 1, so each level is a matrix product.
+    exp(G_i - G_m) exp(G_m - G_j), two factors of at most 1, so each level is a matrix product per
+    pair of halves. Rows of zeros make the tokens a power of two.
     """
 
     def __init__(self, G, dtype):
@@ -115,17 +116,16 @@ class ChannelDecay:
         self._read = np.exp(G).astype(dtype)
         self._write = np.exp(ends - G).astype(dtype)
         self._carry = transpose(np.exp(ends)).astype(dtype)
-        self._levels = []
         C = G.shape[-2]
+        self._size = 1 << (C - 1).bit_length()
+        G = np.concatenate([G, np.repeat(ends, self._size - C, axis=-2)], axis=-2)
+        self._levels = []
         half = 1
-        while half < C:
-            for start in range(0, C - half, 2 * half):
-                early = slice(start, start + half)
-                late = slice(start + half, min(start + 2 * half, C))
-                middle = G[..., start + half - 1 : start + half, :]
-                after = np.exp(G[..., late, :] - middle).astype(dtype)
-                before = np.exp(middle - G[..., early, :]).astype(dtype)
-                self._levels.append((late, early, after, before))
+        while half < self._size:
+            early, late = halves(G, half)
+            middle = early[..., -1:, :]
+            after, before = np.exp(late - middle), np.exp(middle - early)
+            self._levels.append((half, after.astype(dtype), before.astype(dtype)))
             half *= 2
 
     def read(self, x):
@@ -139,33 +139,56 @@ class ChannelDecay:
 
     def pairs(self, a, b):
         C = a.shape[-2]
+        a, b = self._padded(a), self._padded(b)
         diagonal = np.sum(a * b, axis=-1)
         shape = np.broadcast_shapes(diagonal.shape[:-1], self._read.shape[:-2])
-        product = np.zeros((*shape, C, C), a.dtype)
-        product[..., np.arange(C), np.arange(C)] = diagonal
-        for late, early, after, before in self._levels:
-            rows = a[..., late, :] * after
-            product[..., late, early] = rows @ transpose(b[..., early, :] * before)
-        return product
+        P = np.zeros((*shape, self._size, self._size), a.dtype)
+        np.einsum("...ii->...i", P)[...] = diagonal
+        for half, after, before in self._levels:
+            rows, columns = halves(a, half)[1] * after, halves(b, half)[0] * before
+            below_diagonal(P, half)[...] = rows @ transpose(columns)
+        return P[..., :C, :C]
 
     def pairs_gradients(self, dP, a, b, P):
-        diagonal = np.diagonal(dP, axis1=-2, axis2=-1)[..., None]
+        C = a.shape[-2]
+        a, b = self._padded(a), self._padded(b)
+        dP = self._padded(transpose(self._padded(transpose(dP))))
+        diagonal = np.einsum("...ii->...i", dP)[..., None]
         da, db = diagonal * b, diagonal * a
         dg = np.zeros_like(da)
-        for late, early, after, before in self._levels:
-            block = dP[..., late, early]
-            rows = after * (block @ (b[..., early, :] * before))
-            columns = before * (transpose(block) @ (a[..., late, :] * after))
-            da[..., late, :] += rows
-            db[..., early, :] += columns
-            rows *= a[..., late, :]
-            columns *= b[..., early, :]
-            dg[..., late, :] += sum_from(rows)
-            dg[..., early, :] += sum_before(columns)
-        return da, db, dg
+        for half, after, before in self._levels:
+            square = below_diagonal(dP, half)
+            late_a, early_b = halves(a, half)[1], halves(b, half)[0]
+            rows = after * (square @ (early_b * before))
+            columns = before * (transpose(square) @ (late_a * after))
+            halves(da, half)[1][...] += rows
+            halves(db, half)[0][...] += columns
+            early_dg, late_dg = halves(dg, half)
+            late_dg += sum_from(late_a * rows)
+            early_dg += sum_before(early_b * columns)
+        return da[..., :C, :], db[..., :C, :], dg[..., :C, :]
+
+    def _padded(self, x):
+        """Rows of zeros after the last token, up to a power of two."""
+        missing = self._size - x.shape[-2]
+        zeros = np.zeros((*x.shape[:-2], missing, x.shape[-1]), x.dtype)
+        return np.concatenate([x, zeros], axis=-2) if missing else x
 
     def per_gate(self, x):
         return x
+
+
+def halves(x, half: int):
+    """Views of rows (..., C, K), runs of `half` tokens: the earlier and the later of every two."""
+    x = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def below_diagonal(P, half: int):
+    """A view of (..., C, C): the squares where later halves meet the earlier ones before them."""
+    C = P.shape[-1]
+    runs = P.reshape(*P.shape[:-2], C // (2 * half), 2, half, C // (2 * half), 2, half)
+    return np.einsum("...iaib->...iab", runs[..., 1, :, :, 0, :])
 
 
 def lower_triangle(x, diagonal: int = 0):

@@ -189,37 +189,35 @@ def test_steps_and_factors_have_plans():
     ] * 2
 
 
-def test_pieces_prepare_keys_and_gates_once():
-    (q, k, v, beta, g), _ = make_inputs(50, dtype=np.float32, gate="scalar")
-    options = dict(qk_l2norm=True, cu_seqlens=None)
+def pieces(gate, qk_l2norm):
+    """Operation and call of each building block."""
+    (q, k, v, beta, g), _ = make_inputs(50, dtype=np.float32, gate=gate)
+    options = dict(qk_l2norm=qk_l2norm, cu_seqlens=None)
     factors = factors_problem(k, v, beta, g, **options)
-    passed = state_pass_problem(k, k, v, g, initial_state=None, chunk_size=16, **options)
+    yield "wy_factors", factors
+    yield "transfer", factors
+    options |= dict(chunk_size=16)
+    yield "state_pass", state_pass_problem(k, k, v, g, initial_state=None, **options)
     states = np.zeros((1, 4, 1, 5, 7), np.float32)
-    output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
-    for plan, names in (
-        (plans.plan("wy_factors", factors, H200), "l2norm wy_factors"),
-        (plans.plan("transfer", factors, H200), "l2norm wy_factors forward forward"),
-        (plans.plan("state_pass", passed, H200), "l2norm decays forward"),
-        (plans.plan("chunk_output", output, H200), "l2norm l2norm chunk_output"),
-    ):
-        assert [x.entry for x in plan.launches] == names.split()
+    yield "chunk_output", chunk_output_problem(q, k, v, states, g, scale=None, **options)
+
+
+def test_pieces_prepare_keys_and_gates_once():
+    names = {
+        "wy_factors": "l2norm wy_factors",
+        "transfer": "l2norm wy_factors forward forward",
+        "state_pass": "l2norm decays forward",
+        "chunk_output": "l2norm l2norm chunk_output",
+    }
+    for operation, call in pieces("scalar", qk_l2norm=True):
+        launches = plans.plan(operation, call, H200).launches
+        assert [x.entry for x in launches] == names[operation].split()
 
 
 def test_pieces_refuse_a_gate_per_key_channel():
-    (q, k, v, beta, g), _ = make_inputs(50, dtype=np.float32, gate="channel")
-    options = dict(qk_l2norm=False, cu_seqlens=None)
-    factors = factors_problem(k, v, beta, g, **options)
-    passed = state_pass_problem(k, k, v, g, initial_state=None, chunk_size=16, **options)
-    states = np.zeros((1, 4, 1, 5, 7), np.float32)
-    output = chunk_output_problem(q, k, v, states, g, scale=None, chunk_size=16, **options)
-    for operation, p in (
-        ("wy_factors", factors),
-        ("transfer", factors),
-        ("state_pass", passed),
-        ("chunk_output", output),
-    ):
+    for operation, call in pieces("channel", qk_l2norm=False):
         with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
-            plans.plan(operation, p, H200)
+            plans.plan(operation, call, H200)
 
 
 def test_digest_changes_with_any_header(tmp_path):
