@@ -57,8 +57,6 @@ class FarDevice(EmulatorDevice):
 def blocks_of_the_last_sequence(launch):
     if launch.entry == "l2norm":
         return -(-TOKENS * HEADS // 8)
-    if launch.entry == "gate_sums":
-        return 1
     if launch.grid < 2**16:
         return launch.grid // 2  # walks, with as many for either sequence
     chunk = dict(launch.defines).get("CHUNK", 64)
