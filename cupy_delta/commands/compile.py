@@ -33,7 +33,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("-K", "--K", **many, default=[128], help="key sizes (default: 128)")
     parser.add_argument("-V", "--V", type=positive, metavar="N", help="value size (default: K)")
     parser.add_argument("-B", "--batch", **many, default=[1], help="sequences (default: 1)")
-    parser.add_argument("-T", "--tokens", **many, default=[1024], help="tokens T (default: 1024)")
+    parser.add_argument(
+        "-T", "--tokens", **many, default=[1024], help="tokens T (default: 1024), of steps any"
+    )
     parser.add_argument(
         "-H", "--heads", type=positive, default=16, help="key heads H (default: 16)"
     )
@@ -68,10 +70,13 @@ def add_arguments(parser) -> None:
 def run_command(args) -> int:
     device = device_for(args)
     distinct: dict[tuple, Launch] = {}
-    for dtype, K, B, T in itertools.product(args.dtype, args.K, args.batch, args.tokens):
+    passes = [(name, T) for name in args.passes if name != "step" for T in args.tokens]
+    if "step" in args.passes:
+        passes += [("step", 1), ("step", 2)]  # one token has a kernel of its own
+    for dtype, K, B, (name, T) in itertools.product(args.dtype, args.K, args.batch, passes):
         launches = launches_of(
             device.facts,
-            tuple(args.passes),
+            (name,),
             dtype=dtype,
             K=K,
             V=args.V or K,

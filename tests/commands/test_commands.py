@@ -310,7 +310,9 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     entries = [name for name, _ in Recorder.compiled]
     each = {"wy_factors": 1, "forward": 1, "backward_state": 1, "backward_chunk": 1}
     assert {name: entries.count(name) // 2 for name in each} == each
-    assert entries.count("decode") == 2 and entries.count("l2norm") == 4
+    assert entries.count("decode") == 4 and entries.count("l2norm") == 4
+    one_token = [d["ONE_TOKEN"] for name, d in Recorder.compiled if name == "decode"]
+    assert sorted(one_token) == [0, 0, 1, 1]
     assert {d["HEAD_K"] for _, d in Recorder.compiled} == {64, 128}
     assert f"{len(entries)} kernels ready" in capsys.readouterr().out
     assert "gradients through a gate" in one_line_error(capsys, *argv, "--gate")
