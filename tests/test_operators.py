@@ -213,6 +213,7 @@ def test_what_overflows_inside_reaches_no_earlier_chunk(gate):
 
 
 def test_same_bits_for_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr("cupy_delta.reference.parallel.PRODUCTS_FOR_THREADS", 0)
     args, kw = make_inputs(300, B=2, H=6, K=32, V=32, gate="scalar", dtype=np.float32)
     bits = []
     for threads in ("1", "2", "3", "2"):
@@ -222,6 +223,23 @@ def test_same_bits_for_any_number_of_threads(monkeypatch):
         bits.append([forward.o, forward.final_state, *(x for x in gradients if x is not None)])
     for other in bits[1:]:
         assert all(np.array_equal(x, y) for x, y in zip(bits[0], other, strict=True))
+
+
+def test_small_calls_start_no_thread(monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setenv("CUPY_DELTA_NUM_THREADS", "4")
+    monkeypatch.setattr("cupy_delta.reference.parallel.ThreadPoolExecutor", refused)
+    args, kw = make_inputs(4, B=8, H=8, K=16, V=16)
+    forward = cd.chunk_delta_rule_fwd(*args, **kw)
+    cd.chunk_delta_rule_bwd(forward.residuals, forward.o)
+    cd.recurrent_delta_rule(*args, **kw)
+    cd.delta_rule_step(*args, state=np.zeros((8, 8, 16, 16)))
+    cd.sequence_transfer(*args[1:4])
+    args, kw = make_inputs(300, B=2, H=6, K=32, V=32)
+    with pytest.raises(AssertionError, match="a thread was started"):
+        cd.chunk_delta_rule(*args, **kw)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", ""])

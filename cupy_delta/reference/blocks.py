@@ -8,10 +8,10 @@ import numpy as np
 
 from ..problem import Problem, check_chunk_axis
 from .chunk import forward_block, load_block, load_decay, load_rows, solve_unit_lower
-from .chunkwise import chunk_of
+from .chunkwise import chunk_of, walk_all
 from .decay import transpose
 from .parallel import for_each
-from .tiles import Item, items
+from .tiles import Item
 
 
 def wy_factors(problem: Problem):
@@ -34,7 +34,7 @@ def wy_factors(problem: Problem):
             span.store_value_heads(w, solved[..., C : C + K])
             span.store_value_heads(u, solved[..., C + K :])
 
-    for_each(walk, ((item,) for item in items(problem, chunk)))
+    walk_all(problem, walk)
     return w, u, t
 
 
@@ -63,7 +63,7 @@ def state_pass(problem: Problem):
             span.store_value_heads(v_new, N)
         final_state[item.index, item.heads] = S.reshape(-1, *S.shape[2:])
 
-    for_each(walk, ((item,) for item in items(problem, chunk)))
+    walk_all(problem, walk)
     return states, v_new, final_state
 
 
@@ -86,7 +86,7 @@ def chunk_output(problem: Problem):
             span.store_value_heads(o, decay.read(q) @ S + decay.pairs(q, k) @ N)
             slot += n
 
-    for_each(walk, ((item,) for item in items(problem, chunk)))
+    walk_all(problem, walk)
     return o
 
 
@@ -108,7 +108,7 @@ def sequence_transfer(problem: Problem):
         S = S.reshape(-1, *S.shape[2:])
         p[item.index, item.heads], h[item.index, item.heads] = S[..., :K], S[..., K:]
 
-    for_each(walk, ((item,) for item in items(problem, chunk_of(problem))))
+    walk_all(problem, walk)
     return p, h
 
 

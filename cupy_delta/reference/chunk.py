@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg.blas import dtrsm, strsm
 
 from ..problem import Problem
 from .decay import lower_triangle, make_decay, sum_before, sum_from, transpose
@@ -25,24 +25,20 @@ from .tiles import Span, l2norm, l2norm_gradient
 def solve_unit_lower(A, B, *, transposed: bool = False):
     """Solve (I + tril(A, -1)) X = B, or its transpose, for stacks of matrices.
 
-    LAPACK reads only the strict lower triangle of A, and works in place on columns: X is built
-    as a stack of its transposes.
+    BLAS reads only the strict lower triangle of A, and works in place on columns: X is built as a
+    stack of its transposes.
     """
     Xt = np.empty((*A.shape[:-2], B.shape[-1], B.shape[-2]), A.dtype)
     Xt[...] = transpose(B)
-    for index in np.ndindex(A.shape[:-2]):
-        x = solve_triangular(
-            A[index],
-            Xt[index].T,
-            trans=int(transposed),
-            lower=True,
-            unit_diagonal=True,
-            overwrite_b=True,
-            check_finite=False,
-        )
-        if not np.may_share_memory(x, Xt):
-            Xt[index] = x.T
+    C, V = B.shape[-2:]
+    solve = _TRSM[A.dtype]
+    # A in rows is its transpose in columns.
+    for a, x in zip(A.reshape(-1, C, C), Xt.reshape(-1, V, C), strict=True):
+        solve(1.0, a.T, x.T, trans_a=not transposed, diag=True, overwrite_b=True)
     return transpose(Xt)
+
+
+_TRSM = {np.dtype(np.float32): strsm, np.dtype(np.float64): dtrsm}
 
 
 @dataclass

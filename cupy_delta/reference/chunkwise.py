@@ -55,7 +55,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
                 span.store_value_heads(dg, gradients.g)
         _state_out(problem, item, dinitial, D)
 
-    _walk_all(problem, walk)
+    walk_all(problem, walk)
     return dq, dk, dv, dbeta, dg, None if problem.initial_state is None else dinitial
 
 
@@ -86,12 +86,15 @@ def _forward(problem: Problem, checkpoints):
             span.store_value_heads(o, tile)
         _state_out(problem, item, final_state, S)
 
-    _walk_all(problem, walk)
+    walk_all(problem, walk)
     return o, final_state
 
 
-def _walk_all(problem: Problem, walk) -> None:
-    for_each(walk, ((item,) for item in items(problem, chunk_of(problem))))
+def walk_all(problem: Problem, walk) -> None:
+    """Call `walk` for every item of a problem, in threads where they pay."""
+    chunk, K, V = chunk_of(problem), problem.K, problem.V
+    products = problem.B * problem.T * problem.HV * (3 * K * V + chunk * (K + V))
+    for_each(walk, ((item,) for item in items(problem, chunk)), products)
 
 
 def _state_in(problem: Problem, item: Item, states):

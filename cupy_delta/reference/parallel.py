@@ -18,6 +18,8 @@ from threadpoolctl import ThreadpoolController
 
 from ..forking import whole_at_fork
 
+# Multiplications of a call below which starting threads takes as long as they save.
+PRODUCTS_FOR_THREADS = 1 << 23
 THREADS_VARIABLE = "CUPY_DELTA_NUM_THREADS"
 
 
@@ -31,13 +33,15 @@ def thread_count() -> int:
     return int(text)
 
 
-def for_each(function: Callable, items: Iterable, threads: int | None = None) -> None:
+def for_each(function: Callable, items: Iterable, products: float = np.inf) -> None:
     """Call ``function(*item)`` for every item; the items must write to disjoint memory.
 
-    Items that are short, or keep the interpreter's lock, take longest with many `threads`.
+    `products` counts the multiplications in all of them, outside of the interpreter's lock: few are
+    done without threads.
     """
     items = list(items)
-    threads = min(thread_count() if threads is None else threads, len(items))
+    useful = 1 if products < PRODUCTS_FOR_THREADS else len(items)
+    threads = min(thread_count(), useful)
     with _single_threaded_blas():
         if threads <= 1:
             for item in items:

@@ -6,11 +6,13 @@ import numpy as np
 
 from ..problem import Problem
 from .parallel import call_quietly, for_each
-from .token_loop import advance, read, token_inputs
+from .token_loop import advance, read, shared_products, token_inputs
 
 # Elements of all states together below which a call's time is that of calling NumPy; BLAS uses one
 # thread for so few.
 SMALL_POOL = 1 << 13
+# Elements of states that are advanced together, if those of a sequence are fewer: half of a cache.
+ELEMENTS_AT_ONCE = 1 << 16
 
 
 def delta_rule_step(problem: Problem):
@@ -18,37 +20,47 @@ def delta_rule_step(problem: Problem):
     o = problem.out
     if o is None:
         o = np.empty(problem.v.shape, problem.dtype)
-    indices, T, HV = problem.state_indices, problem.T, problem.HV
+    dtype, indices, HV = problem.compute_dtype, problem.state_indices, problem.HV
     pool = problem.state if problem.state_layout == "kv" else problem.state.swapaxes(-1, -2)
     # Whether states can be advanced where they lie.
-    ready = pool is problem.state and pool.dtype == problem.state_dtype and pool.flags.aligned
+    ready = pool is problem.state and pool.dtype == dtype and pool.flags.aligned
     stack = (-1, problem.H, problem.groups, problem.K, problem.V)
 
     def walk(rows, slots) -> None:
         in_place = ready and isinstance(slots, slice)
-        S = pool[slots] if in_place else np.array(pool[slots], problem.state_dtype, order="C")
+        S = pool[slots] if in_place else np.array(pool[slots], dtype, order="C")
         states = S.reshape(stack)
         inputs = token_inputs(problem, rows)
-        for t in range(T):
+        for t in range(problem.T):
             x = inputs.at(t)
             advance(states, x)
-            o[slice(None) if rows is None else rows, t] = read(states, x.q).reshape(
-                -1, HV, problem.V
-            )
+            o[rows, t] = read(states, x.q).reshape(-1, HV, problem.V)
         if not in_place:
             pool[slots] = S
 
-    if indices is None:
-        used = slots = np.arange(problem.B)
-    else:
-        used = np.flatnonzero(indices >= 0)
-        slots = indices[used]
-        if len(used) < problem.B:
-            o[indices < 0] = 0
-    if problem.B * HV * problem.K * problem.V < SMALL_POOL:
+    used = None if indices is None else np.flatnonzero(indices >= 0)
+    count = problem.B if used is None else len(used)
+    if count < problem.B:
+        o[indices < 0] = 0
+    size = HV * problem.K * problem.V
+    if count * size < SMALL_POOL:
         whole = slice(None)
-        call_quietly(walk, (whole, whole) if indices is None else (used, slots))
+        call_quietly(walk, (whole, whole) if used is None else (used, indices[used]))
         return o
-    pairs = zip(used.tolist(), slots.tolist(), strict=True)
-    for_each(walk, ((slice(b, b + 1), slice(s, s + 1)) for b, s in pairs), threads=1)
+    for_each(walk, _parts(indices, used, count, size), shared_products(problem))
     return o
+
+
+def _parts(indices, used, count: int, size: int):
+    """Yield the batch rows and slots of sequences that are advanced together."""
+    at_once = max(1, ELEMENTS_AT_ONCE // size)
+    for first in range(0, count, at_once):
+        part = slice(first, first + at_once)
+        if used is None:
+            yield part, part
+        elif at_once > 1:
+            yield used[part], indices[used[part]]
+        else:
+            b = int(used[first])
+            slot = int(indices[b])
+            yield slice(b, b + 1), slice(slot, slot + 1)

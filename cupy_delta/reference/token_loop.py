@@ -18,6 +18,8 @@ from .tiles import l2norm
 
 # Elements of a state from which BLAS pays for the time of calling it.
 LARGE_STATE = 1 << 12
+# Elements of all heads' states from which a token is more work for NumPy than for Python.
+LONG_TOKEN = 1 << 17
 
 
 def recurrent_delta_rule(problem: Problem):
@@ -37,7 +39,7 @@ def recurrent_delta_rule(problem: Problem):
             o[rows, tokens.start + t] = read(S, x.q).reshape(-1, problem.HV, problem.V)
         view[index] = S.reshape(-1, problem.HV, *S.shape[3:])
 
-    for_each(walk, batches(problem))
+    for_each(walk, batches(problem), shared_products(problem))
     return o, final_state
 
 
@@ -55,6 +57,12 @@ class TokenInputs(NamedTuple):
         q, k, v, beta, g = self
         one = None if g is None else g[:, t]
         return TokenInputs(q[:, t], k[:, t], v[:, t], beta[:, t], one)
+
+
+def shared_products(problem: Problem) -> int:
+    """Count the multiplications that threads could share: none of tokens that are short."""
+    token = problem.HV * problem.K * problem.V
+    return problem.B * problem.T * token if token >= LONG_TOKEN else 0
 
 
 def batches(problem: Problem):
