@@ -3,10 +3,12 @@
 Building for real, and running what was built on every Python, is done by .ci/run.
 """
 
+import ast
 import configparser
 import fnmatch
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -52,6 +54,21 @@ def test_every_kernel_source_is_package_data(setup_cfg):
 def test_what_remedies_install_is_what_the_extras_install(setup_cfg):
     for extra, packages in EXTRAS.items():
         assert tuple(lines(setup_cfg["options.extras_require"][extra])) == packages
+
+
+def test_the_examples_need_what_their_extra_installs(setup_cfg):
+    """Beside what brings its own platform with it: CuPy, JAX, PyTorch, MPI."""
+    files = list((ROOT / "examples").glob("*.py"))
+    imported = set()
+    for node in (n for f in files for n in ast.walk(ast.parse(f.read_text()))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module.partition(".")[0])
+    ours = {"cupy_delta", "numpy", "scipy", "ml_dtypes", *(f.stem for f in files)}
+    platforms = {"cupy", "jax", "torch", "mpi4py"}
+    extra = {re.match(r"\w+", x)[0] for x in lines(setup_cfg["options.extras_require"]["examples"])}
+    assert imported - ours - platforms - set(sys.stdlib_module_names) == extra
 
 
 def test_pythons(setup_cfg):
