@@ -1,7 +1,12 @@
 """Settings for the whole suite: repeatable property tests, and asserts that explain themselves."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+TESTS = Path(__file__).resolve().parent
+COMPILING = ("cuda", "emulator", "gpu")
 
 pytest.register_assert_rewrite("calls", "helpers")
 
@@ -10,6 +15,19 @@ def pytest_addoption(parser):
     parser.addoption(
         "--on-gpu", action="store_true", help="run tests/cuda on CuPy arrays, not emulated"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what `pytest -m fast` runs.
+
+    That is every test but those of folders in which kernels are compiled, and of these the files
+    that say so: with an empty cache, too, they take less than a minute on two cores.
+    """
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder not in COMPILING and not item.get_closest_marker("gpu"):
+            item.add_marker("fast")
 
 
 # The same examples in every run and on every machine: a red run can be repeated by anyone.

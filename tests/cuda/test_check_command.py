@@ -7,6 +7,8 @@ from emulator import HOPPER
 
 from cupy_delta.commands import check
 
+pytestmark = pytest.mark.fast
+
 # Compute capability 9.0 has kernels of its own for 16-bit types: of these one goes there, in turns.
 HALVES = [("float16", "bfloat16"), ("bfloat16", "float16")]
 CALLS = [

@@ -17,6 +17,8 @@ from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.sources import kernel_folder
 from cupy_delta.cuda.spec import DeviceFacts
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(cupy_delta.cuda.__file__).parent
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
 CALL = Call(dtype=FLOAT_DTYPES["bfloat16"], B=1, T=4096, N=1, H=8, HV=8, K=128, V=128)

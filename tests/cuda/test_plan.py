@@ -19,6 +19,8 @@ from cupy_delta.problem import (
     step_problem,
 )
 
+pytestmark = pytest.mark.fast
+
 H200 = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
 SMALL = DeviceFacts(sm_count=28, shared_bytes=99 * 1024)
 

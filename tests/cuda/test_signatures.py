@@ -13,6 +13,8 @@ from cupy_delta.cuda.runtime.sources import kernel_folder
 from cupy_delta.cuda.spec import DeviceFacts, Launch
 from cupy_delta.cuda.tokens.affine import plan_affine
 
+pytestmark = pytest.mark.fast
+
 A100 = DeviceFacts(108, 163 * 1024)
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
 # No two sizes are equal, so that none passes for another.

@@ -10,6 +10,8 @@ import pytest
 from emulator import Kernel
 from test_golden import SOURCE
 
+pytestmark = pytest.mark.fast
+
 SQUARE = '#include "part.h"\nextern "C" int square(int x) { return multiply(x, x); }\n'
 PART = "static int multiply(int a, int b) { return a * b; }\n"
 

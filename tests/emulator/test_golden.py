@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.fast
+
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "golden" / "primitives.npz"
 SOURCE = HERE / "kernels" / "primitives.cu"

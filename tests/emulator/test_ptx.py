@@ -10,6 +10,8 @@ import pytest
 import test_golden
 from emulator import EmulatorFault
 
+pytestmark = pytest.mark.fast
+
 # Mistakes in device.cuh that every compiler accepts, and the results or the fault that show them.
 WRONG_TEXT = {
     "halves of a pair swapped": ('"=r"(y) : "f"(high), "f"(low)', '"=r"(y) : "f"(low), "f"(high)'),

@@ -14,6 +14,8 @@ from cupy_delta.cuda import variants
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.spec import DeviceFacts, Launch, Plan
 
+pytestmark = pytest.mark.fast
+
 SECONDS = 10
 
 

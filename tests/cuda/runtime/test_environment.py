@@ -20,6 +20,8 @@ from cupy_delta.cuda.families import unsupported
 from cupy_delta.cuda.runtime.environment import explain
 from cupy_delta.extras import EXTRAS, install_command, uninstall_command
 
+pytestmark = pytest.mark.fast
+
 environment_module = sys.modules[explain.__module__]
 ROOT = Path(__file__).resolve().parents[3]
 TOOLKIT = shlex.quote(EXTRAS["cuda12"][1])
