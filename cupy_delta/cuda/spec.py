@@ -51,6 +51,11 @@ class Launch:
     arch: str = ""
     concurrent: bool = False
 
+    @property
+    def macros(self) -> tuple:
+        """What the file is compiled with: `defines`, and how much shared memory it is given."""
+        return (*self.defines, ("SHARED_BYTES", self.shared))
+
     @cached_property
     def pointers(self) -> tuple[tuple[int, str], ...]:
         """Which arguments are arrays: position and name."""

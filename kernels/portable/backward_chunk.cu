@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   DTYPE* symmetric = smem.take<DTYPE>(CHUNK * C_PITCH, "e + e^t");
   float* b = smem.take<float>(CHUNK, "beta");
   float* b_sums = smem.take<float>(CHUNK, "dbeta");
+  smem.all_taken(SHARED_BYTES);
 
   const int64_t key_row = chunk.first * H + h;
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,

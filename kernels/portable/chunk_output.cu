@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   DTYPE* state = smem.take<DTYPE>(KP * V_PITCH, "state");
   DTYPE* pairs = smem.take<DTYPE>(CHUNK * C_PITCH, "pairs");
   const Decay decay = Decay::take(smem);
+  smem.all_taken(SHARED_BYTES);
   if (warp == 0) decay.sum(g + chunk.first * HV + hv, HV, chunk.tokens, lane);
 
   const int64_t key = (chunk.first * H + h) * HEAD_K, value = (chunk.first * HV + hv) * HEAD_V + first;

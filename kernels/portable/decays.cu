@@ -14,6 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (chunk.tokens <= 0) return;
   DynSmem smem;
   const Decay decay = Decay::take(smem);
+  smem.all_taken(SHARED_BYTES);
   const int64_t row = chunk.first * HV + hv;
   decay.sum(g + row, HV, chunk.tokens, lane);
   __syncwarp();

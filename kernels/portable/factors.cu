@@ -88,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
   float* b = smem.take<float>(CHUNK, "beta");
   const Decay decay = Decay::take(smem);
+  smem.all_taken(SHARED_BYTES);
 
   const int64_t key_row = chunk.first * H + h;
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,

@@ -176,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
+  smem.all_taken(SHARED_BYTES);
 
   float S[ROW_TILES][K_TILES][4];
 #pragma unroll

@@ -53,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) segment_states(const float
   DynSmem smem;
   float* first = smem.take<float>(KP * VALUES, "state");
   float* second = smem.take<float>(KP * VALUES, "next state");
+  smem.all_taken(SHARED_BYTES);
 
   const int64_t size = (int64_t)HEAD_K * HEAD_V, square = (int64_t)HEAD_K * HEAD_K;
   // Row i of this thread: key channel group + 32 i, zero past the end.

@@ -67,6 +67,9 @@ PRIM uint32_t to_tf32(float x) {
 
 extern __shared__ __align__(1024) uint8_t dynamic_shared[];
 
+// Nothing defines it: a call that the compiler cannot leave out does not link.
+extern "C" __device__ void shared_memory_is_not_what_the_launch_gives();
+
 // Carves arrays out of dynamic shared memory; every thread must carve the same ones in one order.
 struct DynSmem {
   uint32_t used = 0;
@@ -76,6 +79,10 @@ struct DynSmem {
     T* array = (T*)(dynamic_shared + used);
     used += count * (uint32_t)sizeof(T);
     return array;
+  }
+  // Says that nothing more is taken, and all that the launch gives. Else the kernel does not compile.
+  __device__ __forceinline__ void all_taken(uint32_t given) const {
+    if (used != given) shared_memory_is_not_what_the_launch_gives();
   }
 };
 

@@ -220,6 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Work work = {cu_seqlens, pairs, N, T, H, HV};
   DynSmem smem;
   const Shared s = take_shared(smem);
+  smem.all_taken(SHARED_BYTES);
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLICE_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + VALUE_WARPS);
     mbarrier_init(s.keys_full, 1), mbarrier_init(s.keys_free, 8);

@@ -61,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   uint8_t* area = smem.take<uint8_t>(SOLVING > LOADED ? SOLVING : LOADED, "k and q, then m and cores", 1024);
   float* betas = smem.take<float>(HEADS * CHUNK, "beta");
   uint64_t* loaded = smem.take<uint64_t>(1, "loaded");
+  smem.all_taken(SHARED_BYTES);
   DTYPE *k = (DTYPE*)area, *q = k + K_BOXES * TILE;
   if (thread == 0) {
     mbarrier_init(loaded, 1);

@@ -143,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
   uint64_t* joined = nullptr;
 #endif
+  smem.all_taken(SHARED_BYTES);
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
   if (warpgroup == MATH) {

@@ -167,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const bool has_own = thread < CHANNELS && (WHOLE_VALUES || own < HEAD_V), writes_o = has_own;
   DynSmem smem;
   Passed& passed = *smem.take<Passed>(1, "passed");
+  smem.all_taken(SHARED_BYTES);
 #endif
 
   const int64_t slot = state_indices == nullptr ? n : state_indices[n];

@@ -35,6 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const bool live = channel < HEAD_V, writes_o = live && part == 0;
   DynSmem smem;
   real* rows = smem.take<real>(4 * HEAD_K, "q and k");  // two sets of q and k
+  smem.all_taken(SHARED_BYTES);
 
   const Sequence sequence = find_sequence<1>(cu_seqlens, n, T);
   // The i-th key channel of this thread, and where the state has it.

@@ -37,7 +37,8 @@ sys.path[:0] = [str(path.parent), "tests/emulator", "."]
 import resources
 for arch, name in resources.cases():
     launch = resources.launches(arch)[name]
-    print(json.dumps([launch.arch or arch, name, launch.file, launch.entry, launch.defines]))
+    macros = getattr(launch, "macros", launch.defines)
+    print(json.dumps([launch.arch or arch, name, launch.file, launch.entry, macros]))
 """
 
 

@@ -121,7 +121,7 @@ def must_not_spill(name: str) -> bool:
 def measure(arch: str, name: str) -> Resources:
     """Compile a kernel as CuPy does and read ptxas' report."""
     launch = launches(arch)[name]
-    return compiled(variant_source(launch.file, launch.defines), launch.arch or arch)
+    return compiled(variant_source(launch.file, launch.macros), launch.arch or arch)
 
 
 def compiled(source: str, arch: str) -> Resources:

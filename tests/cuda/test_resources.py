@@ -62,7 +62,7 @@ def test_decoding_16_bit_states_leaves_registers_for_many_threads(arch, layout):
     state = dict(state=kw["initial_state"].astype(ml_dtypes.bfloat16), state_indices=None)
     options = dict(scale=None, qk_l2norm=True, state_layout=layout, out=None)
     launch = decode_launch(step_problem(*args, **state, **options))
-    measured = resources.compiled(variant_source(launch.file, launch.defines), arch)
+    measured = resources.compiled(variant_source(launch.file, launch.macros), arch)
     assert measured.registers <= 72
     assert measured.spilled == 0
 

@@ -307,7 +307,7 @@ class EmulatorDevice:
         self.launches.append(launch)
 
     def _kernel(self, launch):
-        return _kernel(launch.file, launch.entry, launch.defines, self.sm, self.leg)
+        return _kernel(launch.file, launch.entry, launch.macros, self.sm, self.leg)
 
 
 @cache

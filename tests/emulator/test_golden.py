@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "golden" / "primitives.npz"
 SOURCE = HERE / "kernels" / "primitives.cu"
-SHARED = 1024
+SHARED = 896
 OUTPUTS = {
     "products": ((2, 4, 32), np.float32),
     "words": ((2, 12, 32), np.uint32),

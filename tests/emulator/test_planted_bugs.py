@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import nvrtc
 import pytest
 from emulator import EmulatorFault, Kernel, Run, copy_in, empty
 from planted import check_kind, check_located
@@ -110,6 +111,34 @@ def test_planted_race_is_found_in_any_schedule(bug):
 def test_too_little_shared_memory():
     with pytest.raises(EmulatorFault, match="shared-layout: 'totals' ends at byte"):
         launch(shared=SHARED - 4)
+
+
+def test_too_much_shared_memory():
+    with pytest.raises(EmulatorFault, match=f"shared-layout: the launch gave {SHARED + 16} bytes"):
+        launch(shared=SHARED + 16)
+
+
+@pytest.mark.parametrize("given", [64, 80])
+def test_a_kernel_for_other_shared_memory_is_refused(tmp_path, given):
+    """By the emulator when it runs, by the compiler, which finds no such function, before."""
+    path = tmp_path / "carved.cu"
+    path.write_text(
+        '#include "primitives/primitives.cuh"\n'
+        'extern "C" __global__ void carved() {\n'
+        "  DynSmem smem;\n"
+        '  smem.take<float>(16, "sums")[threadIdx.x] = 0.0f;\n'
+        "  smem.all_taken(SHARED_BYTES);\n}\n"
+    )
+    source = f"#define SHARED_BYTES {given}\n{path.read_text()}"
+    run = partial(Kernel(path, "carved", dict(SHARED_BYTES=given)).launch, 1, 1, 64, [])
+    if given == 64:
+        run()
+        nvrtc.compile_source(source, "sm_80")
+        return
+    with pytest.raises(EmulatorFault, match="shared-layout: the kernel takes 64 bytes"):
+        run()
+    with pytest.raises(nvrtc.CompileError, match="shared_memory_is_not_what_the_launch_gives"):
+        nvrtc.compile_source(source, "sm_80")
 
 
 def test_wrong_arguments():

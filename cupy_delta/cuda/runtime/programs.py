@@ -25,7 +25,7 @@ class Program(NamedTuple):
         options = ("--std=c++17", f"-I{kernel_folder()}")
         if launch.arch:
             options += (f"-arch={launch.arch}",)
-        return cls(variant_source(launch.file, launch.defines), options)
+        return cls(variant_source(launch.file, launch.macros), options)
 
 
 def compile_side_by_side(programs: Iterable[Program], compile_one: Callable) -> None:

@@ -99,9 +99,10 @@ def given_walk_shared(K: int, value_tiles: int, stages: int, output: bool, joins
     boxes = -(-K // BOX)
     keys, square, rows = stages * boxes, stages, stages * value_tiles
     tiles = [keys, keys, square, square, rows, value_tiles * boxes] + [value_tiles] * output
-    barriers = [(n, BARRIER) for n in (stages, stages, 1, joins * JOIN_BARRIERS)]
+    barriers = [(count, BARRIER) for count in (stages, stages, 1)]
     start = carve(*((n * count, size) for n in tiles), align=1024)
-    return carve((stages * CHUNK, 4), *barriers, start=start)
+    end = carve((stages * CHUNK, 4), *barriers, start=start)
+    return end + joins * JOIN_BARRIERS * BARRIER
 
 
 def given_walk_launch(

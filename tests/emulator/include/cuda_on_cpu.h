@@ -83,6 +83,7 @@ void warp_barrier(unsigned mask, Site);
 typedef void (*Collective)(void** arguments, unsigned mask);
 void warp_collective(int kind, unsigned mask, void* argument, Collective body, Site);
 void* shared_take(size_t bytes, size_t align, const char* name, Site);
+void shared_all_taken(size_t given, Site);
 void cp_async(void* to, const void* from, int bytes, int valid, Site);
 void cp_async_commit(Site);
 void cp_async_wait(int pending, Site);

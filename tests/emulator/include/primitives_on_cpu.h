@@ -60,6 +60,7 @@ struct DynSmem {
   T* take(int count, const char* name, int align = 16, SITE) {
     return (T*)emulator::shared_take(count * sizeof(T), align, name, HERE);
   }
+  void all_taken(size_t given, SITE) const { emulator::shared_all_taken(given, HERE); }
 };
 
 template <int BYTES>

@@ -64,6 +64,13 @@ int emulator_launch(void* kernel, unsigned cluster, unsigned grid, unsigned thre
     reset_products();
     run_cluster(i * cluster, threads, grid, (void (*)(void**))kernel, arguments);
     if (!fault_text.empty()) return 1;
+    // A block that has nothing to do may leave before it takes any.
+    for (const Block& block : blocks)
+      if (block.device_end && block.device_end < shared_bytes) {
+        fault_text = format("shared-layout: the launch gave %zu bytes of shared memory, block %u took %zu",
+                            shared_bytes, block.index.x, block.device_end);
+        return 1;
+      }
   }
   return 0;
 }

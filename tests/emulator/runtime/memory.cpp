@@ -97,6 +97,11 @@ void* shared_take(size_t bytes, size_t align, const char* name, Site site) {
   return block.arrays.back().at;
 }
 
+void shared_all_taken(size_t given, Site site) {
+  size_t taken = running->block->device_end;
+  if (taken != given) fault("shared-layout", site, "the kernel takes %zu bytes and is compiled for %zu", taken, given);
+}
+
 void shared_all(const char* name, Site site) {
   if (dynamic_bytes) shared_take(dynamic_bytes, 1024, name, site);
 }
