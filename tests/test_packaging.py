@@ -13,6 +13,7 @@ import sys
 import pytest
 
 import cupy_delta
+from cupy_delta.cuda.runtime.environment import LOWEST_CUPY
 from cupy_delta.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +55,8 @@ def test_every_kernel_source_is_package_data(setup_cfg):
 def test_what_remedies_install_is_what_the_extras_install(setup_cfg):
     for extra, packages in EXTRAS.items():
         assert tuple(lines(setup_cfg["options.extras_require"][extra])) == packages
+    lowest = ".".join(map(str, LOWEST_CUPY))
+    assert all(EXTRAS[extra][0].endswith(f">={lowest}") for extra in ("cuda12", "cuda13"))
 
 
 def test_the_examples_need_what_their_extra_installs(setup_cfg):

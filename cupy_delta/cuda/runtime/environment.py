@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ...extras import EXTRAS, install_command, uninstall_command
 from .sources import kernel_folder
 
 LOWEST_CAPABILITY = 8
+LOWEST_CUPY = (14, 2)
 # What a kernel may take on disk, as cubin and as source.
 ROOM = 2**20
 # Two headers that kernels include: of NVRTC itself, and of the CUDA runtime.
@@ -85,6 +87,9 @@ def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:
             f" {install_command(*EXTRAS[_extra(names[0])])}"
         )
     facts["CuPy"] = cupy.__version__
+    old = _old_cupy(cupy.__version__)
+    if old:
+        notices.append(old)
     return None
 
 
@@ -118,6 +123,15 @@ def _two_cupys() -> str | None:
         f"{' and '.join(names)} are both installed, in one folder, and overwrite each other:"
         f" {uninstall_command(*names)}, then {install_command(*EXTRAS[_extra(names[0])])}"
     )
+
+
+def _old_cupy(version: str) -> str | None:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) >= LOWEST_CUPY:
+        return None
+    lowest = ".".join(map(str, LOWEST_CUPY))
+    newer = install_command("--upgrade", EXTRAS[_extra(" ".join(_cupys()))][0])
+    return f"CuPy {version} is older than {lowest}, the oldest that was tried: {newer}"
 
 
 def _cupys() -> list[str]:

@@ -115,6 +115,13 @@ def test_two_cupys(cupy, capsys, monkeypatch):
     assert re.search(f"^take care +{re.escape(notice)}$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_an_old_cupy(cupy):
+    cupy.__version__ = "13.6.0"
+    (notice,) = environment_of()["notices"]
+    assert "13.6.0 is older than 14.2" in notice
+    assert notice.endswith(f"-m pip install --upgrade {shlex.quote(EXTRAS['cuda12'][0])}")
+
+
 def test_a_cache_that_is_a_file(cupy, capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
