@@ -28,7 +28,7 @@ from cupy_delta.extras import EXTRAS, install_command
 
 STEP_SIZES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 EPS = 1e-3
-TOLERANCE = {"cpu": 1e-9, "gpu": 1e-3}
+TOLERANCE = {"cpu": 1e-9, "gpu": 1e-5}
 
 
 def sunspots() -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ TAPS, MICROPHONES = 64, 2
 STEP_SIZES = (0.1, 0.5, 1.0)
 EPS = 1e-3
 NOISE = 0.1
-TOLERANCE = {"cpu": 1e-9, "gpu": 1e-2}
+TOLERANCE = {"cpu": 1e-9, "gpu": 1e-5}
 
 
 def record(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
