@@ -35,8 +35,7 @@ def chunk_delta_rule(problem: Problem):
 def chunk_delta_rule_fwd(problem: Problem):
     """Return (o, final_state, saved); saved holds what the gradients' kernels read."""
     with device_of(problem.v) as device:
-        names = plans.names_for_backward(problem, device.facts)
-        plan = plans.plan("training", problem, device.facts)
+        plan, names = plans.plan_with_residuals(problem, device.facts)
         results = execute(plan, vars(problem), device, {"o": problem.out})
     o, final_state = _results(problem, results)
     return o, final_state, {name: results[name] for name in names}

@@ -21,13 +21,16 @@ def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
     return family_for(operation, call, facts).plans[operation](call, facts)
 
 
-def names_for_backward(call: Call, facts: DeviceFacts) -> tuple[str, ...]:
-    """Name the arrays of the forward that the backward reads; refuse what it would refuse."""
-    key = ("names for backward", facts)
-    names = call.kept.get(key)
-    if names is None:
-        training = plan("training", call, facts)
+def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan of the forward for gradients, and the names of what the backward reads of it.
+
+    What the backward would refuse is refused here.
+    """
+    key = ("with residuals", facts)
+    found = call.kept.get(key)
+    if found is None:
+        backward, training = plan("backward", call, facts), plan("training", call, facts)
         there = {name for name, *_ in training.read + training.made}
-        read = plan("backward", call, facts).read
-        names = call.kept[key] = tuple(name for name, _ in read if name in there)
-    return names
+        names = tuple(name for name, _ in backward.read if name in there)
+        found = call.kept[key] = training, names
+    return found

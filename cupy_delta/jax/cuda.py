@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..call import Call
-from ..cuda.plan import names_for_backward, plan
+from ..cuda.plan import plan, plan_with_residuals
 from ..cuda.runtime.sources import digest, kernel_folder
 from ..cuda.spec import DeviceFacts, Plan
 from .work import BACKWARD, FORWARD, RECURRENT, STEP, WHOLE, Buffer, Work
@@ -63,8 +63,8 @@ def plan_of(function: str, call: Call) -> Plan:
 
 def residuals(call: Call) -> tuple[Buffer, ...]:
     """What of the forward's arrays the backward reads."""
-    names = names_for_backward(call, facts())
-    return tuple(Buffer(*x) for x in plan_of(FORWARD, call).made if x[0] in names)
+    planned, names = plan_with_residuals(call, facts())
+    return tuple(Buffer(*x) for x in planned.made if x[0] in names)
 
 
 def trace(bind, function: str, call: Call, arrays: dict, results: tuple[Buffer, ...]) -> dict:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import cupy_delta.cuda
 from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
+from cupy_delta.cuda import operators
 from cupy_delta.cuda.families import FAMILIES, LIMITS, family_for, refusal, support
 from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.sources import kernel_folder
 from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.problem import Problem
 
 pytestmark = pytest.mark.fast
 
@@ -99,3 +102,67 @@ def test_of_plans_only_the_support_of_a_family_asks_for_an_architecture():
         if "facts.capability" in path.read_text()
     }
     assert {file for file in asking if not file.startswith("runtime/")} == {"sm90/tiles.py"}
+
+
+# ---- the way of a call ---------------------------------------------------------------------------
+
+# The words in which plans are written; every station speaks them.
+WORDS = {"spec.py", "architectures.py", "sm90/tiles.py", "sm90/segments.py", "portable/decays.py"}
+
+
+def entered(function, *args):
+    """The files of the backend that a call enters from another file of it, in order."""
+    stations = []
+
+    def follow(frame, event, _):
+        if event != "call":
+            return
+        here, there = (Path(f.f_code.co_filename) for f in (frame, frame.f_back))
+        if here != there and here.is_relative_to(PACKAGE):
+            stations.append(here.relative_to(PACKAGE).as_posix())
+
+    sys.setprofile(follow)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return [file for file in stations if file not in WORDS]
+
+
+class Nowhere:
+    """A device on which nothing is computed."""
+
+    facts = H200
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def empty(self, shape, dtype, name):
+        return name
+
+    def bring(self, x, name, dtype):
+        return name
+
+    def prepare(self, launches):
+        pass
+
+    def launch(self, launch, arrays):
+        pass
+
+
+@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("operator", ["chunk_delta_rule", "recurrent_delta_rule", "wy_factors"])
+def test_each_station_of_a_call_is_entered_once(monkeypatch, operator, gate):
+    """Where nothing is kept of calls before it; `docs/architecture.md` draws this way."""
+    monkeypatch.setattr(operators, "device_of", lambda x: Nowhere())
+    sizes = dict(B=1, T=8192, N=1, H=4, HV=4, K=128, V=128)
+    problem = Problem(kind="cupy", dtype=CALL.dtype, **sizes, gate=gate, g=gate)
+    stations = entered(getattr(operators, operator), problem)
+    assert stations[:3] == ["operators.py", "plan.py", "families.py"]
+    assert stations[-1] == "runtime/execute.py"
+    if operator == "chunk_delta_rule":
+        assert [file for file in stations if "sm90" in file] == ["sm90/forward.py", "sm90/cost.py"]
+    assert len(stations) == len(set(stations)), stations

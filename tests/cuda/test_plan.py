@@ -149,7 +149,9 @@ def test_the_forward_leaves_what_the_backward_reads():
     p = problem(qk_l2norm=True, initial=True)
     backward = plans.plan("backward", p, H200)
     read = {name for name, _ in backward.read}
-    assert {*plans.names_for_backward(p, H200)} == read - {"do", "dfinal_state"}
+    training, names = plans.plan_with_residuals(p, H200)
+    assert training is plans.plan("training", p, H200)
+    assert {*names} == read - {"do", "dfinal_state"}
 
 
 def test_plans_in_use_are_kept_however_many_others_there_are():
