@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).resolve().parent
-COMPILING = ("cuda", "emulator", "gpu")
+COMPILING = ("cuda", "emulator", "gpu", "jax")
 
 pytest.register_assert_rewrite("calls", "helpers")
 
@@ -21,12 +21,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """Mark what `pytest -m fast` runs.
 
-    That is every test but those of folders in which kernels are compiled, and of these the files
-    that say so: with an empty cache, too, they take less than a minute on two cores.
+    That is every test but slow ones and those of folders in which kernels or programs are compiled,
+    and of these the files that say so.
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
-        if folder not in COMPILING and not item.get_closest_marker("gpu"):
+        if folder not in COMPILING and not item.get_closest_marker("slow"):
             item.add_marker("fast")
 
 

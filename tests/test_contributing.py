@@ -58,6 +58,7 @@ def test_the_kernel_passes_its_test_as_it_stands(checkout):
     assert re.search(r"^8 passed", run(checkout), re.M)
 
 
+@pytest.mark.slow
 def test_the_mistake_ends_with_the_message_that_is_shown(checkout):
     kernel = checkout / "kernels" / "tokens" / "row_norms.cu"
     text = kernel.read_text()

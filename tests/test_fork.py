@@ -149,6 +149,7 @@ def test_a_fork_during_the_first_call(delay):
     assert script(code, str(delay)) == "0\n"
 
 
+@pytest.mark.slow
 def test_no_child_of_many_hangs():
     """1,000 of them take a minute and more: CUPY_DELTA_TEST_FORKS=1000."""
     code = """

@@ -276,6 +276,7 @@ def test_resets_of_the_state_among_mild_gates(gate, reset):
     assert all(np.isfinite(x).all() for x in back)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is a Unix module")
 def test_a_million_tokens_fit_in_four_gib():
     code = """

@@ -8,8 +8,6 @@ from helpers import make_inputs
 
 import cupy_delta as cd
 
-pytestmark = pytest.mark.fast
-
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 F64 = np.dtype(np.float64)
 SIZES = dict(H=1, G=2, K=40, V=24, initial=True)
