@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import threading
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -157,6 +158,7 @@ def handler(backend):
     def call(address):
         frame = CallFrame.from_address(address)
         try:
+            _this_thread.keep()
             if frame.extension_start:
                 extension = MetadataExtension.from_address(frame.extension_start)
                 if extension.extension_base.type == METADATA:
@@ -176,6 +178,22 @@ def handler(backend):
             return _error(frame.api.contents, error)
 
     return call
+
+
+class _ThisThread(threading.local):
+    """Python's state of a thread of XLA's, which Python else forgets at the end of every call.
+
+    With it would go what is kept per thread: CuPy's current streams, and streams of ours.
+    """
+
+    def __init__(self):
+        ctypes.pythonapi.PyGILState_Ensure()  # never released
+
+    def keep(self) -> None:
+        """Keep it from the first call on, which has made this object in this thread."""
+
+
+_this_thread = _ThisThread()
 
 
 def _describe(frame: CallFrame, metadata: Metadata) -> None:

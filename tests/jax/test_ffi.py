@@ -124,6 +124,32 @@ def python(program, **environment):
     return result.stdout.split()
 
 
+def test_what_a_thread_of_xla_keeps_is_there_in_its_next_call():
+    """CuPy keeps current streams so; Python by itself forgets the thread after every call."""
+    program = """
+        import collections, threading
+        import jax, jax.numpy as jnp
+        from cupy_delta.jax import chunk_delta_rule, host
+
+        kept, calls, run = threading.local(), collections.Counter(), host.run
+
+        def counted(*args):
+            kept.calls = getattr(kept, "calls", 0) + 1
+            calls[threading.get_ident()] += 1
+            assert kept.calls == calls[threading.get_ident()], "forgotten"
+            run(*args)
+
+        host.run = counted
+        k = jnp.ones((1, 64, 2, 8))
+        rule = lambda _, v: chunk_delta_rule(k, k, v, k[..., 0]).o
+        many = jax.jit(lambda k: jax.lax.fori_loop(0, 4, rule, k) @ jnp.ones((8, 8)))
+        for _ in range(3):
+            jax.block_until_ready(many(k))
+        print(sum(calls.values()), threading.get_ident() in calls)
+    """
+    assert python(program, XLA_FLAGS="") == ["12", "False"]
+
+
 COMPILED = """
     import jax, jax.numpy as jnp
     from cupy_delta.jax import chunk_delta_rule
