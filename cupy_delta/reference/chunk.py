@@ -2,10 +2,10 @@
 
 Letters of docs/derivation.md, per chunk and head, with rows as tokens: Q (already scaled), K, V,
 b = beta as a column, S the entering state, and every product of tokens i >= j carrying the
-decay. `M = tril(K K^T, -1)`, `A = diag(b) M`, `P = tril(Q K^T)`::
+decay. `M = tril(K K^T, -1)`, `A = diag(b) M`, `Pqk = tril(Q K^T)`::
 
     R = V - K S          N = (I + A)^-1 (b R)
-    O = Q S + P N        S' = S + K^T N
+    O = Q S + Pqk N      S' = S + K^T N
 
 The backward divides by nothing, so it is exact at beta = 0: `N = b N^` with `N^ = R - M N`.
 """
@@ -52,7 +52,7 @@ class Block:
     decay: object
     KK: np.ndarray
     A: np.ndarray
-    P: np.ndarray | None
+    Pqk: np.ndarray | None
     q_read: np.ndarray | None
     k_read: np.ndarray
     k_write: np.ndarray
@@ -94,7 +94,7 @@ def load_block(problem: Problem, span: Span) -> Block:
         decay=decay,
         KK=KK,
         A=b * KK,
-        P=None if q is None else decay.pairs(q, k),
+        Pqk=None if q is None else decay.pairs(q, k),
         q_read=None if q is None else decay.read(q),
         k_read=decay.read(k),
         k_write=decay.write(k),
@@ -124,7 +124,7 @@ def forward_block(block: Block, S, o=None, trace: Trace | None = None):
         N = solve_unit_lower(block.A[:, :, i], block.b[:, :, i] * R)
         if o is not None:
             np.matmul(block.q_read[:, :, i], S, out=o[:, :, i])
-            o[:, :, i] += block.P[:, :, i] @ N
+            o[:, :, i] += block.Pqk[:, :, i] @ N
         if trace is not None:
             trace.S.append(S)
             trace.N[:, :, i] = N
@@ -145,8 +145,8 @@ class BlockGradients:
     g: np.ndarray | None
 
 
-def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
-    """Walk the chunks backwards from D, the gradient of the state leaving the block.
+def backward_block(problem: Problem, block: Block, trace: Trace, do, dS):
+    """Walk the chunks backwards from dS, the gradient of the state leaving the block.
 
     Returns the `BlockGradients` and the gradient of the state entering the block.
     """
@@ -155,36 +155,36 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
     N, R = trace.N, trace.R
     dR = np.empty_like(do)
     dbeta = np.empty((*stack, 1), dtype)
-    # Rows that meet the entering and the leaving state: dO S^T, dR S^T and N D'^T.
+    # Rows that meet the entering and the leaving state: dO S^T, dR S^T and N dS^T.
     shape = (*stack, block.k.shape[-1])
-    dO_S, dR_S, N_D = np.empty(shape, dtype), np.empty(shape, dtype), np.empty(shape, dtype)
+    dO_S, dR_S, N_dS = np.empty(shape, dtype), np.empty(shape, dtype), np.empty(shape, dtype)
     # Gradient of the log decay of the state carried through each chunk, per key channel.
-    carried = np.empty((*stack[:3], D.shape[-2]), dtype)
+    carried = np.empty((*stack[:3], dS.shape[-2]), dtype)
     strict = np.tri(block.k.shape[3], k=-1, dtype=dtype)
     for i in reversed(range(stack[2])):
         S, b = trace.S[i], block.b[:, :, i]
         dO = do[:, :, i]
-        dN = transpose(block.P[:, :, i]) @ dO + block.k_write[:, :, i] @ D
-        G = solve_unit_lower(block.A[:, :, i], dN, transposed=True)
-        dR[:, :, i] = b * G
+        dN = transpose(block.Pqk[:, :, i]) @ dO + block.k_write[:, :, i] @ dS
+        dY = solve_unit_lower(block.A[:, :, i], dN, transposed=True)
+        dR[:, :, i] = b * dY
         N_hat = R[:, :, i] - (block.KK[:, :, i] * strict) @ N[:, :, i]
-        dbeta[:, :, i] = np.sum(G * N_hat, axis=-1, keepdims=True)
+        dbeta[:, :, i] = np.sum(dY * N_hat, axis=-1, keepdims=True)
         np.matmul(dO, transpose(S), out=dO_S[:, :, i])
         np.matmul(dR[:, :, i], transpose(S), out=dR_S[:, :, i])
-        np.matmul(N[:, :, i], transpose(D), out=N_D[:, :, i])
-        through = block.decay.carry(D, i)
+        np.matmul(N[:, :, i], transpose(dS), out=N_dS[:, :, i])
+        through = block.decay.carry(dS, i)
         if problem.gate:
             carried[:, :, i] = np.sum(through * S, axis=-1)
-        D = through + transpose(block.q_read[:, :, i]) @ dO
-        D -= transpose(block.k_read[:, :, i]) @ dR[:, :, i]
+        dS = through + transpose(block.q_read[:, :, i]) @ dO
+        dS -= transpose(block.k_read[:, :, i]) @ dR[:, :, i]
 
     decay = block.decay
-    dP = lower_triangle(do @ transpose(N))
+    dPqk = lower_triangle(do @ transpose(N))
     E = lower_triangle(dR @ transpose(N), -1)
     np.negative(E, out=E)
-    dq, dk, dg = decay.pairs_gradients(dP, block.q, block.k, block.P)
+    dq, dk, dg = decay.pairs_gradients(dPqk, block.q, block.k, block.Pqk)
     k_late, k_early, dg_keys = decay.pairs_gradients(E, block.k, block.k, block.KK)
-    q_read, k_read, k_write = decay.read(dO_S), decay.read(dR_S), decay.write(N_D)
+    q_read, k_read, k_write = decay.read(dO_S), decay.read(dR_S), decay.write(N_dS)
     if problem.gate:
         dg += dg_keys
         dg += sum_from(decay.per_gate(block.q * q_read - block.k * k_read))
@@ -202,7 +202,7 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, D):
         beta=dbeta[..., 0],
         g=dg[..., 0] if problem.gate == "scalar" else dg,
     )
-    return gradients, D
+    return gradients, dS
 
 
 def _through_norm(dy, norm):

@@ -105,25 +105,25 @@ def test_equation_12_halving_the_chunk():
 
 def test_equations_13_to_19_the_gradients(chunk):
     rng = np.random.default_rng(1)
-    do, D = rng.standard_normal((C, V)), rng.standard_normal((K, V))
+    do, dS = rng.standard_normal((C, V)), rng.standard_normal((K, V))
     k, S0, N, R, M, b = (chunk[name] for name in ("k", "S0", "N", "R", "M", "b"))
     q = SCALE * chunk["q"]
-    dN = np.tril(q @ k.T).T @ do + k @ D
-    G = chunk["X"].T @ dN
-    dR = b * G
+    dN = np.tril(q @ k.T).T @ do + k @ dS
+    dY = chunk["X"].T @ dN
+    dR = b * dY
     N_hat = R - M @ N
     assert deviation(b * N_hat, N) < EXACT
-    dP, E = np.tril(do @ N.T), -np.tril(dR @ N.T, -1)
+    dPqk, E = np.tril(do @ N.T), -np.tril(dR @ N.T, -1)
     gradients = (
-        SCALE * (do @ S0.T + dP @ k),
-        dP.T @ q + N @ D.T - dR @ S0.T + (E + E.T) @ k,
+        SCALE * (do @ S0.T + dPqk @ k),
+        dPqk.T @ q + N @ dS.T - dR @ S0.T + (E + E.T) @ k,
         dR,
-        np.sum(G * N_hat, axis=1),
-        D + q.T @ do - k.T @ dR,
+        np.sum(dY * N_hat, axis=1),
+        dS + q.T @ do - k.T @ dR,
     )
     options = dict(scale=None, qk_l2norm=False, out=None)
     problem = operator_problem(*chunk["args"], **chunk["kw"], **options)
-    exact = recurrent_delta_rule_bwd(problem, do[None, :, None], D[None, None])
+    exact = recurrent_delta_rule_bwd(problem, do[None, :, None], dS[None, None])
     exact = [x for x in exact if x is not None]
     for gradient, expected in zip(gradients, exact, strict=True):
         assert deviation(gradient, expected.reshape(gradient.shape)) < 1e-12
@@ -134,24 +134,24 @@ def test_equations_13_to_19_the_gradients(chunk):
 def test_equation_20_the_gradient_of_the_gate(gate, decay):
     args, kw = make_inputs(C, K=K, V=V, gate=gate, decay=decay, initial=True)
     rng = np.random.default_rng(1)
-    do, D = rng.standard_normal((C, V)), rng.standard_normal((K, V))
+    do, dS = rng.standard_normal((C, V)), rng.standard_normal((K, V))
     q, k, v, b, g = (x[0, :, 0] for x in args)
     q, S0 = SCALE * q, kw["initial_state"][0, 0]
     G = np.cumsum(g if g.ndim == 2 else np.repeat(g[:, None], K, axis=1), axis=0)
     pairs = np.exp(np.where(np.tri(C)[..., None] > 0, G[:, None] - G[None], -np.inf))
-    P, M = np.einsum("ic,jc,ijc->ijc", q, k, pairs), np.einsum("ic,jc,ijc->ijc", k, k, pairs)
+    Pqk, M = np.einsum("ic,jc,ijc->ijc", q, k, pairs), np.einsum("ic,jc,ijc->ijc", k, k, pairs)
     X = np.linalg.inv(np.eye(C) + b[:, None] * np.tril(M.sum(axis=-1), -1))
     N = X @ (b[:, None] * (v - (k * np.exp(G)) @ S0))
-    dR = b[:, None] * (X.T @ (P.sum(axis=-1).T @ do + (k * np.exp(G[-1] - G)) @ D))
-    Z = np.tril(do @ N.T, -1)[..., None] * P - np.tril(dR @ N.T, -1)[..., None] * M
+    dR = b[:, None] * (X.T @ (Pqk.sum(axis=-1).T @ do + (k * np.exp(G[-1] - G)) @ dS))
+    Z = np.tril(do @ N.T, -1)[..., None] * Pqk - np.tril(dR @ N.T, -1)[..., None] * M
     rho = np.exp(G) * (q * (do @ S0.T) - k * (dR @ S0.T))
-    omega = np.exp(G[-1] - G) * k * (N @ D.T)
-    carried = np.exp(G[-1]) * np.sum(S0 * D, axis=1)
+    omega = np.exp(G[-1] - G) * k * (N @ dS.T)
+    carried = np.exp(G[-1]) * np.sum(S0 * dS, axis=1)
     dg = np.array(
         [Z[t:, :t].sum((0, 1)) + rho[t:].sum(0) + omega[:t].sum(0) + carried for t in range(C)]
     )
     problem = operator_problem(*args, **kw, scale=None, qk_l2norm=False, out=None)
-    exact = recurrent_delta_rule_bwd(problem, do[None, :, None], D[None, None])[4][0, :, 0]
+    exact = recurrent_delta_rule_bwd(problem, do[None, :, None], dS[None, None])[4][0, :, 0]
     dg = dg if gate == "channel" else dg.sum(axis=-1)
     assert np.max(np.abs(dg - exact) / np.abs(exact).max(axis=0)) < 1e-12
 
