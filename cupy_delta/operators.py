@@ -370,7 +370,7 @@ def chunk_delta_rule_bwd(
     TypeError, ValueError
         Wrong kind, dtype or shape.
     NotImplementedError
-        On CuPy arrays with a gate: gradients through `g` run on NumPy arrays.
+        On CuPy arrays, what the forward refuses, too: float64, a gate per key channel.
 
     Notes
     -----

@@ -40,8 +40,6 @@ class Ours:
 
     @staticmethod
     def refusal(row: Row, passes: str) -> str | None:
-        if row.gated and passes == "backward":
-            return "no gradients through a gate"
         return None if row.D <= 256 else "head sizes up to 256"
 
     def forward(self):

@@ -109,12 +109,6 @@ LIMITS = (
         lambda call: call.chunk_size not in (None, *CHUNKS),
         "chunk_size = {call.chunk_size}: CuPy arrays support 16, 32 and 64, or None",
     ),
-    Limit(
-        ("backward",),
-        lambda call: call.gate is not None,
-        "g: gradients through a gate are not supported on CuPy arrays; NumPy arrays support"
-        " them, and chunk_delta_rule runs the gate forward",
-    ),
 )
 
 

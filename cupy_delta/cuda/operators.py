@@ -52,11 +52,12 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         plan = plans.plan("backward", problem, device.facts)
         gradients = {"do": do, "dfinal_state": dfinal_state}
         results = execute(plan, gradients, device, ready=residuals.saved)
-        dbeta = results["dbeta"]
-        if dbeta.dtype != problem.beta.dtype:
-            dbeta = device.bring(dbeta, "dbeta", problem.beta.dtype)
+        for name, x in (("dbeta", problem.beta), ("dg", problem.g)):
+            if x is not None and results[name].dtype != x.dtype:
+                results[name] = device.bring(results[name], name, x.dtype)
+    dg = None if problem.g is None else results["dg"]
     dinitial = None if problem.initial_state is None else results["dinitial_state"]
-    return results["dq"], results["dk"], results["dv"], dbeta, None, dinitial
+    return results["dq"], results["dk"], results["dv"], results["dbeta"], dg, dinitial
 
 
 def recurrent_delta_rule(problem: Problem):

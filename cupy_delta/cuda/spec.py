@@ -164,6 +164,8 @@ def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
         "dbeta": (call.token_shape, SUMS),
         "dinitial_state": (call.state_shape, call.state_dtype),
     }
+    if call.gate is not None:
+        outputs["dg"] = (call.token_shape, SUMS)
     between = {
         "dstates": (call.states_shape(chunk), call.dtype),
         "g_rows": (call.value_shape, call.dtype),

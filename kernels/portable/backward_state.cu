@@ -1,19 +1,23 @@
 // The walk backwards over the chunks of a sequence: the gradient D of the state. Per chunk, from the last to the
-// first, with D' the gradient of the state leaving it, core and P from factors.cu, b = beta, dO^ = scale dO:
+// first, with D' the gradient of the state leaving it, core, P and decays from factors.cu, b = beta, dO^ = scale dO:
 //
-//   dN = P^T dO^ + K D'        G = dN + core^T (b dN)        D = D' + Q^T dO^ - K^T (b G)
+//   dN = P^T dO^ + e^(Gcum_C - Gcum) K D'
+//   G = dN + core^T (b dN)
+//   D = e^(Gcum_C) D' + Q^T (e^Gcum dO^) - K^T (e^Gcum b G)
 //
-// G = (I + A)^-T dN is the adjoint of the triangular solve; b G is the gradient of V. D' of every chunk, (V, K), and G
-// are written for backward_chunk.cu, which needs nothing else of this walk.
+// with Gcum the running sum of g in the chunk (all decays 1 without a gate, tiles/decay.cuh). G = (I + A)^-T dN is the
+// adjoint of the triangular solve; b G is the gradient of V. D' of every chunk, (V, K), and G are written for
+// backward_chunk.cu, which needs nothing else of this walk.
 //
 // Numbers: D lives in float accumulators and is never rounded between chunks; operands of products are rounded to
 // DTYPE, sums are float (float: 3xTF32). Everything is held transposed, rows = value channels, as in forward.cu.
 //
-// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE (0), VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
+// Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
 // WARPS, ROW_TILES.
 // Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
-// Shared memory: two stages of K, Q and dO tiles, core, P and beta of a chunk; see
+// Shared memory: two stages of K, Q and dO tiles, core, P, beta and decays of a chunk; see
 // cupy_delta/cuda/portable/backward.py.
+#include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
@@ -33,6 +37,7 @@ PRIM void order_loads() {
 struct Stage {
   DTYPE *k, *q, *d_o, *core, *p;
   float* beta;
+  DecayFactors decays;
 };
 
 PRIM Stage take_stage(DynSmem& smem) {
@@ -43,12 +48,14 @@ PRIM Stage take_stage(DynSmem& smem) {
   s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
   s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
   s.beta = smem.take<float>(CHUNK, "beta");
+  s.decays = DecayFactors::take(smem);
   return s;
 }
 
 struct Inputs {
   const DTYPE *q, *k, *core, *p, *d_o;
   const float* beta;
+  const float2* decays;
 };
 
 PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
@@ -62,6 +69,7 @@ PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens
                                                  thread);
   load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
   load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
+  s.decays.load<THREADS>(in.decays + value, HV, tokens, thread);
 }
 
 // d (16 x CHUNK) += a L for a left operand of one step and lower triangular L: later columns of the step are zero.
@@ -86,8 +94,8 @@ PRIM void multiply_into_state(float (&D)[K_TILES][4], const Product::A& a, const
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
-                   const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates,
-                   DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
+                   const float2* decays, const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens,
+                   DTYPE* dstates, DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
   const int h = hv / (HV / H);
@@ -95,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Sequence sequence = find_sequence<CHUNK>(cu_seqlens, n, T);
   const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
   const int64_t state_at = ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
-  const Inputs inputs = {q, k, core, p, d_o, beta};
+  const Inputs inputs = {q, k, core, p, d_o, beta, decays};
 
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
@@ -135,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_rows<DTYPE, HEAD_K>(dstate + (value + m * 16) * HEAD_K + j * 8, D[m][j], HEAD_V - value - m * 16,
                                   HEAD_K - j * 8, lane);
 
-      // dN^T = scale dO^T P + D'^T K^T
+      // dN^T is scale dO^T P + D'^T K^T, columns of the latter decayed; G holds the latter until it is added.
       float dN[C_TILES][4], G[C_TILES][4];
       clear(dN);
 #pragma unroll
@@ -144,10 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
         multiply_upper(dN, a, stage.p, step, lane);
       }
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) dN[j][e] *= scale;
+      clear(G);
 #pragma unroll
       for (int step = 0; step < KP / Product::DEPTH; step++) {
         typename Product::A a;
@@ -157,17 +162,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < CHUNK / 16; j++) {
           typename Product::B b;
           Product::load_b(b, stage.k + j * 16 * K_PITCH + step * Product::DEPTH, K_PITCH, lane);
-          Product::multiply(dN[2 * j], dN[2 * j + 1], a, b);
+          Product::multiply(G[2 * j], G[2 * j + 1], a, b);
         }
       }
 
-      // G^T = dN^T + (b dN)^T core; dN becomes b dN; at the end G becomes -b G.
+      // G^T = dN^T + (b dN)^T core; dN becomes b dN; at the end G becomes -b G, with the decay of a read.
 #pragma unroll
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          G[j][e] = dN[j][e];
-          dN[j][e] *= stage.beta[sum_column(lane, j, e)];
+          const int t = sum_column(lane, j, e);
+          G[j][e] = scale * dN[j][e] + stage.decays.write(t) * G[j][e];
+          dN[j][e] = stage.beta[t] * G[j][e];
         }
 #pragma unroll
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
@@ -181,15 +187,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         store_transposed<DTYPE, HEAD_V>(g_out + m * 16 + (int64_t)j * 8 * HV * HEAD_V, (int64_t)HV * HEAD_V, G[j],
                                         HEAD_V - value - m * 16, tokens - j * 8, lane);
 #pragma unroll
-        for (int e = 0; e < 4; e++) G[j][e] *= -stage.beta[sum_column(lane, j, e)];
+        for (int e = 0; e < 4; e++) {
+          const int t = sum_column(lane, j, e);
+          G[j][e] *= -stage.beta[t] * stage.decays.read(t);
+        }
       }
 
-      // D^T = D'^T + scale dO^T Q - (b G)^T K
+      // D^T = D'^T + scale dO^T Q - (b G)^T K, all decayed
+      const float carry = stage.decays.carry(tokens);
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) D[m][j][e] *= carry;
 #pragma unroll
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+        const int first = step * Product::DEPTH;
         typename Product::A a;
-        Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
-        Product::scale(a, scale);
+        Product::load_a_transposed(a, stage.d_o + first * V_PITCH + row + m * 16, V_PITCH, lane);
+        Product::scale_columns(a, [&](int k) { return scale * stage.decays.read(first + k); }, lane);
         multiply_into_state(D[m], a, stage.q, step, lane);
         order_loads();
         Product::from_sums(a, G, step);

@@ -44,6 +44,12 @@ PRIM float2 add_pairs(float2 x, float2 y) {
   return make_float2(high, lost - (high - sum));
 }
 
+// e^(x + y) of two floats: the exponential of a rounded -50 would be wrong by 2e-6.
+PRIM float exp_pair(float2 x) {
+  const float high = expf(x.x);
+  return high + high * x.y;
+}
+
 // One gate per token and value head.
 struct ScalarDecay {
   static constexpr bool GATED = true;
@@ -73,8 +79,8 @@ struct ScalarDecay {
   }
 
   // For tokens i >= j.
-  PRIM float pair(int i, int j) const { return expf(G[i].x - G[j].x + (G[i].y - G[j].y)); }
-  PRIM float read(int i) const { return expf(G[i].x); }
+  PRIM float pair(int i, int j) const { return exp_pair(add_pairs(G[i], make_float2(-G[j].x, -G[j].y))); }
+  PRIM float read(int i) const { return exp_pair(G[i]); }
   PRIM float write(int j) const { return pair(CHUNK - 1, j); }
   PRIM float carry() const { return read(CHUNK - 1); }
 

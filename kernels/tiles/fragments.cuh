@@ -40,12 +40,14 @@ struct Mma {
     a.r[2] = pack2<T>(d[2 * step + 1][0], d[2 * step + 1][1]);
     a.r[3] = pack2<T>(d[2 * step + 1][2], d[2 * step + 1][3]);
   }
-  // A *= s
-  static PRIM void scale(A& a, float s) {
+  // A[i][k] *= factor(k)
+  template <class F>
+  static PRIM void scale_columns(A& a, F factor, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float2 x = unpack2<T>(a.r[i]);
-      a.r[i] = pack2<T>(s * x.x, s * x.y);
+      const float2 x = unpack2<T>(a.r[i]);
+      const int k = lane % 4 * 2 + i / 2 * 8;
+      a.r[i] = pack2<T>(factor(k) * x.x, factor(k + 1) * x.y);
     }
   }
   // At the start of a step: ldmatrix stays where it is.
@@ -105,10 +107,12 @@ struct Mma<float> {
 #pragma unroll
     for (int i = 0; i < 4; i++) split(a.high[i], a.low[i], d[step][i % 2 * 2 + i / 2]);
   }
-  static PRIM void scale(A& a, float s) {
+  template <class F>
+  static PRIM void scale_columns(A& a, F factor, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      split(a.high[i], a.low[i], s * (__uint_as_float(a.high[i]) + __uint_as_float(a.low[i])));
+      split(a.high[i], a.low[i],
+            factor(lane % 4 * 2 + i / 2) * (__uint_as_float(a.high[i]) + __uint_as_float(a.low[i])));
   }
   // Keeps the compiler from loading many steps ahead, for which the registers do not suffice.
   static PRIM void order_loads() { __syncwarp(); }
@@ -140,6 +144,16 @@ struct Mma<float> {
 // Row and column of element i of accumulator tile j.
 PRIM int sum_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
 PRIM int sum_column(int lane, int j, int i) { return j * 8 + lane % 4 * 2 + i % 2; }
+
+// Two neighbours of a row.
+template <class T>
+PRIM float2 load_pair(const T* at) {
+  return unpack2<T>(*(const uint32_t*)at);
+}
+template <>
+PRIM float2 load_pair(const float* at) {
+  return *(const float2*)at;
+}
 
 // d (16 x 8 TILES) += A B over DEPTH_TOTAL, with A[i][k] = a[i * a_pitch + k] and B[k][n] = b[n * b_pitch + k], rows
 // times rows, or (B_COLUMNS) B[k][n] = b[k * b_pitch + n], rows times columns.

@@ -315,7 +315,8 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     assert sorted(one_token) == [0, 0, 1, 1]
     assert {d["HEAD_K"] for _, d in Recorder.compiled} == {64, 128}
     assert f"{len(entries)} kernels ready" in capsys.readouterr().out
-    assert "gradients through a gate" in one_line_error(capsys, *argv, "--gate")
+    assert main([*argv, "--gate"]) == 0
+    assert {d["HAS_GATE"] for name, d in Recorder.compiled if name == "backward_chunk"} == {0, 1}
 
 
 def test_traceback_on_request(tmp_path):

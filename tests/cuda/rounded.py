@@ -5,48 +5,121 @@ from itertools import pairwise
 import numpy as np
 
 
-def rounded_products(args, kw, chunk):
-    """Return (o, final_state) from products of operands rounded to the inputs' dtype.
+class Rounded:
+    """Products of one value head of one sequence, operands rounded to a dtype, chunk after chunk.
 
-    float32 sums and everything else in float64, the inverse exact; outputs rounded once.
+    float32 sums and everything else in float64, the inverse exact. Letters of docs/derivation.md;
+    e, w and carry are the decays of reads, of writes and of the state.
     """
+
+    def __init__(self, dtype, q, k, v, beta, g, scale, chunk):
+        self.dtype, self.scale = dtype, scale
+        self.inputs, self.chunk = (q, k, v, beta, g), chunk
+
+    def mul(self, a, b):
+        a, b = (x.astype(self.dtype).astype(np.float64) for x in (a, b))
+        return a @ b
+
+    def forward(self, S):
+        """Return (o, state after the last chunk) and keep what `backward` reads."""
+        self.kept, o = [], np.zeros(self.inputs[2].shape)
+        for first in range(0, len(o), self.chunk):
+            rows = slice(first, min(first + self.chunk, len(o)))
+            Q, K, V, b, g = (x[rows] for x in self.inputs)
+            G, b = np.cumsum(g), b[:, None]
+            e, w, carry = np.exp(G)[:, None], np.exp(G[-1] - G)[:, None], np.exp(G[-1])
+            D = np.exp(np.where(np.tri(len(K)) > 0, G[:, None] - G[None], -np.inf))
+            M, P = np.tril(self.mul(K, K.T) * D, -1), self.scale * self.mul(Q, K.T) * D
+            core = -M @ np.linalg.inv(np.eye(len(K)) + b * M)
+            R = V - e * self.mul(K, S)
+            N_hat = R + self.mul(core, b * R)
+            N = b * N_hat
+            self.kept.append((rows, Q, K, b, e, w, carry, D, M, P, core, N_hat, N, S))
+            o[rows] = self.scale * (e * self.mul(Q, S) + self.mul(P / self.scale, N))
+            S = carry * S + self.mul(K.T, w * N)
+        return o, S
+
+    def backward(self, do, dS):
+        """Return the gradients of q, k, v, beta, g and the state that entered."""
+        s, mul = self.scale, self.mul
+        dq, dk, dv, dbeta, dg = (np.zeros(x.shape) for x in self.inputs)
+        for rows, Q, K, b, e, w, carry, D, M, P, core, N_hat, N, S in reversed(self.kept):
+            dO = do[rows]
+            dN = s * mul(P.T / s, dO) + w * mul(K, dS)
+            Y = dN + mul(core.T, b * dN)
+            dR = b * Y
+            dP, E = mul(dO, N.T) * D, -np.tril(mul(dR, N.T) * D, -1)
+            from_q, from_k, into_k = e * mul(dO, S.T), e * mul(dR, S.T), w * mul(N, dS.T)
+            dq[rows] = s * (from_q + mul(dP, K))
+            dk[rows] = s * mul(dP.T, Q) + into_k - from_k + mul(E + E.T, K)
+            dv[rows], dbeta[rows] = dR, np.sum(Y * N_hat, 1)
+            # Sums of what holds the gate, for pairs of the values without decays of a second time.
+            Z = np.tril(mul(dO, N.T) * P - mul(dR, N.T) * M, -1)
+            reads, writes = np.sum(s * Q * from_q - K * from_k, 1), np.sum(K * into_k, 1)
+            state = carry * np.sum(S.astype(self.dtype) * dS.astype(self.dtype), dtype=np.float64)
+            dg[rows] = [
+                np.sum(Z[t:, :t]) + np.sum(reads[t:]) + np.sum(writes[:t]) + state
+                for t in range(len(K))
+            ]
+            dS = carry * dS + s * mul(Q.T, e * dO) - mul(K.T, e * dR)
+        return dq, dk, dv, dbeta, dg, dS
+
+
+def heads(args, kw, chunk):
+    """Yield (span, head, value head, sequence, `Rounded`, entering state) of a call."""
     dtype = args[0].dtype
     q, k, v, beta = (np.asarray(x, np.float64) for x in args[:4])
-    g = None if args[4] is None else np.maximum(np.asarray(args[4], np.float64), -1000)
+    g = np.zeros(beta.shape) if args[4] is None else np.asarray(args[4], np.float64)
+    g = np.maximum(g, -1000)
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     cu = kw["cu_seqlens"]
-    spans = [(b, 0, T) for b in range(B)]
+    spans = [(b, slice(0, T)) for b in range(B)]
     if cu is not None:
-        spans = [(0, int(a), int(z)) for a, z in pairwise(cu)]
-
-    def mul(a, b):
-        return a.astype(dtype).astype(np.float64) @ b.astype(dtype).astype(np.float64)
-
-    o, final = np.zeros(v.shape), np.zeros((len(spans), HV, K, V))
-    for n, (b, start, stop) in enumerate(spans):
+        spans = [(0, slice(int(a), int(z))) for a, z in pairwise(cu)]
+    for n, span in enumerate(spans):
         for hv in range(HV):
             h = hv // (HV // H)
+            one = (q[(*span, h)], k[(*span, h)], v[(*span, hv)], beta[(*span, hv)], g[(*span, hv)])
             S = np.zeros((K, V))
             if kw["initial_state"] is not None:
-                S = np.asarray(kw["initial_state"][n, hv], np.float64)
-                S = S if kw["state_layout"] == "kv" else S.T
-            for first in range(start, stop, chunk):
-                rows = slice(first, min(first + chunk, stop))
-                Q, X, W, c = q[b, rows, h], k[b, rows, h], v[b, rows, hv], beta[b, rows, hv, None]
-                G = np.cumsum(g[b, rows, hv]) if g is not None else np.zeros(len(X))
-                D = np.exp(np.where(np.tri(len(X)) > 0, G[:, None] - G[None], -np.inf))
-                M = np.tril(mul(X, X.T) * D, -1)
-                core = -M @ np.linalg.inv(np.eye(len(X)) + c * M)
-                R = W - np.exp(G)[:, None] * mul(X, S)
-                N = c * (R + mul(core, c * R))
-                P = np.tril(mul(Q, X.T) * D)
-                o[b, rows, hv] = K**-0.5 * (np.exp(G)[:, None] * mul(Q, S) + mul(P, N))
-                S = np.exp(G[-1]) * S + mul(X.T, np.exp(G[-1] - G)[:, None] * N)
-            final[n, hv] = S
-    if kw["state_layout"] == "vk":
-        final = final.swapaxes(-1, -2)
-    return o.astype(dtype).astype(np.float64), final
+                S = _turned(kw, kw["initial_state"])[n, hv]
+            yield span, h, hv, n, Rounded(dtype, *one, kw.get("scale") or K**-0.5, chunk), S
+
+
+def _turned(kw, states):
+    states = np.asarray(states, np.float64)
+    return states if kw["state_layout"] == "kv" else states.swapaxes(-1, -2)
+
+
+def rounded_products(args, kw, chunk):
+    """Return (o, final_state) from products of operands rounded to the inputs' dtype.
+
+    Outputs are rounded once.
+    """
+    v = args[2]
+    N = v.shape[0] if kw["cu_seqlens"] is None else len(kw["cu_seqlens"]) - 1
+    o, final = np.zeros(v.shape), np.zeros((N, v.shape[2], args[0].shape[3], v.shape[3]))
+    for span, _, hv, n, products, S in heads(args, kw, chunk):
+        o[(*span, hv)], final[n, hv] = products.forward(S)
+    return o.astype(v.dtype).astype(np.float64), _turned(kw, final)
+
+
+def rounded_gradients(args, kw, do, dfinal, chunk):
+    """Return the gradients (dq, dk, dv, dbeta, dg, dinitial_state) from such products."""
+    dtype, do = args[0].dtype, np.asarray(do, np.float64)
+    dq, dk, dv, dbeta, dg = (np.zeros(x.shape) for x in (*args[:4], args[3]))
+    N = do.shape[0] if kw["cu_seqlens"] is None else len(kw["cu_seqlens"]) - 1
+    initial = np.zeros((N, do.shape[2], args[0].shape[3], do.shape[3]))
+    for span, h, hv, n, products, S in heads(args, kw, chunk):
+        products.forward(S)
+        dS = np.zeros(S.shape) if dfinal is None else _turned(kw, dfinal)[n, hv]
+        one = products.backward(do[(*span, hv)], dS)
+        dq[(*span, h)] += one[0]
+        dk[(*span, h)] += one[1]
+        dv[(*span, hv)], dbeta[(*span, hv)], dg[(*span, hv)], initial[n, hv] = one[2:]
+    dq, dk, dv = (x.astype(dtype).astype(np.float64) for x in (dq, dk, dv))
+    return dq, dk, dv, dbeta, dg, _turned(kw, initial)
 
 
 def error(x, y):

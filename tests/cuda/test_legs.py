@@ -82,6 +82,8 @@ CASES = {
 GATED = {
     "chunk bfloat16, gate": chunk(70, BF16, gate="scalar"),
     "chunk float32, gate": chunk(40, F32, gate="scalar"),
+    "gradients bfloat16, gate": gradients(70, BF16, gate="scalar"),
+    "gradients float32, gate": gradients(40, F32, gate="scalar"),
     "recurrent float32, gate": recurrent(5, F32, gate="scalar"),
     "recurrent float64, gate": recurrent(5, F64, gate="scalar"),
 }

@@ -89,12 +89,11 @@ def arrays_of(case):
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case.values())))
 def test_pairs_of_options(emulated, on_reference, case):
     args, kw = arrays_of(case)
-    gradients = case["gradients"] and case["gate"] is None
     do = np.random.default_rng(1).standard_normal(args[2].shape).astype(case["dtype"])
 
     def call():
         out = np.full(args[2].shape, np.nan, case["dtype"]) if case["out"] else None
-        if not gradients:
+        if not case["gradients"]:
             result = cd.chunk_delta_rule(*args, **kw, out=out)
             assert out is None or result.o is out
             return [result.o, result.final_state]

@@ -21,6 +21,7 @@ from ..spec import (
 )
 from ..tokens.l2norm import through_norm
 from .choice import choose, walk_shape
+from .decays import decay_shared, decays_of
 
 
 def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
@@ -44,6 +45,7 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
     stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
+    stage += decay_shared(call, chunk)
     shared = carve(*stage, *stage)
     fits("the gradients' state pass", chunk, shared, facts)
     return Launch(
@@ -65,6 +67,7 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
             "core",
             "p",
             "beta",
+            decays_of(call),
             "do",
             "dfinal_state",
             "cu_seqlens",
@@ -83,14 +86,18 @@ def backward_chunk_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients, with as wide a slice of values as fits."""
     size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     # So that the sums over the group fit the registers of a warp.
-    warps = 8 if K > 128 or (chunk == 64 and K > 64) else 4
+    warps = 8 if K > 128 or (K > 64 and (chunk == 64 or call.gate)) else 4
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
+    gate = decay_shared(call, chunk)
+    if gate:
+        part = (warps // (chunk // 16) * chunk, 4)
+        gate += [part, part, (warps * chunk, 4), (warps, 4)]
     for slice_ in (64, 32, 16) if size == 2 else (32, 16):
         slice_ = min(slice_, V)
         state, rows = (slice_ * pitch(K, size), size), (chunk * pitch(slice_, size), size)
         arrays = [key_rows, key_rows, state, state, rows, rows, rows, square, square, square]
-        shared = carve(*arrays, (chunk, 4), (chunk, 4))
+        shared = carve(*arrays, (chunk, 4), (chunk, 4), *gate)
         if shared <= facts.shared_bytes:
             break
     fits("the gradients", chunk, shared, facts)
@@ -105,6 +112,7 @@ def backward_chunk_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
             normal(call, "q"),
             normal(call, "k"),
             "beta",
+            "g",
             "corrections",
             "g_rows",
             "do",
@@ -115,6 +123,7 @@ def backward_chunk_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
             "dk",
             "dv",
             "dbeta",
+            None if call.gate is None else "dg",
             np.float32(call.scale),
             i32(call.N),
             i32(call.T),

@@ -119,7 +119,8 @@ def forward_launch(
     walked = segments - 1 if transfer else segments
     size, K = call.dtype.itemsize, padded(call.K)
     V = call.K if zero_v else call.V
-    tiles = 2 if K <= 64 else 1
+    # Registers are short for two tiles where the walk decays the states that it writes.
+    tiles = 1 if K > 64 or (call.gate and states) else 2
     row_tiles, warps = walk_shape(call, V, chunk, facts, tiles, walked)
     slice_ = 16 * row_tiles * warps
     square = (chunk * pitch(chunk, size), size)

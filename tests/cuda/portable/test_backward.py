@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from emulator import EmulatorDevice, Run
 from helpers import make_inputs
+from rounded import rounded_gradients
 
 from cupy_delta.cuda.plan import plan
 from cupy_delta.cuda.runtime.execute import execute
@@ -13,7 +14,7 @@ from cupy_delta.problem import operator_problem
 from cupy_delta.reference.adjoint import recurrent_delta_rule_bwd
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
-NAMES = ("dq", "dk", "dv", "dbeta", "dinitial_state")
+NAMES = ("dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
 BETAS = {"(0,1)": (0.0, 1.0), "1": (1.0, 1.0), "(0,2)": (0.0, 2.0), "1.99": (1.99, 1.99)}
 
 
@@ -31,7 +32,7 @@ def gradients(args, kw, do, dfinal, chunk=None, run=None, l2norm=False, **facts)
     saved = execute(plan("training", problem, device.facts), vars(problem), device)
     backward = plan("backward", problem, device.facts)
     results = execute(backward, {"do": do, "dfinal_state": dfinal}, device, ready=saved)
-    return {name: np.array(results[name], np.float64) for name in NAMES}
+    return {name: np.array(results[name], np.float64) for name in NAMES if name in results}
 
 
 def exact(args, kw, do, dfinal, l2norm=False):
@@ -45,52 +46,13 @@ def exact(args, kw, do, dfinal, l2norm=False):
     result = recurrent_delta_rule_bwd(
         problem_of(wide, kw, l2norm=l2norm), np.asarray(do, np.float64), dfinal
     )
-    q, k, v, beta, _, initial = result
-    return dict(zip(NAMES, (q, k, v, beta, initial), strict=True))
+    return {name: x for name, x in zip(NAMES, result, strict=True) if x is not None}
 
 
-def rounded_products(args, do, chunk):
-    """Plain chunkwise gradients in NumPy: operands of products in 16 bits, everything else exact.
-
-    One batch row and as many value heads as key heads, from a zero state.
-    """
-    dtype = args[0].dtype
-    q, k, v, beta, do = (np.asarray(x, np.float64)[0] for x in (*args[:4], do))
-    T, H, K = q.shape
-    scale = K**-0.5
-
-    def mul(a, b):
-        return a.astype(dtype).astype(np.float64) @ b.astype(dtype).astype(np.float64)
-
-    out = {name: np.zeros(x.shape) for name, x in zip(NAMES, (q, k, v, beta), strict=False)}
-    out["dinitial_state"] = np.zeros((H, K, v.shape[2]))
-    for h in range(H):
-        S, saved = np.zeros((K, v.shape[2])), []
-        for start in range(0, T, chunk):
-            rows = slice(start, min(start + chunk, T))
-            Q, X, b = q[rows, h], k[rows, h], beta[rows, h, None]
-            M = np.tril(mul(X, X.T), -1)
-            core = -M @ np.linalg.inv(np.eye(len(X)) + b * M)
-            R = v[rows, h] - mul(X, S)
-            N_hat = R + mul(core, b * R)
-            saved.append((rows, Q, X, b, core, N_hat, S))
-            S = S + mul(X.T, b * N_hat)
-        D = np.zeros_like(S)
-        for rows, Q, X, b, core, N_hat, S in reversed(saved):
-            dO, N = do[rows, h], b * N_hat
-            dN = scale * mul(np.tril(mul(Q, X.T)).T, dO) + mul(X, D)
-            G = dN + mul(core.T, b * dN)
-            dR = b * G
-            dP, E = np.tril(mul(dO, N.T)), -np.tril(mul(dR, N.T), -1)
-            out["dq"][rows, h] = scale * (mul(dO, S.T) + mul(dP, X))
-            out["dk"][rows, h] = scale * mul(dP.T, Q) + mul(N, D.T) - mul(dR, S.T) + mul(E + E.T, X)
-            out["dv"][rows, h] = dR
-            out["dbeta"][rows, h] = np.sum(G * N_hat, 1)
-            D = D + scale * mul(Q.T, dO) - mul(X.T, dR)
-        out["dinitial_state"][h] = D
-    for name in ("dq", "dk", "dv"):
-        out[name] = out[name].astype(dtype).astype(np.float64)
-    return {name: x[None] for name, x in out.items()}
+def plain(args, kw, do, dfinal, chunk):
+    """Gradients from products of operands rounded to the inputs' dtype."""
+    found = dict(zip(NAMES, rounded_gradients(args, kw, do, dfinal, chunk), strict=True))
+    return {name: x for name, x in found.items() if name != "dg" or args[4] is not None}
 
 
 def error(x, y):
@@ -115,7 +77,8 @@ BOUND = {BF16: 2e-2, F16: 3e-3, F32: 1e-5}
 def check(args, kw, do, dfinal, l2norm=False, **options):
     result = gradients(args, kw, do, dfinal, l2norm=l2norm, **options)
     expected = exact(args, kw, do, dfinal, l2norm=l2norm)
-    for name in NAMES:
+    assert result.keys() == expected.keys()
+    for name in expected:
         assert result[name].shape == expected[name].shape, name
         if expected[name].size:
             deviation = error(result[name], expected[name])
@@ -145,6 +108,26 @@ SHAPES = [
 def test_shapes(K, V, T, H, G, chunk, dtype):
     layout = "vk" if T % 2 else "kv"
     args, kw = make_inputs(T, H=H, G=G, K=K, V=V, dtype=dtype, initial=True, layout=layout)
+    check(args, kw, output_gradient(args), final_gradient(args, kw), chunk=chunk)
+
+
+# As SHAPES: K, V, T, key heads, group, chunk, dtype.
+GATED = [
+    (17, 1, 35, 1, 2, 16, F16),
+    (60, 40, 63, 2, 1, 32, F32),
+    (64, 96, 130, 1, 2, 64, BF16),
+    (96, 192, 65, 1, 1, 32, BF16),
+    (128, 128, 33, 1, 2, 16, F32),
+    (128, 128, 65, 1, 2, 64, BF16),
+    (256, 64, 33, 1, 1, 16, F16),
+]
+
+
+@pytest.mark.parametrize(("K", "V", "T", "H", "G", "chunk", "dtype"), GATED)
+def test_shapes_with_a_gate(K, V, T, H, G, chunk, dtype):
+    layout = "vk" if T % 2 else "kv"
+    options = dict(dtype=dtype, initial=True, layout=layout, gate="scalar")
+    args, kw = make_inputs(T, H=H, G=G, K=K, V=V, **options)
     check(args, kw, output_gradient(args), final_gradient(args, kw), chunk=chunk)
 
 
@@ -185,13 +168,15 @@ def test_gradient_through_the_norm(dtype):
     check(args, kw, output_gradient(args), None, l2norm=True, chunk=16)
 
 
-def test_plain_products_are_the_gradients_without_rounding():
-    args, kw = make_inputs(70, H=2, K=24, V=20, beta=(0.0, 2.0))
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_plain_products_are_the_gradients_without_rounding(gate):
+    options = dict(cu_seqlens=[0, 0, 1, 70], layout="vk", initial=True, gate=gate)
+    args, kw = make_inputs(70, H=2, G=2, K=24, V=20, beta=(0.0, 2.0), **options)
     args[3][:, ::7] = 0
-    do = output_gradient(args)
-    plain, expected = rounded_products(args, do, 32), exact(args, kw, do, None)
-    for name in NAMES:
-        assert error(plain[name], expected[name]) < 1e-12, name
+    do, dfinal = output_gradient(args), final_gradient(args, kw)
+    found, expected = plain(args, kw, do, dfinal, 32), exact(args, kw, do, dfinal)
+    for name in expected:
+        assert error(found[name], expected[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -212,31 +197,35 @@ def test_error_against_plain_rounded_products(correlation, beta):
     args[3] = args[3].astype(np.float32)
     do = output_gradient(args)
     result, expected = gradients(args, kw, do, None, chunk=32), exact(args, kw, do, None)
-    plain = rounded_products(args, do, 32)
-    for name in NAMES:
-        allowed = 3 * error(plain[name], expected[name])
+    rounded = plain(args, kw, do, None, 32)
+    for name in expected:
+        allowed = 3 * error(rounded[name], expected[name])
         assert error(result[name], expected[name]) <= allowed, (name, allowed)
 
 
 @pytest.mark.parametrize("schedule", ["descending", "random"])
 @pytest.mark.parametrize("completion", ["early", "either"])
 def test_schedule_changes_no_bit(schedule, completion):
-    args, kw = make_inputs(40, G=2, K=32, V=48, dtype=BF16, initial=True)
+    args, kw = make_inputs(40, G=2, K=32, V=48, dtype=BF16, initial=True, gate="scalar")
     do, dfinal = output_gradient(args), final_gradient(args, kw)
     first = gradients(args, kw, do, dfinal, chunk=16)
     other = Run(schedule=schedule, completion=completion, preempt=30, seed=3)
     second = gradients(args, kw, do, dfinal, chunk=16, run=other)
     for name in NAMES:
         assert np.array_equal(first[name], second[name]), name
+        assert first[name].any()
 
 
-def test_nan_stays_in_its_sequence():
-    args, kw = make_inputs(40, K=32, V=32, cu_seqlens=[0, 19, 40], dtype=BF16, initial=True)
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_nan_stays_in_its_sequence(gate):
+    options = dict(cu_seqlens=[0, 19, 40], dtype=BF16, initial=True, gate=gate)
+    args, kw = make_inputs(40, K=32, V=32, **options)
     do, dfinal = output_gradient(args), final_gradient(args, kw)
     clean = gradients(args, kw, do, dfinal, chunk=16)
-    for x in (*args[:4], do):
-        x[:, 19:] = np.nan
+    for x in (*args, do):
+        if x is not None:
+            x[:, 19:] = np.nan
     spoilt = gradients(args, kw, do, dfinal, chunk=16)
-    for name in NAMES[:4]:
+    for name in clean.keys() - {"dinitial_state"}:
         assert np.array_equal(clean[name][:, :19], spoilt[name][:, :19]), name
     assert np.array_equal(clean["dinitial_state"][0], spoilt["dinitial_state"][0])
