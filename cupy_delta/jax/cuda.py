@@ -61,6 +61,12 @@ def plan_of(function: str, call: Call) -> Plan:
     return plan(OPERATIONS[function], call, facts())
 
 
+def check(function: str, call: Call) -> None:
+    plan_of(function, call)
+    if function == FORWARD:
+        residuals(call)
+
+
 def residuals(call: Call) -> tuple[Buffer, ...]:
     """What of the forward's arrays the backward reads."""
     planned, names = plan_with_residuals(call, facts())

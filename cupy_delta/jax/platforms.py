@@ -3,6 +3,7 @@
 A backend is a module with
 
 - ``NAME``, and ``contract()``: what programs rely on beyond the version of the library,
+- ``check(function, call)``: a NotImplementedError for what it lacks,
 - ``residuals(call)``: the buffers that the forward leaves to the backward,
 - ``trace(bind, function, call, arrays, results)``: the results by name, from arrays by name, where
   ``bind(arrays, buffers)`` traces a custom call from arrays to buffers,
@@ -18,6 +19,7 @@ from functools import cache
 
 import jax
 
+from ..call import Call
 from ..extras import EXTRAS, install_command
 from . import cuda, ffi, host
 
@@ -26,11 +28,11 @@ BACKENDS = {"cpu": host, "cuda": cuda}
 
 @cache
 def available() -> dict:
-    """Return the backends of this process by platform."""
+    """Return the backends of this process by platform; residuals are those of the last."""
     if not _has_cuda():
         return {"cpu": host}
     if importlib.util.find_spec("cupy") is None:
-        if jax.default_backend() == "gpu":
+        if default_platform() == "cuda":
             raise ImportError(
                 "cupy_delta.jax runs on a GPU by way of CuPy, which is not installed:"
                 f" {install_command(*EXTRAS['cuda12'])} (or cuda13), or set JAX_PLATFORMS=cpu"
@@ -39,10 +41,28 @@ def available() -> dict:
     return BACKENDS
 
 
-def main():
-    """Return the backend whose residuals the forward keeps."""
-    *_, backend = available().values()
-    return backend
+def supporting(function: str, call: Call) -> dict:
+    """Return the backends that have what a call needs, by platform.
+
+    Whether it is lowered for a platform that lacks something is not known while it is traced. On
+    the platform where JAX puts arrays by default it is taken to be: then the error is raised.
+    """
+    found = {}
+    for platform, backend in available().items():
+        try:
+            backend.check(function, call)
+            found[platform] = backend
+        except NotImplementedError:
+            if platform == default_platform():
+                raise
+    return found
+
+
+def default_platform() -> str:
+    """Return the platform where JAX puts arrays unless it is told otherwise."""
+    chosen = jax.config.jax_default_device
+    name = getattr(chosen, "platform", chosen) or jax.default_backend()
+    return "cuda" if name == "gpu" else name
 
 
 def register() -> None:

@@ -112,7 +112,8 @@ def _vectorised(function: str, options: Options):
             name: x if is_batched[name] else jnp.broadcast_to(x, (size, *x.shape))
             for name, x in arrays.items()
         }
-        if "cu_seqlens" in arrays:  # sequences that lie end to end have no batch to fold into
+        # Sequences that lie end to end have no batch to fold into, nor has nothing.
+        if "cu_seqlens" in arrays or not size:
             made = jax.lax.map(call, arrays)
         else:
             made = {
@@ -126,7 +127,7 @@ def _vectorised(function: str, options: Options):
 
 def _folded(size: int, arrays: dict) -> dict:
     """Fold the first axis of every array into the second, the batch."""
-    folded = {name: x.reshape(-1, *x.shape[2:]) for name, x in arrays.items()}
+    folded = {name: x.reshape(size * x.shape[1], *x.shape[2:]) for name, x in arrays.items()}
     if "state_indices" in arrays:
         indices, slots = arrays["state_indices"], arrays["state"].shape[1]
         # What is padding in one pool must not become a slot of its neighbour.
@@ -141,9 +142,10 @@ def _folded(size: int, arrays: dict) -> dict:
 
 def _lowered(function: str, options: Options, arrays: dict) -> dict:
     """Lower a call for each platform, of which XLA gets the one that it compiles for."""
-    backends = platforms.available()
     call = described(function, options, arrays)
-    results = _results(function, call, arrays)
+    backends = platforms.supporting(function, call)
+    *_, main = backends.values()
+    results = _results(function, call, arrays, main)
 
     def lower(platform: str, arrays: dict) -> dict:
         def bind(sources: dict, targets: tuple[Buffer, ...]) -> dict:
@@ -158,8 +160,8 @@ def _lowered(function: str, options: Options, arrays: dict) -> dict:
     return _vary(jax.lax.platform_dependent(arrays, **branches), _axes(arrays))
 
 
-def _results(function: str, call: Call, arrays: dict) -> tuple[Buffer, ...]:
-    """Return what a call returns, in order."""
+def _results(function: str, call: Call, arrays: dict, main) -> tuple[Buffer, ...]:
+    """Return what a call returns, in order; the residuals are those of the main backend."""
     if function == BACKWARD:
         inputs = [name for name in DeltaRuleGradients._fields if name in arrays]
         return buffers_of({f"d{name}": arrays[name] for name in inputs})
@@ -167,7 +169,7 @@ def _results(function: str, call: Call, arrays: dict) -> tuple[Buffer, ...]:
     if function == STEP:
         return (o, *buffers_of({"state": arrays["state"]}))
     outputs = o, Buffer("final_state", call.state_shape, call.state_dtype)
-    return (*outputs, *platforms.main().residuals(call)) if function == FORWARD else outputs
+    return (*outputs, *main.residuals(call)) if function == FORWARD else outputs
 
 
 def _custom_call(target: str, work: Work, sources: dict) -> dict:

@@ -185,12 +185,31 @@ def test_integers_go_as_words_of_64_bits(planned):
     assert words.view(np.int64).ravel().tolist() == [5, -1, 2**31 - 1]
 
 
-def test_what_the_kernels_lack_is_refused_by_name(planned):
+def test_what_the_kernels_lack_is_refused_by_name(planned, monkeypatch):
+    monkeypatch.setattr(platforms, "default_platform", lambda: "cuda")
     args, _ = make_inputs(20, K=16, V=16, gate="channel", dtype=np.float32)
     with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
         jax.jit(cdj.chunk_delta_rule)(*args)
     with pytest.raises(NotImplementedError, match="K = 300"):
         cdj.chunk_delta_rule(*make_inputs(20, K=300, V=16, dtype=np.float32)[0])
+
+
+def test_where_arrays_are_on_the_cpu_by_default_it_computes_what_the_kernels_lack(planned):
+    args, _ = make_inputs(20, K=300, V=16, gate="channel", dtype=np.float32)
+
+    def value(v):
+        return (cdj.chunk_delta_rule(*args[:2], v, *args[3:]).o ** 2).sum()
+
+    forward = cd.chunk_delta_rule_fwd(*args)
+    expected = cd.chunk_delta_rule_bwd(forward.residuals, 2 * forward.o).v
+    found = jax.jit(jax.grad(value))(args[2])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_default_platform_is_what_jax_is_told():
+    assert platforms.default_platform() == "cpu"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert platforms.default_platform() == "cpu"
 
 
 def test_the_cpu_of_a_process_with_a_gpu(planned):
@@ -225,5 +244,6 @@ def test_a_gpu_without_cupy_is_said(monkeypatch):
     monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: None)
     assert platforms.available.__wrapped__() == {"cpu": host}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert platforms.default_platform() == "cuda"
     with pytest.raises(ImportError, match=r"CuPy, which is not installed: .*cupy-cuda12x"):
         platforms.available.__wrapped__()

@@ -201,6 +201,18 @@ def test_nested_vmap():
     np.testing.assert_allclose(found.o[1, 0], operator(rows[2]).o, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 0), (0, 2, 20), (3, 0, 20)])
+def test_vmap_of_nothing(shape):
+    k, beta = jnp.zeros((*shape, 1, 4)), jnp.zeros((*shape, 1))
+    found = jax.vmap(cdj.chunk_delta_rule)(k, k, k, beta)
+    assert found.o.shape == k.shape
+    assert found.final_state.shape == (*shape[:2], 1, 4, 4)
+    gradient = jax.grad(
+        lambda k: sum(x.sum() for x in jax.vmap(cdj.chunk_delta_rule)(k, k, k, beta))
+    )
+    assert gradient(k).shape == k.shape
+
+
 # ---- several devices -----------------------------------------------------------------------------
 
 
