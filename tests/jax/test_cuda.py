@@ -68,30 +68,35 @@ def close(found, expected, tolerance):
         assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
 
 
-def test_outputs_and_gradients(emulated):
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_outputs_and_gradients(emulated, gate):
     args, kwargs = make_inputs(
-        40, H=2, G=2, K=16, V=16, cu_seqlens=[0, 0, 33, 40], initial=True, dtype=np.float32
+        40,
+        H=2,
+        G=2,
+        K=16,
+        V=16,
+        gate=gate,
+        cu_seqlens=[0, 0, 33, 40],
+        initial=True,
+        dtype=np.float32,
     )
-    args[3] = args[3].astype(np.float32)
     ends = kwargs.pop("cu_seqlens")
     expected = cd.chunk_delta_rule_fwd(*args, cu_seqlens=ends, qk_l2norm=True, **kwargs)
     do = np.random.default_rng(1).standard_normal(expected.o.shape).astype(np.float32)
     dfinal = np.ones_like(expected.final_state)
 
-    def call(q, k, v, beta, initial_state):
-        found = cdj.chunk_delta_rule(
-            q, k, v, beta, cu_seqlens=ends, qk_l2norm=True, initial_state=initial_state
-        )
-        return found, (found.o * do).sum() + found.final_state.sum()
+    def call(arrays):
+        found = cdj.chunk_delta_rule(**arrays, cu_seqlens=ends, qk_l2norm=True)
+        return (found.o * do).sum() + found.final_state.sum(), found
 
-    arrays = (*args[:4], kwargs["initial_state"])
-    close(jax.jit(call)(*arrays)[0], expected[:2], 1e-5)
-    gradients, found = jax.jit(
-        jax.grad(lambda *x: call(*x)[::-1], argnums=(0, 1, 2, 3, 4), has_aux=True)
-    )(*arrays)
+    arrays = dict(zip(cd.DeltaRuleGradients._fields, (*args, kwargs["initial_state"]), strict=True))
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    close(jax.jit(call)(arrays)[1], expected[:2], 1e-5)
+    gradients, found = jax.jit(jax.grad(call, has_aux=True))(arrays)
     close(found, expected[:2], 1e-5)
-    of_numpy = cd.chunk_delta_rule_bwd(expected.residuals, do, dfinal)
-    close(gradients, (x for x in of_numpy if x is not None), 1e-5)
+    of_numpy = cd.chunk_delta_rule_bwd(expected.residuals, do, dfinal)._asdict()
+    close(gradients.values(), (of_numpy[name] for name in gradients), 1e-5)
     assert emulated.loaded == 3  # once each: forward, forward with residuals, backward
 
 
