@@ -8,16 +8,17 @@ from ..problem import Problem
 from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
+from .spec import Device
 from .tokens.affine import plan_affine
 
 
-def device_of(x):
+def device_of(x) -> Device:
     """Return the device that a CuPy array lives on."""
     return device_by_index(x.device.id)
 
 
 @cache
-def device_by_index(index: int):
+def device_by_index(index: int) -> Device:
     """Return the device with this number of CUDA's."""
     from .runtime.device import CupyDevice
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,12 @@ class TensorBox:
     box: tuple[int, int, int, int]
 
 
+# Of a kernel: a scalar, the name of an array, the map of one, or null.
+Argument = np.generic | str | TensorBox | None
+# Arrays to make: their shapes and dtypes by name.
+ArraySpecs = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """One kernel launch. Arguments are NumPy scalars, names of arrays, boxes, or None for null.
@@ -43,11 +49,11 @@ class Launch:
 
     file: str
     entry: str
-    defines: tuple
+    defines: tuple[tuple[str, Any], ...]
     grid: int
     block: int
     shared: int
-    arguments: tuple
+    arguments: tuple[Argument, ...]
     arch: str = ""
     concurrent: bool = False
 
@@ -78,10 +84,10 @@ class Plan:
     `sums` is the dtype in which kernels read beta and g.
     """
 
-    launches: tuple
-    outputs: dict
-    workspace: dict = field(default_factory=dict)
-    zeroed: tuple = ()
+    launches: tuple[Launch, ...]
+    outputs: ArraySpecs
+    workspace: ArraySpecs = field(default_factory=dict)
+    zeroed: tuple[str, ...] = ()
     sums: np.dtype = SUMS
 
     @cached_property
@@ -102,6 +108,29 @@ class Plan:
         dtypes = dict(beta=self.sums, g=self.sums, cu_seqlens=integers, state_indices=integers)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
+
+
+AnyCompiler = TypeVar("AnyCompiler", bound="Compiler")
+
+
+class Compiler(Protocol):
+    """What compiles kernels: a device, or an architecture in its place."""
+
+    @property
+    def facts(self) -> DeviceFacts: ...
+    def __enter__(self: AnyCompiler) -> AnyCompiler: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
+    def prepare(self, launches: tuple[Launch, ...], /) -> None: ...
+
+
+class Device(Compiler, Protocol):
+    """Where plans are executed: a GPU by way of CuPy, or the tests' emulator."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype, name: str, /) -> Any: ...
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype, name: str, /) -> Any: ...
+    def bring(self, x: Any, name: str, dtype: np.dtype | None, /) -> Any: ...
+    def target(self, x: Any, name: str, /) -> Any: ...
+    def launch(self, launch: Launch, arrays: dict[str, Any], /) -> None: ...
 
 
 def i32(x: int) -> np.int32:

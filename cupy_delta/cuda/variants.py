@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from ..arrays import FLOAT_DTYPES
 from ..call import Call
+from ..typing import StateLayout
 from .plan import plan
 from .runtime.sources import AT_ONCE
-from .spec import DeviceFacts, Launch
+from .spec import Compiler, DeviceFacts, Launch
 
 # What is computed in each pass, in the order in which it is refused.
 OPERATIONS = {
@@ -37,7 +38,7 @@ def launches_of(
     gate: bool = False,
     varlen: bool = False,
     qk_l2norm: bool = False,
-    state_layout: str = "kv",
+    state_layout: StateLayout = "kv",
 ) -> list[Launch]:
     """Plan the passes of a call and return its distinct kernels.
 
@@ -89,14 +90,14 @@ def launches_of(
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]
     ]
-    distinct = {}
+    distinct: dict[tuple, Launch] = {}
     for one in planned:
         for launch in one.launches:
             distinct.setdefault((launch.file, launch.defines), launch)
     return list(distinct.values())
 
 
-def compile_variants(device, launches: list[Launch]) -> Iterator[Launch]:
+def compile_variants(device: Compiler, launches: list[Launch]) -> Iterator[Launch]:
     """Compile kernels on a device, into CuPy's cache on disk, several at a time, and yield them."""
     for start in range(0, len(launches), AT_ONCE):
         some = tuple(launches[start : start + AT_ONCE])

@@ -13,12 +13,13 @@ The backward divides by nothing, so it is exact at beta = 0: `N = b N^` with `N^
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.linalg.blas import dtrsm, strsm
 
 from ..problem import Problem
-from .decay import lower_triangle, make_decay, sum_before, sum_from, transpose
+from .decay import Decay, NoDecay, lower_triangle, make_decay, sum_before, sum_from, transpose
 from .tiles import Span, l2norm, l2norm_gradient
 
 
@@ -43,17 +44,20 @@ _TRSM = {np.dtype(np.float32): strsm, np.dtype(np.float64): dtrsm}
 
 @dataclass
 class Block:
-    """The chunks of one span: inputs as stacks, and the products that need no state."""
+    """The chunks of one span: inputs as stacks, and the products that need no state.
 
-    q: np.ndarray | None
+    q, Pqk and q_read are None where no outputs are made.
+    """
+
+    q: Any
     k: np.ndarray
     v: np.ndarray
     b: np.ndarray
-    decay: object
+    decay: Decay
     KK: np.ndarray
     A: np.ndarray
-    Pqk: np.ndarray | None
-    q_read: np.ndarray | None
+    Pqk: Any
+    q_read: Any
     k_read: np.ndarray
     k_write: np.ndarray
     q_norm: tuple | None = None
@@ -185,7 +189,7 @@ def backward_block(problem: Problem, block: Block, trace: Trace, do, dS):
     dq, dk, dg = decay.pairs_gradients(dPqk, block.q, block.k, block.Pqk)
     k_late, k_early, dg_keys = decay.pairs_gradients(E, block.k, block.k, block.KK)
     q_read, k_read, k_write = decay.read(dO_S), decay.read(dR_S), decay.write(N_dS)
-    if problem.gate:
+    if not isinstance(decay, NoDecay):
         dg += dg_keys
         dg += sum_from(decay.per_gate(block.q * q_read - block.k * k_read))
         dg += sum_before(decay.per_gate(block.k * k_write))

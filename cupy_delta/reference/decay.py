@@ -19,7 +19,7 @@ import numpy as np
 LOWEST = -1000.0
 
 
-def make_decay(gate: str | None, g, dtype):
+def make_decay(gate: str | None, g, dtype) -> Decay:
     """Return the decay for g of shape (h, G, n, C) or (h, G, n, C, K), or for no gate."""
     if gate is None:
         return NoDecay()
@@ -189,6 +189,9 @@ def below_diagonal(P, half: int):
     C = P.shape[-1]
     runs = P.reshape(*P.shape[:-2], C // (2 * half), 2, half, C // (2 * half), 2, half)
     return np.einsum("...iaib->...iab", runs[..., 1, :, :, 0, :])
+
+
+Decay = NoDecay | ScalarDecay | ChannelDecay
 
 
 def lower_triangle(x, diagonal: int = 0):

@@ -27,7 +27,9 @@ def thread_count() -> int:
     """Threads to use: CUPY_DELTA_NUM_THREADS, by default the cores this process may run on."""
     text = os.environ.get(THREADS_VARIABLE)
     if text is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{THREADS_VARIABLE}: expected a positive integer, got {text!r}")
     return int(text)

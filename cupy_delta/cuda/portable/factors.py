@@ -30,8 +30,8 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
         first = [rows, rows, square]
     shared = carve(*first, square, square, square, half, (chunk, 4), *decay_shared(call, chunk))
     fits("the WY factors", chunk, shared, facts)
-    core, public = ("core", "p"), ("t", "w", "u")
-    core, public = ((None,) * 2, public) if factors else (core, (None,) * 3)
+    core = (None, None) if factors else ("core", "p")
+    public = ("t", "w", "u") if factors else (None, None, None)
     return Launch(
         "portable/factors.cu",
         "wy_factors",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...call import Call
@@ -54,7 +56,7 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
     if segments > 1:
         initial = "entering"
         workspace |= cut_arrays(call, segments)
-        cut = dict(segments=segments, transfer=True, output=None, initial=None)
+        cut: dict[str, Any] = dict(segments=segments, transfer=True, output=None, initial=None)
         launches += [
             forward_launch(call, chunk, facts, final="segment_h", **cut),
             forward_launch(call, chunk, facts, final="segment_p", zero_v=True, **cut),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...call import Call
 from ...problem import check_chunk_axis
 from ..spec import (
+    ArraySpecs,
     DeviceFacts,
     Launch,
     Plan,
@@ -66,13 +69,13 @@ def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
 
 def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `sequence_transfer`: H from the zero state, P from the identity without values."""
-    outputs = {
+    outputs: ArraySpecs = {
         "p": ((call.N, call.HV, call.K, call.K), call.state_dtype),
         "h": ((call.N, call.HV, call.K, call.V), call.state_dtype),
     }
     chunk = choose(call, facts).chunk
     factors = plan_wy_factors(call, facts)
-    options = dict(factors=True, output=None, initial=None)
+    options: dict[str, Any] = dict(factors=True, output=None, initial=None)
     walks = (
         forward_launch(call, chunk, facts, final="h", **options),
         forward_launch(call, chunk, facts, final="p", zero_v=True, **options),

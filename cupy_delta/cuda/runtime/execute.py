@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..spec import Plan
+from ..spec import Device, Plan
 
 NONE: Mapping = {}
 
 
 def execute(
-    plan: Plan, given: Mapping, device, targets: Mapping = NONE, ready: Mapping = NONE
+    plan: Plan, given: Mapping, device: Device, targets: Mapping = NONE, ready: Mapping = NONE
 ) -> dict:
     """Run a plan.
 

@@ -22,7 +22,7 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, launch: Launch) -> Program:
-        options = ("--std=c++17", f"-I{kernel_folder()}")
+        options: tuple[str, ...] = ("--std=c++17", f"-I{kernel_folder()}")
         if launch.arch:
             options += (f"-arch={launch.arch}",)
         return cls(variant_source(launch.file, launch.macros), options)

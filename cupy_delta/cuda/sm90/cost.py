@@ -113,7 +113,7 @@ def cost(choice: Choice, call: Call, facts: DeviceFacts, rates: Rates, least: fl
     time = max(least, rounds(blocks) * length * rate)
     blocks = pairs * (walked - 1) * transfer_slices(call, choice.transfer_tiles)
     before = rates.transfer[choice.transfer_tiles] * length
-    if choice.concurrent:
+    if choice.concurrent and rates.concurrent_walk:
         others = (choice.segments - 2) * length + choice.last_percent * length // 100
         first = max(0, chunks - others)
         before = max(before, rates.concurrent_walk[choice.concurrent] * first)

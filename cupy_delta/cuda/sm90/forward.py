@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...call import Call
@@ -68,7 +70,7 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
 def transfer_launch(call: Call, tiles: int, walked: Part, reuse_t: bool = False) -> Launch:
     """What all segments but the last of those that are to be walked do to a state."""
     part = walked._replace(walked=walked.walked - 1)
-    given = dict(transfer=True, initial=None, final=None)
+    given: dict[str, Any] = dict(transfer=True, initial=None, final=None)
     return forward_hopper_launch(call, tiles, part, **given, reuse_t=reuse_t)
 
 
@@ -115,7 +117,7 @@ def forward_hopper_launch(
         FACTOR_STAGES=stages[2],
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
-    transfers = ()
+    transfers: tuple = ()
     if transfer or joins:
         decays = "segment_decays" if gate else None
         transfers = transfer_box(p, part.walked - joins), "segment_h", decays

@@ -127,7 +127,7 @@ def given_walk_launch(
     joins = segments > 1 and not transfer
     slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
-    maps = (
+    maps: tuple = (
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("core", (p.B, p.T, p.HV, CHUNK)),

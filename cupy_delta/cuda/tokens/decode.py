@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ...call import Call
 from ..spec import C_TYPES, DeviceFacts, Launch, Plan, i32
 
@@ -29,6 +31,12 @@ def power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+def pool_dtype(call: Call) -> np.dtype:
+    """Return the dtype of the pool, which every step has."""
+    assert call.pool_dtype is not None
+    return call.pool_dtype
+
+
 def step_tile(call: Call) -> dict:
     """Return the macros of `tokens/decode.cu` that say which part of a state a thread has.
 
@@ -36,7 +44,7 @@ def step_tile(call: Call) -> dict:
     a thread has one vector of some keys, ACROSS threads are side by side, and the PARTS others of
     its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
-    K, V, itemsize = call.K, call.V, call.pool_dtype.itemsize
+    K, V, itemsize = call.K, call.V, pool_dtype(call).itemsize
     if call.state_layout == "vk":
         vector = math.gcd(K, VECTOR_BYTES // itemsize)
         parts = min(WARP, power_of_two(K // vector))
@@ -72,7 +80,7 @@ def decode_launch(call: Call) -> Launch:
     tile = step_tile(call)
     defines = dict(
         DTYPE=C_TYPES[call.dtype.name],
-        STATE_DTYPE=C_TYPES[call.pool_dtype.name],
+        STATE_DTYPE=C_TYPES[pool_dtype(call).name],
         HEAD_K=call.K,
         HEAD_V=call.V,
         GROUP=call.groups,
