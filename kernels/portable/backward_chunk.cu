@@ -1,16 +1,16 @@
 // The gradients of q, k, v, beta and g, all chunks in parallel. Per chunk and value head, with S the state entering it,
-// D' the gradient of the state leaving it and G from backward_state.cu, N^ from forward.cu, b = beta, and for i >= j
-// D_ij = e^(Gcum_i - Gcum_j), Gcum the running sum of g in the chunk (1 without a gate, tiles/decay.cuh):
+// dS' the gradient of the state leaving it and dY from backward_state.cu, N^ from forward.cu, b = beta, and for i >= j
+// D_ij = e^(G_i - G_j), G the running sum of g in the chunk (1 without a gate, tiles/decay.cuh):
 //
-//   N = b N^      dV = dR = b G      dbeta = rowsum(G . N^)
-//   dP = tril(dO N^T . D)      E = -tril(dR N^T . D, -1)
-//   dQ = scale (e^Gcum dO S^T + dP K)
-//   dK = scale dP^T Q + e^(Gcum_C - Gcum) N D'^T - e^Gcum dR S^T + (E + E^T) K
+//   N = b N^      dV = dR = b dY      dbeta = rowsum(dY . N^)
+//   dPqk = tril(dO N^T . D)      E = -tril(dR N^T . D, -1)
+//   dQ = scale (e^G dO S^T + dPqk K)
+//   dK = scale dPqk^T Q + e^(G_C - G) N dS'^T - e^G dR S^T + (E + E^T) K
 //
 // and dg as in gate_gradient.cuh, with
 //
-//   Z = scale dP . Q K^T + E . K K^T
-//   rho = rowsum(e^Gcum (scale Q . dO S^T - K . dR S^T))      omega = rowsum(e^(Gcum_C - Gcum) K . N D'^T)
+//   Z = scale dPqk . Q K^T + E . K K^T
+//   rho = rowsum(e^G (scale Q . dO S^T - K . dR S^T))      omega = rowsum(e^(G_C - G) K . N dS'^T)
 //
 // Nothing is divided by beta, so beta = 0 is exact. dQ and dK are summed over the value heads of a key head in
 // registers, in their order: no atomics, the same bits every time.
@@ -21,8 +21,8 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, WARPS (a multiple of CHUNK / 16), SLICE (value channels
 // at a time, a multiple of 16).
 // Grid: slots * H blocks of 32 WARPS threads.
-// Shared memory: Q and K tiles; slices of S, D', dO, N and -dR; three CHUNK x CHUNK matrices; beta and dbeta; with
-// a gate Gcum and the sums of gate_gradient.cuh; see
+// Shared memory: Q and K tiles; slices of S, dS', dO, N and -dR; three CHUNK x CHUNK matrices; beta and dbeta; with
+// a gate G and the sums of gate_gradient.cuh; see
 // cupy_delta/cuda/portable/backward.py.
 #include "portable/gate_gradient.cuh"
 #include "tiles/decay.cuh"
@@ -122,7 +122,7 @@ PRIM void multiply_keys(float (&d)[2][4], const DTYPE* a, const DTYPE* b, int la
   for (int k = 0; k < KP; k += 16) multiply_tiles<DTYPE, 2, 16, false>(d, a + k, K_PITCH, b + k, K_PITCH, lane);
 }
 
-// The part that this lane has of <S, D'>, the trace of S D'^T, over a slice of values.
+// The part that this lane has of <S, dS'>, the trace of S dS'^T, over a slice of values.
 PRIM float dot_states(const DTYPE* states, const DTYPE* dstates, int warp, int lane) {
   float sum = 0.0f;
 #pragma unroll 1
@@ -194,8 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int hv = h * groups + group;
     const int64_t value_row = chunk.first * HV + hv, state_at = (slot * HV + hv) * HEAD_K * HEAD_V;
     const int64_t stride = (int64_t)HV * HEAD_V;
-    float dP[C_JOBS][2][4], E[C_JOBS][2][4];
-    clear_jobs(dP);
+    float dPqk[C_JOBS][2][4], E[C_JOBS][2][4];
+    clear_jobs(dPqk);
     clear_jobs(E);
     float rho[2] = {}, omega[2] = {}, state_dot = 0.0f;
     load_column<CHUNK, THREADS>(b, beta + value_row, HV, chunk.tokens, thread);
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       cp_async_wait<0>();
       __syncthreads();
 
-      // N^ and G become N and -dR; a warp per token.
+      // N^ and dY become N and -dR; a warp per token.
       for (int t = warp; t < CHUNK; t += WARPS) {
         float sum = 0.0f;
         for (int c = lane; c < SLICE; c += 32) {
@@ -231,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
       __syncthreads();
 
-      multiply_jobs<C_JOBS, SLICE, true>(dP, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
+      multiply_jobs<C_JOBS, SLICE, true>(dPqk, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16,
+                                         lane);
       multiply_jobs<C_JOBS, SLICE, true>(E, tile_r + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
       const float read[2] = {decay.read(row + lane / 4), decay.read(row + lane / 4 + 8)};
       const float write[2] = {decay.write(row + lane / 4), decay.write(row + lane / 4 + 8)};
@@ -257,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           for (int i = 0; i < 4; i++) {
             const int r = row + sum_row(lane, i), column = first + sum_column(lane, j, i);
             const float factor = decay.pair(max(r, column), min(r, column));
-            float &dp = dP[job][j][i], &e = E[job][j][i];
+            float &dp = dPqk[job][j][i], &e = E[job][j][i];
             dp *= factor;
             e *= factor;
             Z[r * C_PITCH + column] = scale * dp * qk[j][i] + e * kk[j][i];
@@ -279,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = 0; i < 4; i++) {
           const int column = (across + job * ACROSS) * 16 + sum_column(lane, j, i), r = row + sum_row(lane, i);
           if (column >= CHUNK) continue;
-          const float pair = column <= r ? dP[job][j][i] : 0.0f;
+          const float pair = column <= r ? dPqk[job][j][i] : 0.0f;
           pairs[r * C_PITCH + column] = narrow<DTYPE>(pair);
           scaled_pairs[r * C_PITCH + column] = narrow<DTYPE>(scale * pair);
           if (column > r) continue;

@@ -1,21 +1,21 @@
-// The walk backwards over the chunks of a sequence: the gradient D of the state. Per chunk, from the last to the
-// first, with D' the gradient of the state leaving it, core, P and decays from factors.cu, b = beta, dO^ = scale dO:
+// The walk backwards over the chunks of a sequence: the gradient dS of the state. Per chunk, from the last to the
+// first, with dS' the gradient of the state leaving it, core, Pqk and decays from factors.cu, b = beta, dO^ = scale dO:
 //
-//   dN = P^T dO^ + e^(Gcum_C - Gcum) K D'
-//   G = dN + core^T (b dN)
-//   D = e^(Gcum_C) D' + Q^T (e^Gcum dO^) - K^T (e^Gcum b G)
+//   dN = Pqk^T dO^ + e^(G_C - G) K dS'
+//   dY = dN + core^T (b dN)
+//   dS = e^(G_C) dS' + Q^T (e^G dO^) - K^T (e^G b dY)
 //
-// with Gcum the running sum of g in the chunk (all decays 1 without a gate, tiles/decay.cuh). G = (I + A)^-T dN is the
-// adjoint of the triangular solve; b G is the gradient of V. D' of every chunk, (V, K), and G are written for
+// with G the running sum of g in the chunk (all decays 1 without a gate, tiles/decay.cuh). dY = (I + A)^-T dN is the
+// adjoint of the triangular solve; b dY is the gradient of V. dS' of every chunk, (V, K), and dY are written for
 // backward_chunk.cu, which needs nothing else of this walk.
 //
-// Numbers: D lives in float accumulators and is never rounded between chunks; operands of products are rounded to
+// Numbers: dS lives in float accumulators and is never rounded between chunks; operands of products are rounded to
 // DTYPE, sums are float (float: 3xTF32). Everything is held transposed, rows = value channels, as in forward.cu.
 //
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
 // WARPS, ROW_TILES.
 // Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
-// Shared memory: two stages of K, Q and dO tiles, core, P, beta and decays of a chunk; see
+// Shared memory: two stages of K, Q and dO tiles, core, Pqk, beta and decays of a chunk; see
 // cupy_delta/cuda/portable/backward.py.
 #include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
@@ -82,13 +82,13 @@ PRIM void multiply_upper(float (&d)[C_TILES][4], const Product::A& a, const DTYP
   }
 }
 
-// D (16 x K) += a rows for a left operand of one step and a tile of K columns.
-PRIM void multiply_into_state(float (&D)[K_TILES][4], const Product::A& a, const DTYPE* rows, int step, int lane) {
+// dS (16 x K) += a rows for a left operand of one step and a tile of K columns.
+PRIM void multiply_into_state(float (&dS)[K_TILES][4], const Product::A& a, const DTYPE* rows, int step, int lane) {
 #pragma unroll
   for (int j = 0; j < KP / 16; j++) {
     typename Product::B b;
     Product::load_b_transposed(b, rows + step * Product::DEPTH * K_PITCH + j * 16, K_PITCH, lane);
-    Product::multiply(D[2 * j], D[2 * j + 1], a, b);
+    Product::multiply(dS[2 * j], dS[2 * j + 1], a, b);
   }
 }
 
@@ -109,13 +109,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
   smem.all_taken(SHARED_BYTES);
 
-  float D[ROW_TILES][K_TILES][4];
+  float dS[ROW_TILES][K_TILES][4];
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++) {
-    clear(D[m]);
+    clear(dS[m]);
     if (dfinal_state != nullptr) {
 #pragma unroll
-      for (int j = 0; j < K_TILES; j++) load_state(D[m][j], dfinal_state + state_at, value + m * 16, j * 8, lane);
+      for (int j = 0; j < K_TILES; j++) load_state(dS[m][j], dfinal_state + state_at, value + m * 16, j * 8, lane);
     }
   }
 
@@ -140,11 +140,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
       for (int j = 0; j < K_TILES; j++)
-        store_rows<DTYPE, HEAD_K>(dstate + (value + m * 16) * HEAD_K + j * 8, D[m][j], HEAD_V - value - m * 16,
+        store_rows<DTYPE, HEAD_K>(dstate + (value + m * 16) * HEAD_K + j * 8, dS[m][j], HEAD_V - value - m * 16,
                                   HEAD_K - j * 8, lane);
 
-      // dN^T is scale dO^T P + D'^T K^T, columns of the latter decayed; G holds the latter until it is added.
-      float dN[C_TILES][4], G[C_TILES][4];
+      // dN^T is scale dO^T Pqk + dS'^T K^T, columns of the latter decayed; dY holds the latter until it is added.
+      float dN[C_TILES][4], dY[C_TILES][4];
       clear(dN);
 #pragma unroll
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
@@ -152,63 +152,63 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
         multiply_upper(dN, a, stage.p, step, lane);
       }
-      clear(G);
+      clear(dY);
 #pragma unroll
       for (int step = 0; step < KP / Product::DEPTH; step++) {
         typename Product::A a;
-        Product::from_sums(a, D[m], step);
+        Product::from_sums(a, dS[m], step);
         order_loads();
 #pragma unroll
         for (int j = 0; j < CHUNK / 16; j++) {
           typename Product::B b;
           Product::load_b(b, stage.k + j * 16 * K_PITCH + step * Product::DEPTH, K_PITCH, lane);
-          Product::multiply(G[2 * j], G[2 * j + 1], a, b);
+          Product::multiply(dY[2 * j], dY[2 * j + 1], a, b);
         }
       }
 
-      // G^T = dN^T + (b dN)^T core; dN becomes b dN; at the end G becomes -b G, with the decay of a read.
+      // dY^T = dN^T + (b dN)^T core; dN becomes b dN; at the end dY becomes -b dY, with the decay of a read.
 #pragma unroll
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int t = sum_column(lane, j, e);
-          G[j][e] = scale * dN[j][e] + stage.decays.write(t) * G[j][e];
-          dN[j][e] = stage.beta[t] * G[j][e];
+          dY[j][e] = scale * dN[j][e] + stage.decays.write(t) * dY[j][e];
+          dN[j][e] = stage.beta[t] * dY[j][e];
         }
 #pragma unroll
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
         typename Product::A a;
         Product::from_sums(a, dN, step);
         order_loads();
-        multiply_upper(G, a, stage.core, step, lane);
+        multiply_upper(dY, a, stage.core, step, lane);
       }
 #pragma unroll
       for (int j = 0; j < C_TILES; j++) {
-        store_transposed<DTYPE, HEAD_V>(g_out + m * 16 + (int64_t)j * 8 * HV * HEAD_V, (int64_t)HV * HEAD_V, G[j],
+        store_transposed<DTYPE, HEAD_V>(g_out + m * 16 + (int64_t)j * 8 * HV * HEAD_V, (int64_t)HV * HEAD_V, dY[j],
                                         HEAD_V - value - m * 16, tokens - j * 8, lane);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int t = sum_column(lane, j, e);
-          G[j][e] *= -stage.beta[t] * stage.decays.read(t);
+          dY[j][e] *= -stage.beta[t] * stage.decays.read(t);
         }
       }
 
-      // D^T = D'^T + scale dO^T Q - (b G)^T K, all decayed
+      // dS^T = dS'^T + scale dO^T Q - (b dY)^T K, all decayed
       const float carry = stage.decays.carry(tokens);
 #pragma unroll
       for (int j = 0; j < K_TILES; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) D[m][j][e] *= carry;
+        for (int e = 0; e < 4; e++) dS[m][j][e] *= carry;
 #pragma unroll
       for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
         const int first = step * Product::DEPTH;
         typename Product::A a;
         Product::load_a_transposed(a, stage.d_o + first * V_PITCH + row + m * 16, V_PITCH, lane);
         Product::scale_columns(a, [&](int k) { return scale * stage.decays.read(first + k); }, lane);
-        multiply_into_state(D[m], a, stage.q, step, lane);
+        multiply_into_state(dS[m], a, stage.q, step, lane);
         order_loads();
-        Product::from_sums(a, G, step);
-        multiply_into_state(D[m], a, stage.k, step, lane);
+        Product::from_sums(a, dY, step);
+        multiply_into_state(dS[m], a, stage.k, step, lane);
       }
     }
   }
@@ -217,5 +217,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, D[m][j], value + m * 16, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, dS[m][j], value + m * 16, j * 8, lane);
 }

@@ -2,7 +2,7 @@
 // D_ij = e^(G_i - G_j) for i >= j, G the running sum of g in the chunk (1 without a gate, tiles/decay.cuh):
 //
 //   M = tril(K K^T . D, -1),   X = (I + diag(b) M)^-1
-//   WRITE_CORE:  core = -M X,  p = tril(Q K^T . D)     what forward.cu and the gradients read
+//   WRITE_CORE:  core = -M X,  p = Pqk = tril(Q K^T . D)     what forward.cu and the gradients read
 //   WRITE_WU:  t = T = X diag(b),  w = T (e^G K),  u = T V     the public WY factors
 //   decays = (e^G, e^(G_C - G))     with a gate, for walks
 //

@@ -1,7 +1,7 @@
 // The walk over the chunks of a sequence: state pass and, fused with it, the output. Per chunk, with S the state,
-// core, P and decays from factors.cu, G the running sum of g (all decays 1 without a gate), tokens as rows:
+// core, Pqk and decays from factors.cu, G the running sum of g (all decays 1 without a gate), tokens as rows:
 //
-//   R = V - e^G K S       N^ = R + core (b R)       N = b N^       O = scale (e^G Q S + P N)
+//   R = V - e^G K S       N^ = R + core (b R)       N = b N^       O = scale (e^G Q S + Pqk N)
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
 //   FROM_FACTORS:  N = U - W S,  S' as above        the building block: W holds e^G, no output
 //
@@ -18,7 +18,7 @@
 // entering each chunk, in STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and
 // states (K, V)), WARPS, ROW_TILES (16-row tiles of value channels per warp). Grid: N * segments walked * HV * slices
 // blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
-// and V tiles, core, P, beta and decays of a chunk; see cupy_delta/cuda/portable/forward.py.
+// and V tiles, core, Pqk, beta and decays of a chunk; see cupy_delta/cuda/portable/forward.py.
 #include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"

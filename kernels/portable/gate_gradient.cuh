@@ -2,7 +2,7 @@
 // read of the entering state when i >= t, a write when j < t, and the state itself always. With Z_ij, rho_i and
 // omega_j the values of these products, decays included, times what comes back to them,
 //
-//   dg_t = sum_(i >= t > j) Z_ij + sum_(i >= t) rho_i + sum_(j < t) omega_j + e^(Gcum_C) <S, D'>
+//   dg_t = sum_(i >= t > j) Z_ij + sum_(i >= t) rho_i + sum_(j < t) omega_j + e^(G_C) <S, dS'>
 //
 // Every term carries e^(g_t) itself, so nothing large is added and taken away again: dg is right where it is small,
 // and 0 for g = -inf. For the same reason rectangles i >= t > j are sums of prefixes of rows, and none is made from
@@ -19,7 +19,7 @@ constexpr int ACROSS = WARPS / (CHUNK / 16);
 struct GateGradient {
   float *reads, *writes;  // rho and omega in ACROSS parts of CHUNK tokens
   float* pairs;           // a warp's part of the sums over Z, for tokens 1 to CHUNK
-  float* state;           // a warp's part of <S, D'>
+  float* state;           // a warp's part of <S, dS'>
 
   static PRIM GateGradient take(DynSmem& smem) {
     GateGradient s = {};

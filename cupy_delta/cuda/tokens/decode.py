@@ -89,7 +89,7 @@ def decode_launch(call: Call) -> Launch:
         L2NORM=int(call.qk_l2norm),
         ONE_TOKEN=int(call.T == 1),
     )
-    # As decode.cu's Passed: per warp two sums of each channel and four more, and what is written.
+    # As decode.cu's Passed: per warp two sums of each channel and three more, and what is written.
     passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 3 * tile["WARPS"]
     shared = passed * real.itemsize if tile["WARPS"] > 1 else 0
     threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
