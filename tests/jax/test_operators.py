@@ -142,7 +142,7 @@ def test_a_step_under_vmap_keeps_to_its_pool():
     args, pool = pool_and_tokens()
     many = [np.stack([x, x[::-1]]) for x in args]
     pools = np.stack([pool, pool * 2])
-    indices = np.array([[4, -1, 0], [2, 1, -7]], np.int32)
+    indices = np.array([[4, -1, 0], [2, 1, -1]], np.int32)
 
     def step(args, state, indices):
         return cdj.delta_rule_step(*args, state=state, state_indices=indices)
@@ -167,7 +167,7 @@ def test_shapes_are_checked_while_tracing():
 def test_values_are_checked_when_a_program_runs():
     args, _ = inputs(T=10)
     call = jax.jit(lambda ends: cdj.chunk_delta_rule(*args[:4], cu_seqlens=ends))
-    with pytest.raises(XlaError, match=r"ValueError: cu_seqlens: expected nondecreasing values"):
+    with pytest.raises(XlaError, match=r"INVALID_ARGUMENT: ValueError: cu_seqlens: expected"):
         jax.block_until_ready(call(np.array([0, 9])))
     assert np.isfinite(call(np.array([0, 10])).o).all()  # the process is none the worse for it
 
