@@ -18,7 +18,15 @@ def plan(operation: str, call: Call, facts: DeviceFacts) -> Plan:
 
 def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
     """Make a plan, or refuse what no kernel does."""
-    return family_for(operation, call, facts).plans[operation](call, facts)
+    found = family_for(operation, call, facts).plans[operation](call, facts)
+    for launch in found.launches:
+        if launch.shared > facts.shared_bytes:
+            raise NotImplementedError(
+                f"chunk_size = {dict(launch.defines)['CHUNK']}: {launch.entry} would need"
+                f" {launch.shared} bytes of shared memory per block, this GPU has"
+                f" {facts.shared_bytes}; a smaller chunk_size works"
+            )
+    return found
 
 
 def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str, ...]]:

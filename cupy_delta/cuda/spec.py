@@ -176,14 +176,6 @@ def normal(call: Call, name: str) -> str:
     return f"{name}_normal" if call.qk_l2norm else name
 
 
-def fits(what: str, chunk: int, shared: int, facts: DeviceFacts) -> None:
-    if shared > facts.shared_bytes:
-        raise NotImplementedError(
-            f"chunk_size = {chunk}: {what} would need {shared} bytes of shared memory per block,"
-            f" this GPU has {facts.shared_bytes}; a smaller chunk_size works"
-        )
-
-
 def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
     """Return the results of `chunk_delta_rule_bwd`, and what its two kernels hand over."""
     outputs = {

@@ -10,7 +10,6 @@ from ..spec import (
     Launch,
     Plan,
     carve,
-    fits,
     gradient_arrays,
     i32,
     normal,
@@ -47,7 +46,6 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
     stage += decay_shared(call, chunk)
     shared = carve(*stage, *stage)
-    fits("the gradients' state pass", chunk, shared, facts)
     return Launch(
         "portable/backward_state.cu",
         "backward_state",
@@ -100,7 +98,6 @@ def backward_chunk_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         shared = carve(*arrays, (chunk, 4), (chunk, 4), *gate)
         if shared <= facts.shared_bytes:
             break
-    fits("the gradients", chunk, shared, facts)
     return Launch(
         "portable/backward_chunk.cu",
         "backward_chunk",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from ...call import Call
 from ..spec import (
-    DeviceFacts,
     Launch,
     carve,
-    fits,
     i32,
     normal,
     padded,
@@ -18,7 +16,7 @@ from ..spec import (
 from .decays import decay_shared, decays_of
 
 
-def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool) -> Launch:
+def wy_factors_launch(call: Call, chunk: int, factors: bool) -> Launch:
     """The core and P for the walk, or with `factors` the public T, W and U."""
     size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     square = (chunk * pitch(chunk, 4), 4)
@@ -29,7 +27,6 @@ def wy_factors_launch(call: Call, chunk: int, facts: DeviceFacts, factors: bool)
     else:
         first = [rows, rows, square]
     shared = carve(*first, square, square, square, half, (chunk, 4), *decay_shared(call, chunk))
-    fits("the WY factors", chunk, shared, facts)
     core = (None, None) if factors else ("core", "p")
     public = ("t", "w", "u") if factors else (None, None, None)
     return Launch(

@@ -13,7 +13,6 @@ from ..spec import (
     Launch,
     Plan,
     carve,
-    fits,
     i32,
     normal,
     padded,
@@ -51,7 +50,7 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
         states = C_TYPES[call.dtype.name]
         workspace["states"] = (call.states_shape(chunk), call.dtype)
         workspace["corrections"] = (call.value_shape, call.dtype)
-    launches.append(wy_factors_launch(call, chunk, facts, factors=False))
+    launches.append(wy_factors_launch(call, chunk, factors=False))
     initial = "initial_state"
     if segments > 1:
         initial = "entering"
@@ -136,7 +135,6 @@ def forward_launch(
         stage.append(square)
     stage += decay_shared(call, chunk)
     shared = carve(*stage, *stage)
-    fits("the state pass", chunk, shared, facts)
     defines = variant(
         call,
         chunk,

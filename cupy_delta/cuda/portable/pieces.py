@@ -14,7 +14,6 @@ from ..spec import (
     Launch,
     Plan,
     carve,
-    fits,
     i32,
     normal,
     padded,
@@ -33,7 +32,7 @@ def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
     chunk = choose(call, facts).chunk
     launches, workspace = normalised(call, "k")
-    launches.append(wy_factors_launch(call, chunk, facts, factors=True))
+    launches.append(wy_factors_launch(call, chunk, factors=True))
     return Plan(tuple(launches), factor_arrays(call, chunk), workspace | decay_arrays(call))
 
 
@@ -63,7 +62,7 @@ def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
     chunk = choose(call, facts).chunk
     check_chunk_axis(call, chunk)
     launches, workspace = normalised(call, "q", "k")
-    launches.append(chunk_output_launch(call, chunk, facts))
+    launches.append(chunk_output_launch(call, chunk))
     return Plan(tuple(launches), {"o": (call.value_shape, call.dtype)}, workspace)
 
 
@@ -83,7 +82,7 @@ def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
     return Plan((*factors.launches, *walks), outputs, factors.outputs | factors.workspace)
 
 
-def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
+def chunk_output_launch(call: Call, chunk: int) -> Launch:
     """Outputs of all chunks from their states."""
     size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
     slice_ = min(V, 64)
@@ -95,7 +94,6 @@ def chunk_output_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         (chunk * pitch(chunk, size), size),
         *decay_shared(call, chunk),
     )
-    fits("chunk outputs", chunk, shared, facts)
     slices = -(-V // slice_)
     return Launch(
         "portable/chunk_output.cu",
