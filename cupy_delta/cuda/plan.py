@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..call import Call
 from .families import family_for
 from .spec import DeviceFacts, Plan
+from .tokens.units import in_units
 
 
 def plan(operation: str, call: Call, facts: DeviceFacts) -> Plan:
@@ -26,7 +27,8 @@ def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
                 f" {launch.shared} bytes of shared memory per block, this GPU has"
                 f" {facts.shared_bytes}; a smaller chunk_size works"
             )
-    return found
+    float16 = operation == "backward" and call.dtype.name == "float16"
+    return in_units(found, call) if float16 else found
 
 
 def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str, ...]]:

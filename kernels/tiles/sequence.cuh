@@ -55,10 +55,9 @@ struct Chunk {
   int tokens;     // at most CHUNK; 0 or less: no chunk has this slot
 };
 
-// The chunk with the given slot, among N sequences.
+// The sequence that a slot belongs to, among N.
 template <int CHUNK_TOKENS>
-PRIM Chunk find_chunk(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
-  int n;
+PRIM int find_owner(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
 #if VARLEN
   int low = 0, high = N - 1;  // the last sequence whose first slot is not beyond `slot`
   while (low < high) {
@@ -69,11 +68,17 @@ PRIM Chunk find_chunk(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
     else
       low = middle;
   }
-  n = low;
+  return low;
 #else
-  (void)N;
-  n = (int)(slot / ((T + CHUNK_TOKENS - 1) / CHUNK_TOKENS));
+  (void)cu_seqlens, (void)N;
+  return (int)(slot / ((T + CHUNK_TOKENS - 1) / CHUNK_TOKENS));
 #endif
+}
+
+// The chunk with the given slot, among N sequences.
+template <int CHUNK_TOKENS>
+PRIM Chunk find_chunk(const int64_t* cu_seqlens, int64_t slot, int N, int T) {
+  const int n = find_owner<CHUNK_TOKENS>(cu_seqlens, slot, N, T);
   Sequence s = find_sequence<CHUNK_TOKENS>(cu_seqlens, n, T);
   int64_t offset = (slot - s.slot) * CHUNK_TOKENS;
   int64_t rest = s.tokens - offset;

@@ -313,7 +313,7 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     assert entries.count("decode") == 4 and entries.count("l2norm") == 4
     one_token = [d["ONE_TOKEN"] for name, d in Recorder.compiled if name == "decode"]
     assert sorted(one_token) == [0, 0, 1, 1]
-    assert {d["HEAD_K"] for _, d in Recorder.compiled} == {64, 128}
+    assert {d["HEAD_K"] for _, d in Recorder.compiled if "HEAD_K" in d} == {64, 128}
     assert f"{len(entries)} kernels ready" in capsys.readouterr().out
     assert main([*argv, "--gate"]) == 0
     assert {d["HAS_GATE"] for name, d in Recorder.compiled if name == "backward_chunk"} == {0, 1}

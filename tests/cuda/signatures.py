@@ -14,6 +14,8 @@ from cupy_delta.cuda.spec import C_TYPES, Launch, Plan, TensorBox
 DTYPES = {"int": "int32", "int64_t": "int64", "float2": "float32"} | {
     c: name for name, c in C_TYPES.items()
 }
+# What enters a backward, as it is given or in units.
+DO, DFINAL = ("do", "do_scaled"), ("dfinal_state", "dfinal_scaled")
 # Where a parameter has another name than its array: one that serves several arrays, by entry, and
 # the array that a keyword of C++ has the name of.
 ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -35,8 +37,16 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "forward_residuals_hopper": dict(
         n_map=("corrections",), transfer_map=("segment_p",), h=("segment_h",)
     ),
-    "backward_state_hopper": dict(g_map=("g_rows",), transfer_map=("segment_p",), h=("segment_h",)),
-    "backward_chunk_hopper": dict(n_map=("corrections",), g_map=("g_rows",)),
+    "backward_state": dict(d_o=DO, dfinal_state=DFINAL),
+    "backward_chunk": dict(d_o=DO),
+    "backward_state_hopper": dict(
+        do_map=DO,
+        dfinal_state=DFINAL,
+        g_map=("g_rows",),
+        transfer_map=("segment_p",),
+        h=("segment_h",),
+    ),
+    "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",), g_map=("g_rows",)),
     "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
 }
 KEYWORDS = {"d_o": "do"}

@@ -1,5 +1,6 @@
 """What a kernel is given is what its parameters are called: names, types and sizes."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,8 @@ def cases():
             for operation in (*OPERATIONS, *PIECES):
                 for one in (call, few_heads):
                     yield operation, replace(one, gate=gate), facts
+    for facts, gate in itertools.product((A100, H200), (None, "scalar")):
+        yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     yield "forward", replace(call, dtype=f32), A100
     yield "recurrent", replace(call, dtype=FLOAT_DTYPES["float64"]), A100
 

@@ -186,7 +186,8 @@ def test_default_chunk_fits_the_smallest_shared_memory(dtype, K, V):
     facts = DeviceFacts(sm_count=84, shared_bytes=99 * 1024)
     problem = problem_of(*make_inputs(64, K=K, V=V, dtype=dtype))
     launches = plan("backward", problem, facts).launches
-    assert [launch.entry for launch in launches] == ["backward_state", "backward_chunk"]
+    entries = [launch.entry for launch in launches if not launch.entry.startswith("gradient_")]
+    assert entries == ["backward_state", "backward_chunk"]
     assert all(launch.shared <= facts.shared_bytes for launch in launches)
 
 
