@@ -17,11 +17,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import nvrtc
 from compile_cache import digest_of, kept
 
 from cupy_delta.cuda import architectures
 from cupy_delta.cuda.runtime.sources import variant_source
+from cupy_delta.cuda.tokens.affine import plan_affine
 from cupy_delta.cuda.variants import launches_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"
@@ -77,6 +79,10 @@ HOPPER_CALLS = (
 )
 
 
+# Of kernels that no operation is planned with: one plan each.
+OWN_PLANS = (plan_affine((1, 8, 128), 128, np.dtype(np.float32), True),)
+
+
 class Resources(NamedTuple):
     """Of one kernel: registers and spilled bytes per thread, static shared bytes.
 
@@ -92,12 +98,10 @@ class Resources(NamedTuple):
 @cache
 def launches(arch: str) -> dict:
     """Return the kernels of all calls by a name that tells them apart."""
-    found = {}
+    found = [launch for plan in OWN_PLANS for launch in plan.launches]
     for call in CALLS + (HOPPER_CALLS if arch == "sm_90" else ()):
-        for launch in launches_of(ARCHITECTURES[arch], **call):
-            macros = " ".join(f"{name}={value}" for name, value in sorted(launch.defines))
-            found[f"{launch.entry} {macros}"] = launch
-    return found
+        found += launches_of(ARCHITECTURES[arch], **call)
+    return {f"{x.entry} {' '.join(f'{n}={v}' for n, v in sorted(x.defines))}": x for x in found}
 
 
 def cases() -> list[tuple[str, str]]:

@@ -50,7 +50,7 @@ def test_every_kernel_file_is_measured():
     measured = {x.file for arch in ("sm_80", "sm_90") for x in resources.launches(arch).values()}
     assert measured == {
         path.relative_to(nvrtc.KERNELS).as_posix() for path in nvrtc.KERNELS.rglob("*.cu")
-    } - {"tokens/affine.cu"}
+    }
 
 
 @pytest.mark.parametrize("arch", resources.ARCHITECTURES)

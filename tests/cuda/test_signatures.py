@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from signatures import ALIASES, mismatches, signature, text_of
+from resources import OWN_PLANS
+from signatures import ALIASES, DTYPES, mismatches, signature, text_of
 
 from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
@@ -65,6 +66,7 @@ def launched():
 
 
 LAUNCHED = launched()
+OWN = [launch for plan in OWN_PLANS for launch in plan.launches]
 
 
 def check(launch, plan, call):
@@ -79,10 +81,18 @@ def test_every_argument_is_what_its_parameter_is_called():
 
 def test_every_kernel_is_looked_at():
     files = {p.relative_to(kernel_folder()).as_posix() for p in kernel_folder().rglob("*.cu")}
-    assert {launch.file for launch, *_ in LAUNCHED} == files - {"tokens/affine.cu"}
+    assert {launch.file for launch, *_ in LAUNCHED} | {launch.file for launch in OWN} == files
 
 
-def test_the_arguments_of_a_transfer_applied():
+@pytest.mark.parametrize("launch", OWN, ids=lambda launch: launch.entry)
+def test_arguments_of_kernels_that_no_operation_is_planned_with(launch):
+    parameters = signature(text_of(launch), launch.entry, dict(launch.defines))
+    for p, argument in zip(parameters, launch.arguments, strict=True):
+        assert p.pointer == isinstance(argument, str)
+        assert p.name == argument if p.pointer else argument.dtype == DTYPES[p.type]
+
+
+def test_the_sizes_of_a_transfer_applied():
     (launch,) = plan_affine((2, 3, 5), 7, np.dtype(np.float32), True).launches
     parameters = signature(text_of(launch), launch.entry, dict(launch.defines))
     assert [p.name for p in parameters] == ["p", "x", "h", "y", "count", "K", "columns"]

@@ -25,20 +25,44 @@ def in_units(backward: Plan, call: Call) -> Plan:
         "do_scaled": (call.value_shape, call.dtype),
         "dfinal_scaled": (call.state_shape, call.state_dtype),
     }
-    heads = call.N * call.H
-    sizes = ("do", "cu_seqlens", "sizes", "N", "T", "H")
-    units = ("sizes", "dfinal_state", "cu_seqlens", "units", "dfinal_scaled", "T", "H")
-    scale = ("units", "cu_seqlens", "do", "do_scaled", "N", "T", "H")
-    gradients = tuple(name for name in GRADIENTS if name in backward.outputs)
-    unscale = ("units", "cu_seqlens", *gradients, i32(rows), "N", "T", "H")
     launches = (
-        _launch(call, "gradient_sizes", rows, 256, sizes, tables=1, unused=("HEAD_K", "HAS_GATE")),
-        _launch(call, "gradient_units", heads, 512, units, tables=2, unused=("DTYPE", "HAS_GATE")),
-        _launch(call, "gradient_scale", rows, 256, scale, unused=("HEAD_K", "HAS_GATE")),
+        gradient_sizes_launch(call, rows),
+        gradient_units_launch(call),
+        gradient_scale_launch(call, rows),
         *(_renamed(launch) for launch in backward.launches),
-        _launch(call, "gradient_unscale", rows + heads, 256, unscale),
+        gradient_unscale_launch(call, rows, backward),
     )
     return replace(backward, launches=launches, workspace=backward.workspace | workspace)
+
+
+def gradient_sizes_launch(call: Call, rows: int) -> Launch:
+    """The largest of dO in every chunk and key head."""
+    arguments = ("do", "cu_seqlens", "sizes", "N", "T", "H")
+    return _launch(
+        call, "gradient_sizes", rows, 256, arguments, tables=1, unused=("HEAD_K", "HAS_GATE")
+    )
+
+
+def gradient_units_launch(call: Call) -> Launch:
+    """The unit of every sequence and key head, and the final state's gradient in it."""
+    arguments = ("sizes", "dfinal_state", "cu_seqlens", "units", "dfinal_scaled", "T", "H")
+    heads = call.N * call.H
+    return _launch(
+        call, "gradient_units", heads, 512, arguments, tables=2, unused=("DTYPE", "HAS_GATE")
+    )
+
+
+def gradient_scale_launch(call: Call, rows: int) -> Launch:
+    """dO in units."""
+    arguments = ("units", "cu_seqlens", "do", "do_scaled", "N", "T", "H")
+    return _launch(call, "gradient_scale", rows, 256, arguments, unused=("HEAD_K", "HAS_GATE"))
+
+
+def gradient_unscale_launch(call: Call, rows: int, backward: Plan) -> Launch:
+    """The gradients of a backward out of units, in place."""
+    gradients = (name for name in GRADIENTS if name in backward.outputs)
+    arguments = ("units", "cu_seqlens", *gradients, i32(rows), "N", "T", "H")
+    return _launch(call, "gradient_unscale", rows + call.N * call.H, 256, arguments)
 
 
 def _launch(
