@@ -138,6 +138,30 @@ PRIM float dot_states(const DTYPE* states, const DTYPE* dstates, int warp, int l
   return sum;
 }
 
+// dPqk and E with their decays, and Z, what their pairs are to the gate.
+PRIM void decay_pairs(float (&dPqk)[C_JOBS][2][4], float (&E)[C_JOBS][2][4], float* Z, const Decay& decay,
+                      const DTYPE* tile_q, const DTYPE* tile_k, float scale, int row, int across, int lane) {
+#pragma unroll
+  for (int job = 0; job < C_JOBS; job++) {
+    const int first = (across + job * ACROSS) * 16;
+    if (first > row) continue;  // the whole warp
+    float qk[2][4], kk[2][4];
+    multiply_keys(qk, tile_q + row * K_PITCH, tile_k + first * K_PITCH, lane);
+    multiply_keys(kk, tile_k + row * K_PITCH, tile_k + first * K_PITCH, lane);
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int r = row + sum_row(lane, i), column = first + sum_column(lane, j, i);
+        const float factor = decay.pair(max(r, column), min(r, column));
+        float &dp = dPqk[job][j][i], &e = E[job][j][i];
+        dp *= factor;
+        e *= factor;
+        Z[r * C_PITCH + column] = scale * dp * qk[j][i] + e * kk[j][i];
+      }
+  }
+}
+
 PRIM void write_jobs(DTYPE* out, int64_t stride, const float (&d)[K_JOBS][2][4], float factor, int row, int tokens,
                      int across, int lane) {
 #pragma unroll
@@ -219,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float sum = 0.0f;
         for (int c = lane; c < SLICE; c += 32) {
           DTYPE &n = tile_n[t * V_PITCH + c], &r = tile_r[t * V_PITCH + c];
-          const float n_hat = widen(n), g = widen(r), gradient = b[t] * g;
-          sum += g * n_hat;
+          const float n_hat = widen(n), dy = widen(r), gradient = b[t] * dy;
+          sum += dy * n_hat;
           n = narrow<DTYPE>(b[t] * n_hat);
           r = narrow<DTYPE>(-gradient);
           if (t < chunk.tokens && c < width) dv[at + t * stride + c] = narrow<DTYPE>(gradient);
@@ -245,25 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (thread < chunk.tokens) dbeta[value_row + (int64_t)thread * HV] = b_sums[thread];
 
     if constexpr (Decay::GATED) {
-#pragma unroll
-      for (int job = 0; job < C_JOBS; job++) {
-        const int first = (across + job * ACROSS) * 16;
-        if (first > row) continue;  // the whole warp
-        float qk[2][4], kk[2][4];
-        multiply_keys(qk, tile_q + row * K_PITCH, tile_k + first * K_PITCH, lane);
-        multiply_keys(kk, tile_k + row * K_PITCH, tile_k + first * K_PITCH, lane);
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int r = row + sum_row(lane, i), column = first + sum_column(lane, j, i);
-            const float factor = decay.pair(max(r, column), min(r, column));
-            float &dp = dPqk[job][j][i], &e = E[job][j][i];
-            dp *= factor;
-            e *= factor;
-            Z[r * C_PITCH + column] = scale * dp * qk[j][i] + e * kk[j][i];
-          }
-      }
+      decay_pairs(dPqk, E, Z, decay, tile_q, tile_k, scale, row, across, lane);
       gate.put_rows(rho, omega, row, across, lane);
       gate.put_state(state_dot, warp, lane);
       __syncthreads();

@@ -166,7 +166,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
       }
 
-      // dY^T = dN^T + (b dN)^T core; dN becomes b dN; at the end dY becomes -b dY, with the decay of a read.
+      // dY^T = dN^T + (b dN)^T core; dN becomes b dN; at the end dY becomes -b dY, decayed since the first token: that
+      // token's own decay, which may be too small for 16 bits, comes to the sums of dS.
+      const float unit = stage.decays.read(0), per_unit = unit > 1e-37f ? 1.0f / unit : 0.0f;
 #pragma unroll
       for (int j = 0; j < C_TILES; j++)
 #pragma unroll
@@ -189,12 +191,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int t = sum_column(lane, j, e);
-          dY[j][e] *= -stage.beta[t] * stage.decays.read(t);
+          dY[j][e] *= -stage.beta[t] * (stage.decays.read(t) * per_unit);
         }
       }
 
       // dS^T = dS'^T + scale dO^T Q - (b dY)^T K, all decayed
-      const float carry = stage.decays.carry(tokens);
+      const float carry = stage.decays.carry(tokens) * per_unit;
 #pragma unroll
       for (int j = 0; j < K_TILES; j++)
 #pragma unroll
@@ -204,12 +206,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int first = step * Product::DEPTH;
         typename Product::A a;
         Product::load_a_transposed(a, stage.d_o + first * V_PITCH + row + m * 16, V_PITCH, lane);
-        Product::scale_columns(a, [&](int k) { return scale * stage.decays.read(first + k); }, lane);
+        Product::scale_columns(a, [&](int k) { return scale * (stage.decays.read(first + k) * per_unit); }, lane);
         multiply_into_state(dS[m], a, stage.q, step, lane);
         order_loads();
         Product::from_sums(a, dY, step);
         multiply_into_state(dS[m], a, stage.k, step, lane);
       }
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) dS[m][j][e] *= unit;
     }
   }
   cp_async_wait<0>();

@@ -77,8 +77,9 @@ def test_options_and_uneven_sequences(
         assert error(x, y) < 5e-6
 
 
-def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segments):
-    args, kw = make_inputs(200, K=32, V=16, dtype=F32, initial=True)
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segments, gate):
+    args, kw = make_inputs(200, K=32, V=16, dtype=F32, initial=True, gate=gate)
     emulated(**FACTS)
 
     def gradients():
