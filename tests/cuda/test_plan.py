@@ -54,8 +54,9 @@ def test_a_chunk_too_large_for_the_gpu_is_named():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("K", [1, 64, 128, 192, 256])
 @pytest.mark.parametrize("V", [1, 64, 128, 256])
-def test_every_head_size_fits_every_gpu(dtype, K, V):
-    p = problem(dtype=dtype, K=K, V=V, T=1)
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_every_head_size_fits_every_gpu(dtype, K, V, gate):
+    p = problem(dtype=dtype, K=K, V=V, T=1, gate=gate)
     for plan in (plans.plan("training", p, SMALL), plans.plan("backward", p, SMALL)):
         for launch in plan.launches:
             assert 0 <= launch.shared <= SMALL.shared_bytes
