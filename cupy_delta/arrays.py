@@ -57,6 +57,12 @@ def describe(cls: type) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
+def module_of(x: Any) -> Any:
+    """Return the library, NumPy or CuPy, that an array is of."""
+    cupy = sys.modules.get("cupy")
+    return cupy if isinstance(x, getattr(cupy, "ndarray", ())) else np
+
+
 def sharing(kind: str) -> Callable[[Any, Any], bool]:
     """Return the function that tells whether two arrays of a kind share memory."""
     return sys.modules["cupy"].may_share_memory if kind == "cupy" else _shares_memory

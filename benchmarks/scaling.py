@@ -1,0 +1,381 @@
+"""One sequence over several GPUs of a machine, by NCCL: is it right, and how does it scale.
+
+python benchmarks/scaling.py -o benchmarks/results/DATE-GPU-scaling.json
+
+One process for each GPU (all that there are, or --gpus). First every share is compared with the
+same call on one GPU, and calls that do not fit together must be errors on every rank. Then strong
+scaling (the same T on one GPU and on all), weak scaling (T for each), what the pieces cost, and at
+the end a rank that dies. Times are medians, from a common start to the last rank's end, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from queue import Empty
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+HEADS, VALUE_HEADS, SIZE = 16, 32, 128
+LENGTHS = (32768, 131072, 524288)
+LAST_ROW = 45.0  # seconds that the last row and what follows may take
+PERIOD = 4096  # tokens that are drawn; longer sequences repeat them
+GRADIENTS = ("q", "k", "v", "beta", "initial_state")
+# The largest deviation from one GPU's numbers, against their largest.
+TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 1e-4}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", type=int, help="by default all")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--budget", type=float, default=90.0, help="seconds to start rows in")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:  # this process stays without a CUDA context
+        found, unique_id, name = pool.apply(_facts)
+    size = args.gpus or found
+    queue = context.Queue()
+    deadline = time.time() + args.budget
+    workers = [
+        context.Process(
+            target=work,
+            args=(rank, size, unique_id, tuple(args.lengths), deadline, queue),
+            daemon=True,
+        )
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    results: dict = {"gpu": name, "gpus": size, "heads": [HEADS, VALUE_HEADS], "size": SIZE}
+    failed, ended = 0, 0
+    while ended < size:
+        try:
+            kind, *said = queue.get(timeout=max(1.0, deadline + LAST_ROW - time.time()))
+        except Empty:
+            failed += 1
+            print("FAILED: no word from a rank; it is stopped", flush=True)
+            break
+        if kind == "end":
+            ended += 1
+        elif kind == "row":
+            results.setdefault("rows", []).append(said[0])
+            print("  ".join(f"{k} {v}" for k, v in said[0].items()), flush=True)
+        else:
+            failed += kind == "failed"
+            print(*said, flush=True)
+    for worker in workers:
+        worker.join(1)
+        worker.kill()
+    results["seconds"] = round(time.monotonic() - start, 1)
+    print(f"{results['seconds']} s, {failed} failed")
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    return int(failed > 0)
+
+
+def _facts():
+    import cupy
+    from cupy.cuda import nccl
+
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    print(f"{name}, NCCL {nccl.get_version()}, CuPy {cupy.__version__}", flush=True)
+    return cupy.cuda.runtime.getDeviceCount(), nccl.get_unique_id(), name
+
+
+def work(rank: int, size: int, unique_id, lengths, deadline: float, queue) -> None:
+    """Do everything that one rank does."""
+    import cupy
+    from cupy.cuda import nccl
+
+    cupy.cuda.Device(rank).use()
+    comm = nccl.NcclCommunicator(size, unique_id, rank)
+    session = Session(comm, lengths, deadline, queue)
+    for step in ("check_shares", "check_errors", "time_scaling", "time_pieces", "check_death"):
+        start = time.monotonic()
+        try:
+            said = getattr(session, step)()
+            if rank == 0 and said:
+                queue.put(("said", f"{step}: {said} ({time.monotonic() - start:.1f} s)"))
+        except Exception:
+            queue.put(("failed", f"{step}, rank {rank}: FAILED\n{traceback.format_exc()}"))
+            if step == "check_shares":
+                break
+    queue.put(("end",))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)  # a communicator whose other end is gone cannot be taken down in order
+
+
+class Session:
+    """One rank's checks and timings."""
+
+    def __init__(self, comm, lengths, deadline: float, queue):
+        import cupy
+
+        import cupy_delta
+        from cupy_delta import parallel
+
+        self.cupy, self.cd, self.parallel = cupy, cupy_delta, parallel
+        self.comm, self.queue, self.deadline, self.lengths = comm, queue, deadline, lengths
+        self.waiting = parallel.NCCLCommunicator(comm, timeout=60)
+        self.free = parallel.NCCLCommunicator(comm, timeout=None)
+        self.rank, self.size = self.waiting.rank, self.waiting.size
+
+    # ---- is it right -----------------------------------------------------------------------------
+
+    def check_shares(self) -> str:
+        """Compare this rank's share with one GPU's call on everything."""
+        cases = (
+            ("bfloat16", None, "kv", False, 2),
+            ("bfloat16", "cut", "kv", False, 1),
+            ("float32", "cut", "vk", False, 1),
+            ("bfloat16", None, "kv", True, 1),
+        )
+        said = []
+        for dtype, ragged, layout, gate, B in cases:
+            worst = max(self.gathered(self.check_share(dtype, ragged, layout, gate, B)))
+            said.append(f"{dtype}{' ragged' * bool(ragged)}{' gated' * gate} {worst:.1e}")
+            if not worst < TOLERANCE[dtype]:
+                raise AssertionError(f"{said[-1]} of at most {TOLERANCE[dtype]}")
+        return "deviations from one GPU: " + ", ".join(said)
+
+    def check_share(self, dtype, ragged, layout, gate: bool, B: int) -> float:
+        import ml_dtypes
+
+        rng = np.random.default_rng(1)
+        H, HV, K, V = 2, 4, 64, 128
+        tokens = [300 + 37 * r for r in range(self.size)]
+        if self.size > 2:
+            tokens[1] = 0
+        T = sum(tokens)
+        kind = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+
+        def array(*shape):
+            return self.cupy.asarray(rng.standard_normal(shape).astype(kind))
+
+        q, k, v, do = array(B, T, H, K), array(B, T, H, K), array(B, T, HV, V), array(B, T, HV, V)
+        beta = self.cupy.asarray(rng.uniform(0, 1, (B, T, HV)).astype(np.float32))
+        g = self.cupy.asarray(-0.05 * rng.random((B, T, HV), np.float32)) if gate else None
+        ends = np.array([0, 100, 100, T - 150, T]) if ragged else None
+        N = B if ends is None else len(ends) - 1
+        shape = (N, HV, K, V) if layout == "kv" else (N, HV, V, K)
+        states = [self.cupy.asarray(rng.standard_normal(shape).astype(np.float32)) for _ in "ab"]
+        options = dict(
+            initial_state=states[0], cu_seqlens=ends, qk_l2norm=True, state_layout=layout
+        )
+        start = sum(tokens[: self.rank])
+        own = slice(start, start + tokens[self.rank])
+        every = (q, k, v, beta, g)
+        share = [None if x is None else self.cupy.ascontiguousarray(x[:, own]) for x in every]
+        cut = options | dict(tokens=tokens, states_on="all")
+        results, wanted = [], []
+        for _ in range(2):  # the second call agrees on nothing any more
+            o, final = self.parallel.chunk_delta_rule(self.waiting, *share, **cut)
+        results += [o, final]
+        o, final = self.cd.chunk_delta_rule(*every, **options)
+        wanted += [o[:, own], final]
+        if not gate:
+            o, final, residuals = self.parallel.chunk_delta_rule_fwd(self.free, *share, **cut)
+            d = self.cupy.ascontiguousarray(do[:, own])
+            gradients = self.parallel.chunk_delta_rule_bwd(residuals, d, states[1])
+            results += [o, final, *(getattr(gradients, name) for name in GRADIENTS)]
+            o, final, residuals = self.cd.chunk_delta_rule_fwd(*every, **options)
+            gradients = self.cd.chunk_delta_rule_bwd(residuals, do, states[1])
+            wanted += [o[:, own], final, *(getattr(gradients, n)[:, own] for n in GRADIENTS[:-1])]
+            wanted.append(gradients.initial_state)
+        worst = 0.0
+        for x, y in zip(results, wanted, strict=True):
+            if y.size:
+                x, y = (self.cupy.asnumpy(z).astype(np.float64) for z in (x, y))
+                difference = np.abs(x - y).max() / np.abs(y).max()
+                worst = max(worst, np.inf if np.isnan(difference) else float(difference))
+        return worst
+
+    def check_errors(self) -> str:
+        """Calls that do not fit together are errors on every rank."""
+        names = []
+        for spoil in ("dtype", "K", "argument"):
+            kind, K = np.float32, 64
+            if self.rank == self.size - 1:
+                kind, K = np.float16 if spoil == "dtype" else kind, 32 if spoil == "K" else K
+            q, v = self.cupy.zeros((1, 8, 1, K), kind), self.cupy.zeros((1, 8, 1, 64), kind)
+            beta = self.cupy.zeros((1, 8, 1 + (spoil == "argument" and self.rank == 0)), kind)
+            try:
+                self.parallel.chunk_delta_rule(self.waiting, q, q, v, beta)
+                raise AssertionError(f"{spoil}: no error")
+            except (TypeError, ValueError) as error:
+                names.append(f"{type(error).__name__}: {error}")
+        return "; ".join(names)
+
+    def check_death(self) -> str:
+        """The last rank leaves without a word; the others must hear of it."""
+        q, k, v, _, beta = self.arrays(1024)
+        call = (q, k, v, beta)
+        tokens = [1024] * self.size
+        self.parallel.chunk_delta_rule(self.waiting, *call, tokens=tokens)
+        self.meet()
+        if self.rank == self.size - 1:
+            return ""
+        patient = self.parallel.NCCLCommunicator(self.comm, timeout=4)
+        start = time.monotonic()
+        try:
+            self.parallel.chunk_delta_rule(patient, *call, tokens=tokens)
+        except (TimeoutError, RuntimeError) as error:
+            spent = time.monotonic() - start
+            self.cupy.cuda.get_current_stream().synchronize()
+            return f"after {spent:.1f} s {type(error).__name__}: {error}"
+        raise AssertionError("no error from a rank that is gone")
+
+    # ---- how fast --------------------------------------------------------------------------------
+
+    def arrays(self, T: int):
+        """Return q, k, v, do in bfloat16 and beta, of T tokens."""
+        import ml_dtypes
+
+        rng = np.random.default_rng(2)
+
+        def draw(heads: int, unit: bool):
+            x = rng.standard_normal((1, min(T, PERIOD), heads, SIZE), np.float32)
+            if unit:
+                x /= np.linalg.norm(x, axis=-1, keepdims=True)
+            x = self.cupy.asarray(x.astype(ml_dtypes.bfloat16).view(np.uint16))
+            x = self.cupy.tile(x, (1, -(-T // PERIOD), 1, 1))[:, :T]
+            return self.cupy.ascontiguousarray(x).view(ml_dtypes.bfloat16)
+
+        q, k = (draw(HEADS, unit=True) for _ in "qk")
+        v, do = (draw(VALUE_HEADS, unit=False) for _ in "vo")
+        beta = self.cupy.random.default_rng(3).random((1, T, VALUE_HEADS), np.float32)
+        return q, k, v, do, beta
+
+    def time_scaling(self) -> str:
+        for T in self.lengths:
+            if not all(self.gathered(time.time() < self.deadline)):
+                return f"no time left for T = {T} and longer"
+            alone = self.time_alone(T)
+            strong = {c: self.time_cut(T, c) for c in ("waiting", "free")}
+            weak = {"waiting": self.time_cut(T * self.size, "waiting")}
+            if self.rank:
+                continue
+            for what in ("forward", "both"):
+                row = {"T": T, "of": {"both": "forward and backward"}.get(what, what)}
+                row["one GPU"] = round(alone[what], 3)
+                row[f"{self.size} GPUs"] = round(strong["waiting"][what], 3)
+                row["without host waits"] = round(strong["free"][what], 3)
+                best = min(strong[c][what] for c in strong)
+                row["strong"] = round(alone[what] / best, 2)
+                row[f"{self.size} T on {self.size} GPUs"] = round(weak["waiting"][what], 3)
+                row["weak"] = round(alone[what] / weak["waiting"][what], 3)
+                self.queue.put(("row", row))
+        return "strong: times as fast; weak: efficiency"
+
+    def time_alone(self, T: int) -> dict:
+        q, k, v, do, beta = self.arrays(T) if self.rank == 0 else [None] * 5
+        found = {}
+        for what in ("forward", "both"):
+
+            def once(what=what):
+                if self.rank:
+                    return
+                if what == "forward":
+                    self.cd.chunk_delta_rule(q, k, v, beta)
+                else:
+                    residuals = self.cd.chunk_delta_rule_fwd(q, k, v, beta).residuals
+                    self.cd.chunk_delta_rule_bwd(residuals, do)
+
+            found[what] = self.time(once)
+        self.release()
+        return found
+
+    def time_cut(self, T: int, which: str) -> dict:
+        share = T // self.size
+        q, k, v, do, beta = self.arrays(share)
+        communicator, tokens = getattr(self, which), [share] * self.size
+        p, found = self.parallel, {}
+        for what in ("forward", "both"):
+
+            def once(what=what, call=(communicator, q, k, v, beta), do=do):
+                if what == "forward":
+                    p.chunk_delta_rule(*call, tokens=tokens)
+                else:
+                    p.chunk_delta_rule_bwd(p.chunk_delta_rule_fwd(*call, tokens=tokens)[2], do)
+
+            found[what] = self.time(once)
+        del q, k, v, do, beta, once
+        self.release()
+        return found
+
+    def time_pieces(self) -> str:
+        """Time what the cost model of docs/parallel.md is made of, on each GPU alone."""
+        from cupy_delta.parallel import transfers
+
+        T = self.lengths[min(1, len(self.lengths) - 1)] // self.size
+        q, k, v, do, beta = self.arrays(T)
+        tokens = transfers.Tokens(q, k, v, beta, None, SIZE**-0.5, False, None)
+        residuals = self.cd.chunk_delta_rule_fwd(q, k, v, beta).residuals
+        r, p = transfers.reads(tokens)
+        state = self.cupy.zeros((1, VALUE_HEADS, SIZE, SIZE), np.float32)
+        told = self.cd.Transfer(state, state)
+        pieces = {
+            "reads and P": lambda: transfers.reads(tokens),
+            "H": lambda: transfers.state_after(tokens, None),
+            "sequence_transfer": lambda: self.cd.sequence_transfer(k, v, beta),
+            "forward with residuals": lambda: self.cd.chunk_delta_rule_fwd(q, k, v, beta),
+            "gradient transfer": lambda: transfers.gradient_transfer(r, p, do, None),
+            "backward": lambda: self.cd.chunk_delta_rule_bwd(residuals, do),
+            "apply": lambda: told.apply(state),
+        }
+        row = {"T of a rank": T}
+        row |= {name: round(self.time(once), 3) for name, once in pieces.items()}
+        for size in (2**10, 2**22, 2**26):
+            x = self.cupy.zeros(size, np.uint8)
+            row[f"all_gather of {size} bytes"] = round(
+                self.time(lambda x=x: self.free.all_gather(x)), 4
+            )
+        if self.rank == 0:
+            self.queue.put(("row", row))
+        return ""
+
+    def time(self, once, repeats: int = 7) -> float:
+        """Return the median over repeats of the slowest rank's milliseconds."""
+        stream = self.cupy.cuda.get_current_stream()
+        for _ in range(2):
+            once()
+            stream.synchronize()
+        spent = []
+        for _ in range(repeats):
+            self.meet()
+            start = time.perf_counter()
+            once()
+            stream.synchronize()
+            spent.append(1e3 * (time.perf_counter() - start))
+        every = self.gathered(spent)
+        return statistics.median(max(times) for times in zip(*every, strict=True))
+
+    # ---- together --------------------------------------------------------------------------------
+
+    def gathered(self, x) -> list:
+        """Return a number, or several, of every rank."""
+        return self.waiting.all_gather(np.asarray(x, np.float64)).tolist()
+
+    def meet(self) -> None:
+        """Wait for every rank."""
+        self.gathered(0.0)
+
+    def release(self) -> None:
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

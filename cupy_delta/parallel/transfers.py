@@ -1,0 +1,165 @@
+"""The mathematics: what a rank's tokens do to a state, and to the gradient of one.
+
+A rank's tokens map the state that enters them, S, and back the gradient of the one that leaves, D:
+
+    S -> P S + H                    D -> P^T D + sum_t r_t do_t^T
+
+with r_t^T S what the output of token t has from S: ``r_t = scale (M_t ... M_1)^T q_t`` for the
+tokens' maps ``M = (I - beta k k^T) diag(exp(g))``, whose product is P. Both come from the operator
+itself: without values and from the identity its outputs are r_t and its final state is P. H is its
+final state from zero. Where a sequence begins on the rank, what leaves does not depend on S: then
+H is its final state from its initial state, and P is not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..arrays import FLOAT_DTYPES, dtype_name, module_of
+from ..building_blocks import sequence_transfer
+from ..operators import chunk_delta_rule
+from ..results import Transfer
+from .communicators import Communicator
+from .products import outer_sum
+
+GATHERED = 16  # ranks up to which all tell all; beyond, a scan
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Consecutive tokens with the options of a call."""
+
+    q: Any
+    k: Any
+    v: Any
+    beta: Any
+    g: Any
+    scale: float
+    qk_l2norm: bool
+    chunk_size: int | None
+
+    def part(self, span: slice) -> Tokens:
+        """Return some of the tokens."""
+        arrays = {name: getattr(self, name) for name in ("q", "k", "v", "beta", "g")}
+        return replace(self, **{n: x[:, span] for n, x in arrays.items() if x is not None})
+
+    @property
+    def state_dtype(self):
+        return FLOAT_DTYPES["float64" if dtype_name(self.v.dtype) == "float64" else "float32"]
+
+    def options(self) -> dict:
+        return dict(scale=self.scale, qk_l2norm=self.qk_l2norm, chunk_size=self.chunk_size)
+
+
+def reads(tokens: Tokens):
+    """Return r_t, (B, T, HV, K), and P, (B, HV, K, K), of sequences that are batch rows."""
+    B, T, HV, K = (*tokens.v.shape[:3], tokens.k.shape[3])
+    xp = module_of(tokens.v)
+    identity = xp.zeros((B, HV, K, K), tokens.state_dtype)
+    identity[...] = xp.eye(K, dtype=tokens.state_dtype)
+    r, p = chunk_delta_rule(
+        tokens.q,
+        tokens.k,
+        xp.zeros((B, T, HV, K), tokens.v.dtype),
+        tokens.beta,
+        tokens.g,
+        initial_state=identity,
+        **tokens.options(),
+    )
+    return r, p
+
+
+def state_after(tokens: Tokens, initial_state):
+    """Return the final states of batch rows."""
+    return chunk_delta_rule(
+        *(tokens.q, tokens.k, tokens.v, tokens.beta, tokens.g),
+        initial_state=initial_state,
+        **tokens.options(),
+    ).final_state
+
+
+def transfer_of(tokens: Tokens, p=None) -> Transfer:
+    """Return the transfer of batch rows, whose P may be known."""
+    if p is not None:
+        return Transfer(p, state_after(tokens, None))
+    return sequence_transfer(tokens.k, tokens.v, tokens.beta, tokens.g, qk_l2norm=tokens.qk_l2norm)
+
+
+def gradient_transfer(r, p, do, dfinal_state) -> Transfer:
+    """Return what maps the gradient of a state that leaves to that of the one that entered.
+
+    With `dfinal_state` for sequences that end on the rank: then nothing comes in from later ranks.
+    """
+    p_transposed = module_of(p).ascontiguousarray(p.swapaxes(-1, -2))
+    transfer = Transfer(p_transposed, outer_sum(r, do))
+    if dfinal_state is None:
+        return transfer
+    return Transfer(p_transposed, transfer.apply(dfinal_state))
+
+
+# ---- over ranks ----------------------------------------------------------------------------------
+
+
+def carried(
+    communicator: Communicator, transfer: Transfer, through: tuple[bool, ...], backwards: bool
+):
+    """Return what all earlier ranks (all later ones with `backwards`) make of a state of zero.
+
+    `through` tells of which ranks the transfer depends on what enters: of others P is not looked
+    at. The order of the products depends on the number of ranks alone.
+    """
+    combine = _by_gathering if communicator.size <= GATHERED else _by_scan
+    return combine(communicator, transfer, through, -1 if backwards else 1)
+
+
+def _by_gathering(communicator, transfer, through, direction):
+    """Have all transfers, and apply those of the ranks before this one."""
+    rank, size = communicator.rank, communicator.size
+    every = communicator.all_gather(_packed(transfer))
+    before = range(rank) if direction > 0 else range(size - 1, rank, -1)
+    state = module_of(transfer.h).zeros_like(transfer.h)
+    for other in before:
+        told = _unpacked(every[other], transfer)
+        state = told.apply(state) if through[other] else told.h
+    return state
+
+
+def _by_scan(communicator, transfer, through, direction):
+    """Compose with neighbours at distances 1, 2, 4, ..., so that a rank has all before it."""
+    rank, size = communicator.rank, communicator.size
+    distance = 1
+    while distance < size:
+        told = communicator.shift(_packed(transfer), direction * distance)
+        # Of the ranks that the transfer spans by now; they end where the one that is told begins.
+        spanned = [rank - direction * i for i in range(distance)]
+        if told is not None and all(through[r] for r in spanned):
+            transfer = _unpacked(told, transfer).then(transfer)
+        distance *= 2
+    state = communicator.shift(module_of(transfer.h).ascontiguousarray(transfer.h), direction)
+    return module_of(transfer.h).zeros_like(transfer.h) if state is None else state
+
+
+def _packed(transfer: Transfer):
+    return module_of(transfer.h).concatenate([transfer.p.ravel(), transfer.h.ravel()])
+
+
+def _unpacked(x, like: Transfer) -> Transfer:
+    size = like.p.size
+    return Transfer(x[:size].reshape(like.p.shape), x[size:].reshape(like.h.shape))
+
+
+def collected(communicator: Communicator, rows, counts: tuple[int, ...], everywhere: bool, to: int):
+    """Return the rows of all ranks in their order, on every rank or on rank `to`; else None.
+
+    `counts` is how many rows each rank has.
+    """
+    if not everywhere and all(n == 0 for rank, n in enumerate(counts) if rank != to):
+        return rows if communicator.rank == to else None
+    xp = module_of(rows)
+    padded = xp.zeros((max(counts), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    every = communicator.all_gather(padded)
+    if not everywhere and communicator.rank != to:
+        return None
+    return xp.concatenate([every[rank, :n] for rank, n in enumerate(counts)])
