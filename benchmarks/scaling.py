@@ -5,7 +5,8 @@ python benchmarks/scaling.py -o benchmarks/results/DATE-GPU-scaling.json
 One process for each GPU (all that there are, or --gpus). First every share is compared with the
 same call on one GPU, and calls that do not fit together must be errors on every rank. Then strong
 scaling (the same T on one GPU and on all), weak scaling (T for each), what the pieces cost, and at
-the end a rank that dies. Times are medians, from a common start to the last rank's end, in milliseconds.
+the end a rank that dies. Times are in milliseconds, from a common start to the last rank's end,
+medians.
 """
 
 from __future__ import annotations

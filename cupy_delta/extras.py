@@ -15,6 +15,7 @@ EXTRAS = {
     "cuda13": ("cupy-cuda13x>=14.2", "cuda-toolkit[cudart,nvrtc]==13.*"),
     "examples": ("matplotlib>=3.8", "padasip>=1.2", "statsmodels>=0.14"),
     "jax": ("jax>=0.5",),
+    "parallel": ("mpi4py>=4",),
     "plot": ("matplotlib>=3.8", "rich>=13"),
 }
 

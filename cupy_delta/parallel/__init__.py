@@ -4,10 +4,11 @@ What a rank's tokens do to any state, ``S -> P S + H``, takes K (K + V) floats p
 their number; nothing else travels. docs/parallel.md tells how it works and what it costs.
 """
 
-from .communicators import Communicator, ThreadCommunicator, in_threads
+from .communicators import Communicator, RankFailedError, ThreadCommunicator, in_threads
 from .mpi import MPICommunicator
 from .nccl import NCCLCommunicator
 from .operators import (
+    ParallelForward,
     ParallelResiduals,
     chunk_delta_rule,
     chunk_delta_rule_bwd,
@@ -18,7 +19,9 @@ __all__ = [
     "Communicator",
     "MPICommunicator",
     "NCCLCommunicator",
+    "ParallelForward",
     "ParallelResiduals",
+    "RankFailedError",
     "ThreadCommunicator",
     "chunk_delta_rule",
     "chunk_delta_rule_bwd",

@@ -54,7 +54,8 @@ class Tokens:
 
 def reads(tokens: Tokens):
     """Return r_t, (B, T, HV, K), and P, (B, HV, K, K), of sequences that are batch rows."""
-    B, T, HV, K = (*tokens.v.shape[:3], tokens.k.shape[3])
+    B, T, HV, _ = tokens.v.shape
+    K = tokens.k.shape[3]
     xp = module_of(tokens.v)
     identity = xp.zeros((B, HV, K, K), tokens.state_dtype)
     identity[...] = xp.eye(K, dtype=tokens.state_dtype)

@@ -1,0 +1,77 @@
+"""What crosses the borders of a rank's share: states going in, states coming out."""
+
+from __future__ import annotations
+
+from .. import problem as checks
+from ..arrays import module_of
+from ..results import Transfer
+from .calls import StatesOn
+from .cut import Cut
+from .transfers import Tokens, carried, collected, state_after, transfer_of
+
+
+def tokens_of(call: checks.Problem) -> Tokens:
+    """Return a rank's tokens with the options of the call."""
+    arrays = {name: getattr(call, name) for name in ("q", "k", "v", "beta", "g")}
+    return Tokens(**arrays, scale=call.scale, qk_l2norm=call.qk_l2norm, chunk_size=call.chunk_size)
+
+
+def entering_states(communicator, share: Tokens, call: checks.Problem, cut: Cut, p):
+    """Exchange transfers; return the states before the first tokens of a rank's sequences.
+
+    `p` is the P of what enters, if it is known.
+    """
+    given = None if call.initial_state is None else own_rows(call, cut, call.initial_state)
+    if communicator.size > 1 and cut.lanes:
+        told = _told(communicator, share, call, cut, given, p)
+        earlier = carried(communicator, told, cut.through, backwards=False)
+        if cut.entering:
+            if given is None:
+                shape = (cut.sequences, *earlier.shape[1:])
+                given = module_of(earlier).zeros(shape, earlier.dtype)
+            given[: cut.lanes] = earlier
+    return given
+
+
+def _told(communicator, share: Tokens, call: checks.Problem, cut: Cut, given, p) -> Transfer:
+    """Return what a rank tells of the sequences that leave it."""
+    if not cut.leaving:
+        return no_transfer(call, cut)
+    leaving = share.part(cut.leaving_tokens())
+    if cut.through[communicator.rank]:
+        return transfer_of(leaving, p)
+    initial = None if given is None else given[cut.sequences - cut.lanes :]
+    return no_transfer(call, cut)._replace(h=state_after(leaving, initial))
+
+
+def no_transfer(call: checks.Problem, cut: Cut) -> Transfer:
+    """Return the transfer that is told where no sequence is cut."""
+    xp, heads = module_of(call.v), (cut.lanes, call.HV, call.K)
+    return Transfer(*(xp.zeros((*heads, n), call.state_dtype) for n in (call.K, call.V)))
+
+
+def own_call(share: Tokens, cut: Cut, initial) -> dict:
+    """Return the arguments of a rank's own call."""
+    arrays = {name: getattr(share, name) for name in ("q", "k", "v", "beta", "g")}
+    return arrays | share.options() | dict(initial_state=initial, cu_seqlens=cut.cu_seqlens)
+
+
+def own_rows(call: checks.Problem, cut: Cut, states):
+    """Return a copy of the states of a rank's sequences, (n, HV, K, V)."""
+    rows = states[cut.first : cut.end]
+    rows = rows if call.state_layout == "kv" else rows.swapaxes(-1, -2)
+    return module_of(rows).array(rows, dtype=call.state_dtype, order="C")
+
+
+def laid_out(states, call: checks.Problem):
+    """Return states in the layout of a call."""
+    if call.state_layout == "kv":
+        return states
+    return module_of(states).ascontiguousarray(states.swapaxes(-1, -2))
+
+
+def final_states(communicator, call: checks.Problem, cut: Cut, states_on: StatesOn, final):
+    """Return the final states of all sequences, where they are wanted."""
+    ended = laid_out(final[: cut.sequences - cut.leaving], call)
+    last = communicator.size - 1
+    return collected(communicator, ended, cut.ends, states_on == "all", to=last)

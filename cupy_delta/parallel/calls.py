@@ -1,0 +1,125 @@
+"""A rank's call: checked, agreed on with the other ranks, and cut."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import problem as checks
+from ..arrays import describe, looks
+from .agreement import agree, agreed
+from .cut import Cut, cut_batch, cut_sequences
+
+StatesOn = Literal["ends", "all"]
+
+
+def agreed_cut(
+    communicator, arrays, states, options, tokens, states_on, function
+) -> tuple[checks.Problem, Cut]:
+    """Check a rank's call, agree with the others on it, and return it with the cut."""
+    rank, size = communicator.rank, communicator.size
+    found: dict[str, Any] = {}
+
+    def described() -> dict:
+        call = found["call"] = _checked(arrays, states, options, tokens, states_on, rank, size)
+        return _note(call, tokens, states_on, function)
+
+    known = agreed(communicator)
+    key = _key(arrays, states, options, tokens, states_on, function)
+    if key is not None and key in known:
+        described()
+        counts = list(tokens)
+    else:
+        notes = agree(communicator, described)
+        counts = [note["tokens"] for note in notes]
+        if key is not None:
+            known.add(key)
+    call = found["call"]
+    if call.cu_seqlens is None:
+        return call, cut_batch(rank, size, call.B)
+    # The same on every rank: ends are those that all were told.
+    ends, total = call.cu_seqlens, sum(counts)
+    if ends[0] != 0 or ends[-1] != total or np.any(ends[1:] < ends[:-1]):
+        raise ValueError(
+            f"cu_seqlens: expected nondecreasing values from 0 to the tokens of all ranks, {total},"
+            f" got {np.array2string(ends, threshold=8)}"
+        )
+    return call, cut_sequences(rank, counts, ends)
+
+
+def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.Problem:
+    """Check a rank's arrays and options; return the call on them, with all sequences."""
+    q, k, v, beta, g, out = (arrays[name] for name in ("q", "k", "v", "beta", "g", "out"))
+    # As a call of its own, for the values of the gate and the memory of `out`.
+    checks.operator_problem(
+        q, k, v, beta, g, initial_state=None, cu_seqlens=None, out=out, **options
+    )
+    initial_state, cu_seqlens = states["initial_state"], states["cu_seqlens"]
+    found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, np.ndarray):
+        raise TypeError(
+            f"cu_seqlens: expected a NumPy array, got {describe(type(cu_seqlens))}; ranks decide"
+            " by its values what they send"
+        )
+    option = (options[name] for name in ("scale", "qk_l2norm", "state_layout", "chunk_size"))
+    call = checks.operator_call(found, ("B T HV",), *option)
+    _check_tokens(tokens, rank, size, call.T)
+    if states_on not in ("ends", "all"):
+        raise ValueError(f'states_on: expected "ends" or "all", got {states_on!r}')
+    return call.of(arrays | states)
+
+
+def _check_tokens(tokens, rank: int, size: int, T: int) -> None:
+    if tokens is None:
+        return
+    if len(tokens) != size or any(n < 0 for n in tokens):
+        raise ValueError(
+            f"tokens: expected a number of at least 0 for each of {size} ranks, got {list(tokens)}"
+        )
+    if tokens[rank] != T:
+        raise ValueError(f"tokens: expected T = {T} for rank {rank}, got {tokens[rank]}")
+
+
+def _note(call: checks.Problem, tokens, states_on, function: str) -> dict:
+    """Describe a call to the other ranks: what must be alike, and T."""
+    ends = call.cu_seqlens
+    alike = {
+        "call": function,
+        "arrays of": call.kind,
+        "dtype of q, k and v": call.dtype.name,
+        "dtype of beta": np.dtype(call.beta.dtype).name,
+        "dtype of g": None if call.g is None else np.dtype(call.g.dtype).name,
+        **{symbol: getattr(call, symbol) for symbol in ("B", "H", "HV", "K", "V", "N")},
+        "gate": call.gate,
+        "scale": call.scale,
+        "qk_l2norm": call.qk_l2norm,
+        "chunk_size": call.chunk_size,
+        "state_layout": call.state_layout,
+        "initial_state given": call.initial_state is not None,
+        "states_on": states_on,
+        # By a checksum: what a rank makes of other values would not fit together.
+        "checksum of cu_seqlens": None
+        if ends is None
+        else zlib.crc32(ends.astype("<i8").tobytes()),
+        "tokens": None if tokens is None else zlib.crc32(np.asarray(tokens, "<i8").tobytes()),
+    }
+    return {"tokens": call.T, "alike": alike}
+
+
+def _checksum(values) -> int | None:
+    return None if values is None else zlib.crc32(np.asarray(values, "<i8").tobytes())
+
+
+def _key(arrays, states, options, tokens, states_on, function):
+    """Return what a call is remembered by once agreed on; None for one that agrees every time.
+
+    It holds nothing that one rank alone could change, but for what is wrong on that rank.
+    """
+    if tokens is None or isinstance(arrays["v"], np.ndarray):
+        return None
+    ends = states["cu_seqlens"]
+    ends = ends.tobytes() if isinstance(ends, np.ndarray) else None
+    found = looks(*arrays.values(), *states.values())
+    return (found, ends, tuple(options.items()), tuple(tokens), states_on, function)
