@@ -30,7 +30,6 @@ HEADS, VALUE_HEADS, SIZE = 16, 32, 128
 LENGTHS = (32768, 131072, 524288)
 LAST_ROW = 45.0  # seconds that the last row and what follows may take
 PERIOD = 4096  # tokens that are drawn; longer sequences repeat them
-GRADIENTS = ("q", "k", "v", "beta", "initial_state")
 # The largest deviation from one GPU's numbers, against their largest.
 TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 1e-4}
 
@@ -187,15 +186,15 @@ class Session:
         results += [o, final]
         o, final = self.cd.chunk_delta_rule(*every, **options)
         wanted += [o[:, own], final]
-        if not gate:
-            o, final, residuals = self.parallel.chunk_delta_rule_fwd(self.free, *share, **cut)
-            d = self.cupy.ascontiguousarray(do[:, own])
-            gradients = self.parallel.chunk_delta_rule_bwd(residuals, d, states[1])
-            results += [o, final, *(getattr(gradients, name) for name in GRADIENTS)]
-            o, final, residuals = self.cd.chunk_delta_rule_fwd(*every, **options)
-            gradients = self.cd.chunk_delta_rule_bwd(residuals, do, states[1])
-            wanted += [o[:, own], final, *(getattr(gradients, n)[:, own] for n in GRADIENTS[:-1])]
-            wanted.append(gradients.initial_state)
+        names = [*("q", "k", "v", "beta"), *["g"] * gate]
+        o, final, residuals = self.parallel.chunk_delta_rule_fwd(self.free, *share, **cut)
+        d = self.cupy.ascontiguousarray(do[:, own])
+        gradients = self.parallel.chunk_delta_rule_bwd(residuals, d, states[1])
+        results += [o, final, *(getattr(gradients, x) for x in names), gradients.initial_state]
+        o, final, residuals = self.cd.chunk_delta_rule_fwd(*every, **options)
+        gradients = self.cd.chunk_delta_rule_bwd(residuals, do, states[1])
+        wanted += [o[:, own], final, *(getattr(gradients, x)[:, own] for x in names)]
+        wanted.append(gradients.initial_state)
         worst = 0.0
         for x, y in zip(results, wanted, strict=True):
             if y.size:
