@@ -1,7 +1,8 @@
 // The walk of portable/backward_state.cu in chunks of 64 tokens on compute capability 9.0. Per chunk, from the last to
-// the first, with D' the gradient of the state leaving it, core and P from sm90/factors.cu, b = beta, dO^ = scale dO:
+// the first, with D' the gradient of the state leaving it, core, P and decays from sm90/factors.cu (r of reads, w of
+// writes, c of the state: all 1 without a gate), b = beta, dO^ = scale dO:
 //
-//   dN = P^T dO^ + K D'        G = dN + core^T (b dN)        D = D' + Q^T dO^ - K^T (b G)
+//   dN = P^T dO^ + w K D'        G = dN + core^T (b dN)        D = c D' + Q^T (r dO^) - K^T (r b G)
 //
 // D' of every chunk, (V, K), and G are written for the gradients of the chunks.
 //
@@ -17,10 +18,10 @@
 //
 // Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
-// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
+// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
 // STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
 // segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
-// CHUNK_STAGES of K, Q, core, P, dO and beta; D' on its way out; see cupy_delta/cuda/sm90/training.py.
+// CHUNK_STAGES of K, Q, core, P, dO, beta and decays; D' on its way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
 #include "sm90/training/walk.cuh"
 // With the sizes that it has:
@@ -28,34 +29,47 @@
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
 
-// dO^T of 16 value channels as left operand, times scale, or zero: tokens 16 step to 16 step + 15 in dO[step].
-PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, bool zero, int warp, int lane) {
+// dO^T of 16 value channels as left operand, times scale and, if any are given, the factors of its tokens, or zero:
+// tokens 16 step to 16 step + 15 in dO[step].
+PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, const float* factors, bool zero, int warp,
+                        int lane) {
 #pragma unroll
   for (int step = 0; step < 4; step++) {
     ldmatrix_x4_trans(dO[step], box + swizzled(step * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8));
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float2 x = unpack2<DTYPE>(dO[step][i]);
-      dO[step][i] = zero ? 0 : pack2<DTYPE>(scale * x.x, scale * x.y);
+      float2 f = make_float2(scale, scale);
+      if (factors != nullptr) {
+        const float2 y = *(const float2*)&factors[sum_column(lane, 2 * step + i / 2, 0)];
+        f.x *= y.x, f.y *= y.y;
+      }
+      dO[step][i] = zero ? 0 : pack2<DTYPE>(f.x * x.x, f.y * x.y);
     }
   }
 }
 
-PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const TensorMap* dstates, const Rows& g_rows,
-               float scale, int warpgroup, int HV, int thread) {
+// Returns the decay over all chunks, of a transfer.
+PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const TensorMap* dstates, const Rows& g_rows,
+                float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
-  if (work.chunks == 0) return;
+  float decay = 1.0f;
+  if (work.chunks == 0) return decay;
 #if !TRANSFER
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
   DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
 #endif
   Ring<CHUNK_STAGES> ring;
   float dN[8][4];  // then G
+#if HAS_GATE
+  float KD[8][4];
+#endif
   uint32_t state[K_STEPS][4], dO[4][4], a[4][4];
   round_sums<DTYPE>(state, D);
+  auto rows = [&](int stage) { return s.rows + (stage * MATH + warpgroup) * TILE; };
   // dN = P^T dO^ of the chunk that is next.
   auto begin = [&](int stage) {
-    load_gradient(dO, s.rows + (stage * MATH + warpgroup) * TILE, scale, !work.values, warp, lane);
+    load_gradient(dO, rows(stage), scale, nullptr, !work.values, warp, lane);
     pin(dO);
     wgmma_fence();
 #pragma unroll
@@ -71,19 +85,41 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     const DTYPE *k = s.k + ring.stage * K_BOXES * TILE, *q = s.q + ring.stage * K_BOXES * TILE;
     const DTYPE* core = s.core + ring.stage * TILE;
     const float* b = s.beta + ring.stage * CHUNK;
-    // dN += K D', and half of D += Q^T dO^ while b dN is made.
-    pin(state);
-    pin(dN);
+#if HAS_GATE
+    const float *reads = s.reads + ring.stage * CHUNK, *writes = s.writes + ring.stage * CHUNK;
+    float (&sum)[8][4] = KD;
+#else
+    float (&sum)[8][4] = dN;
     pin(D);
+#endif
+    // dN += w K D', and half of D += Q^T (r dO^) while b dN is made.
+    pin(state);
+    pin(sum);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(dN, state[step], step_along_rows(k, step), true);
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false>(sum, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
     wgmma_commit();
+#if HAS_GATE
+    carry(D, reads);
+    if (TRANSFER) decay *= reads[CHUNK - 1];
+    load_gradient(dO, rows(ring.stage), scale, reads, !work.values, warp, lane);
+    pin(dO);
+    pin(D);
+    wgmma_fence();
+#endif
 #pragma unroll
     for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
     wgmma_wait<1>();
-    pin(dN);
+    pin(sum);
+#if HAS_GATE
+    scale_columns(KD, writes, lane);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int l = 0; l < 4; l++) dN[j][l] += KD[j][l];
+#endif
     // G = dN + core^T (b dN), and the other half while b G is made.
     round_columns<DTYPE>(a, dN, b, lane);
     pin(a);
@@ -104,12 +140,16 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
 #endif
     wgmma_wait<1>();
     pin(dN);
-    // D -= K^T (b G), and the start of the next chunk while D is rounded; the last one starts in vain.
+    // D -= K^T (r b G), and the start of the next chunk while D is rounded; the last one starts in vain.
 #if !TRANSFER
     uint32_t G[4][4];
     round_sums<DTYPE>(G, dN);
 #endif
+#if HAS_GATE
+    round_columns<DTYPE>(a, dN, b, reads, lane);
+#else
     round_columns<DTYPE>(a, dN, b, lane);
+#endif
     pin(a);
     wgmma_fence();
 #pragma unroll
@@ -121,8 +161,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    send_rows(g_rows, G, s.rows + (ring.stage * MATH + warpgroup) * TILE, work, c, work.tokens(c), value, 1 + warpgroup,
-              HV, thread);
+    send_rows(g_rows, G, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
 #endif
     wgmma_wait<1>();
     pin(D);
@@ -133,6 +172,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const 
     ring = next;
   }
   if (lane == 0) tma_store_wait_read<0>();
+  return decay;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -141,17 +181,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
                           const __grid_constant__ TensorMap g_map,
 #if TRANSFER || JOINS
-                          const __grid_constant__ TensorMap transfer_map, float* h,
+                          const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
-                          const float* beta, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* g_rows,
-                          float* dinitial_state, float scale, int T, int H, int HV, int segments) {
+                          const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
+                          DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV, int segments) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
   const Shared s = take_shared(smem);
 #if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
-  const Joins joins = take_joins(smem, transfer_map, h, nullptr, s.k + buffer, s.q + buffer);
+  const Joins joins = take_joins(smem, transfer_map, h, segment_decays, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
   if (threadIdx.x == 0) joins.init();
 #else
@@ -164,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MATH == 2
     fewer_registers<LOADER_REGISTERS>();
 #endif
-    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &do_map}, work, joined, beta, HV, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &do_map}, work, joined, beta, decays, HV, lane);
     return;
   }
 #if MATH == 2
@@ -185,14 +225,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if JOINS
   join(D, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
-  walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
+  const float decay = walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
 #if TRANSFER
   if (work.values)
     keep_transfer(h, D, work.part, work.hv, HV, column, thread);
   else
-    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, 1.0f, column, work.part, work.hv,
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, decay, column, work.part, work.hv,
                   1 + warpgroup, thread);
+#if HAS_GATE
+  if (!work.values && column == 0 && thread == 0) segment_decays[(int64_t)work.part * HV + work.hv] = decay;
+#endif
 #else
+  (void)decay;
   // One per sequence, from its first segment.
   if (work.last) {
 #pragma unroll

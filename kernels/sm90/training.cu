@@ -1,7 +1,8 @@
 // The walk of portable/forward.cu with WRITE_STATES, in chunks of 64 tokens on compute capability 9.0: what the
-// gradients keep. Per chunk, with S the state, core and P from sm90/factors.cu, b = beta, tokens as rows:
+// gradients keep. Per chunk, with S the state, core, P and decays from sm90/factors.cu (r of reads, w of writes, c of
+// the state: all 1 without a gate), b = beta, tokens as rows:
 //
-//   R = V - K S        N^ = R + core (b R)        N = b N^        O = scale (Q S + P N)        S' = S + K^T N
+//   R = V - r K S      N^ = R + core (b R)      N = b N^      O = scale (r Q S + P N)      S' = c S + K^T (w N)
 //
 // The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. Segments are as in
 // sm90/forward.cu, which makes their transfers; all are walked at once.
@@ -12,10 +13,10 @@
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
-// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (0), VARLEN,
+// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
 // STATE_VK (layout of initial and final state), JOINS (more than one segment), TRANSFER (0), MATH (1 or 2),
 // CHUNK_STAGES. Grid: N * segments * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels.
-// Shared memory: CHUNK_STAGES of K, Q, core, P, V and beta; S and O on their way out; see
+// Shared memory: CHUNK_STAGES of K, Q, core, P, V, beta and decays; S and O on their way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 0
 #include "sm90/training/walk.cuh"
@@ -36,10 +37,9 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
   round_sums<DTYPE>(state, S);
   clear(O);
   auto rows = [&](int stage) { return s.rows + (stage * MATH + warpgroup) * TILE; };
-  auto load_values = [&](const Ring<CHUNK_STAGES>& at) {
-    mbarrier_wait(s.full + at.stage, at.parity);
+  auto load_values = [&](int stage) {
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], rows(at.stage), j * 8, warp * 16, lane);
+    for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], rows(stage), j * 8, warp * 16, lane);
   };
   DTYPE* o_box = s.o + warpgroup * TILE;
   auto send_output = [&](int c, int tokens) {
@@ -51,18 +51,26 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     round_sums<DTYPE>(out, O);
     send_rows(o, out, o_box, work, c, tokens, value, 1 + warpgroup, HV, thread);
   };
-  load_values(ring);
+  auto begin = [&](const Ring<CHUNK_STAGES>& at) {
+    mbarrier_wait(s.full + at.stage, at.parity);
+    // Without a gate V is where the sums of R start.
+    if (!HAS_GATE) load_values(at.stage);
+  };
+  begin(ring);
   for (int c = 0; c < work.chunks; c++) {
     const DTYPE *k = s.k + ring.stage * K_BOXES * TILE, *q = s.q + ring.stage * K_BOXES * TILE;
     const DTYPE *core = s.core + ring.stage * TILE, *p = s.p + ring.stage * TILE;
     const float* b = s.beta + ring.stage * CHUNK;
-    // R = V - K S, and beside it what is left to do of the chunk before.
+#if HAS_GATE
+    const float *reads = s.reads + ring.stage * CHUNK, *writes = s.writes + ring.stage * CHUNK;
+#endif
+    // R = V - r K S, and beside it what is left to do of the chunk before.
     pin(state);
     pin(R);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false, true>(R, state[step], step_along_rows(k, step), true);
+      wgmma<DTYPE, false, true>(R, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
     wgmma_commit();
     wgmma_wait<1>();
     pin(O);
@@ -73,8 +81,21 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     for (int step = 0; step < K_STEPS / 2; step++)
       wgmma<DTYPE, false>(O, state[step], step_along_rows(q, step), step > 0);
     wgmma_commit();
+#if HAS_GATE
+    carry(S, reads);
+#endif
     wgmma_wait<1>();
     pin(R);
+#if HAS_GATE
+    scale_columns(R, reads, lane);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      float v[2][4];
+      read_box_transposed(v[0], v[1], rows(ring.stage), j * 8, warp * 16, lane);
+#pragma unroll
+      for (int i = 0; i < 4; i++) R[j][i] += v[0][i], R[j + 1][i] += v[1][i];
+    }
+#endif
     // N^ = R + core (b R), and the other half while N is made.
     round_columns<DTYPE>(a, R, b, lane);
     pin(a);
@@ -91,25 +112,45 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     pin(R);
     // S' = S + K^T N, and O += P N while S' is rounded.
     uint32_t N[4][4];
+#if HAS_GATE
+    uint32_t written[4][4];
+    round_columns<DTYPE>(written, R, b, writes, lane);
+    pin(written);
+#else
+    uint32_t (&written)[4][4] = a;
     round_sums<DTYPE>(N, R);
     round_columns<DTYPE>(a, R, b, lane);
     pin(a);
+#endif
     pin(S);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, a[step], step_of_rows(k, step), true);
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, written[step], step_of_rows(k, step), true);
     wgmma_commit();
+#if HAS_GATE
+    round_columns<DTYPE>(a, R, b, lane);
+    wgmma_wait<1>();
+    pin(O);
+    scale_columns(O, reads, lane);
+    pin(a);
+    pin(O);
+    wgmma_fence();
+#endif
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, a[step], step_along_rows(p, step), true);
     wgmma_commit();
+#if HAS_GATE
+    round_sums<DTYPE>(N, R);
+#else
     wgmma_wait<2>();
+#endif
     stage_state(state_boxes, state, lane);
     send_rows(corrections, N, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
     if (lane == 0) send_state(states, state_boxes, work, value, c);
     // The last chunk has no next one, and reads in vain.
     const int before = ring.stage;
     if (c + 1 < work.chunks) ring.advance();
-    load_values(ring);
+    begin(ring);
     wgmma_wait<1>();
     pin(S);
     round_sums<DTYPE>(state, S);
@@ -127,17 +168,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap states_map,
                              const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap n_map,
 #if JOINS
-                             const __grid_constant__ TensorMap transfer_map, float* h,
+                             const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
-                             const float* beta, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o,
-                             float* final_state, DTYPE* corrections, float scale, int T, int H, int HV, int segments) {
+                             const float* beta, const float* decays, const float* initial_state,
+                             const int64_t* cu_seqlens, DTYPE* o, float* final_state, DTYPE* corrections, float scale,
+                             int T, int H, int HV, int segments) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
   const Shared s = take_shared(smem);
 #if JOINS
   const int buffer = JOIN_STAGE * K_BOXES * TILE;
-  const Joins joins = take_joins(smem, transfer_map, h, nullptr, s.k + buffer, s.q + buffer);
+  const Joins joins = take_joins(smem, transfer_map, h, segment_decays, s.k + buffer, s.q + buffer);
   uint64_t* joined = joins.joined;
   if (threadIdx.x == 0) joins.init();
 #else
@@ -150,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MATH == 2
     fewer_registers<LOADER_REGISTERS>();
 #endif
-    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &v_map}, work, joined, beta, HV, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &v_map}, work, joined, beta, decays, HV, lane);
     return;
   }
 #if MATH == 2

@@ -76,6 +76,8 @@ HOPPER_CALLS = (
     ),
     dict(dtype="bfloat16", K=128, V=128, chunk_size=64, passes=("backward",)),
     dict(dtype="float16", K=96, V=200, chunk_size=64, B=3, varlen=True, passes=("backward",)),
+    dict(dtype="bfloat16", K=128, V=128, gate=True, H=8, T=32768, passes=("backward",)),
+    dict(dtype="float16", K=128, V=64, gate=True, varlen=True, B=3, passes=("backward",)),
 )
 
 

@@ -21,13 +21,16 @@ from ..tokens.l2norm import through_norm
 from . import cost
 from .segments import segment_arrays
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
-from .training import given_walk_launch
+from .training import decays_of, given_walk_launch
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
 WALK_STAGES = {1: 3, 2: 3}
 THREADS = 384
 # Buffers of 64 value channels, by boxes of 64 keys.
 STAGES = {1: 4, 2: 3}
+# With a gate Q and K come with the first slice, not at the end of a head, and have two buffers.
+GATED_STAGES, GATED_KEY_STAGES = {1: 4, 2: 2}, 2
+MATH_WARPS, VALUE_WARPS = 8, 3
 
 
 def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
@@ -64,20 +67,33 @@ def backward_state_hopper_launch(call: Call, choice: cost.Choice, transfer: bool
     )
 
 
-def backward_chunk_shared(K: int) -> int:
+def ring_stages(K: int, gated: bool) -> tuple[int, int]:
+    """Return the buffers of slices, and of Q and K."""
+    boxes = -(-K // BOX)
+    return (GATED_STAGES[boxes], GATED_KEY_STAGES) if gated else (STAGES[boxes], 1)
+
+
+def backward_chunk_shared(K: int, gated: bool) -> int:
     """Return the bytes of shared memory, as sm90/backward_chunk.cu carves them."""
     boxes = -(-K // BOX)
-    stages = STAGES[boxes]
+    stages, key_stages = ring_stages(K, gated)
     count, size = TILE
-    keys, square = (boxes * count, size), (count, size)
+    keys, square = (key_stages * boxes * count, size), (count, size)
     tiles = carve((stages * (3 + 2 * boxes) * count, size), keys, keys, square, square, align=1024)
-    barriers = (stages, stages, 1, 1, 1, 1, 2)
-    return carve((2 * CHUNK, 4), *((count, BARRIER) for count in barriers), start=tiles)
+    # Two buffers, of beta and with a gate of two rows more.
+    rows = [(2 * CHUNK * (3 if gated else 1), 4)]
+    if gated:
+        # Sums for its gradient: of pairs by each math warp, and three more.
+        rows += [((MATH_WARPS + 3) * CHUNK, 4), (VALUE_WARPS, 4), (1, BARRIER)]
+    barriers = (stages, stages, key_stages, key_stages, 1, 1, 2)
+    return carve(*rows, *((count, BARRIER) for count in barriers), start=tiles)
 
 
 def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     """The chunk-parallel gradients: one block per multiprocessor, for many chunks and key heads."""
     p = call
+    gated = p.gate is not None
+    slices, key_stages = ring_stages(p.K, gated)
     count = slots(p, CHUNK)
     pairs = count * p.H if p.T else 0
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
@@ -94,11 +110,13 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
         states("states"),
         states("dstates"),
         "beta",
+        decays_of(p),
         "cu_seqlens",
         "dq",
         "dk",
         "dv",
         "dbeta",
+        "dg" if gated else None,
         np.float32(p.scale),
         i32(pairs),
         i32(p.N),
@@ -109,10 +127,10 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     return Launch(
         "sm90/backward_chunk.cu",
         "backward_chunk_hopper",
-        variant(p, CHUNK, SLICE_STAGES=STAGES[-(-p.K // BOX)]),
+        variant(p, CHUNK, SLICE_STAGES=slices, KEY_STAGES=key_stages),
         min(pairs, facts.sm_count),
         THREADS,
-        backward_chunk_shared(p.K),
+        backward_chunk_shared(p.K, gated),
         arguments,
         arch="sm_90a",
     )

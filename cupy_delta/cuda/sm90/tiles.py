@@ -25,7 +25,6 @@ def supports(operation: str, call: Call, facts: DeviceFacts) -> bool:
         and call.V % 8 == 0
         and call.K <= 128
         and call.B * call.T > 0
-        and (operation == "forward" or call.gate is None)
     )
 
 

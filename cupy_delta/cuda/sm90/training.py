@@ -32,6 +32,7 @@ from .tiles import (
     transfer_slices,
 )
 
+DECAY_ROWS = 4  # of a chunk's tokens, as sm90/decays.cuh has them
 # Chunks that are loaded ahead, by tiles of value channels per block.
 STAGES = {1: 3, 2: 2}
 
@@ -44,9 +45,7 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
         "final_state": (call.state_shape, call.state_dtype),
     }
     launches, workspace = normalised(call, "q", "k")
-    # Without a gate P is the same for all value heads of a key head: it is kept once.
-    workspace["core"] = ((*call.token_shape, CHUNK), call.dtype)
-    workspace["p"] = ((call.B, call.T, call.H, CHUNK), call.dtype)
+    workspace |= factor_arrays(call)
     workspace["states"] = (call.states_shape(CHUNK), call.dtype)
     workspace["corrections"] = (call.value_shape, call.dtype)
     launches.append(wy_factors_hopper_launch(call))
@@ -58,16 +57,37 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     return Plan(tuple(launches), outputs, workspace)
 
 
-def factors_shared(K: int) -> int:
+def factor_arrays(call: Call) -> dict:
+    """What factors leave: core, P, and with a gate its decays.
+
+    Without a gate P is the same for all value heads of a key head: it is kept once.
+    """
+    heads = call.H if call.gate is None else call.HV
+    arrays = {
+        "core": ((*call.token_shape, CHUNK), call.dtype),
+        "p": ((call.B, call.T, heads, CHUNK), call.dtype),
+    }
+    if call.gate is not None:
+        rows = (slots(call, CHUNK), call.HV, DECAY_ROWS, CHUNK)
+        arrays["decays"] = (rows, np.dtype(np.float32))
+    return arrays
+
+
+def decays_of(call: Call) -> str | None:
+    return None if call.gate is None else "decays"
+
+
+def factors_shared(K: int, gated: bool) -> int:
     """Return the bytes of shared memory of the factors, as sm90/factors.cu carves them."""
     count, size = TILE
-    # M in three blocks of 32 rows, and of two cores what lies on the diagonal.
-    area = max(2 * -(-K // BOX) * count * size, 7 * INVERSE // 2 * 4)
-    return carve((area, 1), (2 * CHUNK, 4), (1, BARRIER))
+    # Blocks of 32 rows: three of M, and of two cores those on the diagonal or, with a gate, all.
+    blocks = 9 if gated else 7
+    area = max(2 * -(-K // BOX) * count * size, blocks * INVERSE // 2 * 4)
+    return carve((area, 1), (2 * CHUNK, 4), (4 * CHUNK * gated, 8), (1, BARRIER))
 
 
 def wy_factors_hopper_launch(call: Call) -> Launch:
-    """The core of every value head and P of every key head, all chunks at once."""
+    """The core and P of every head, all chunks at once."""
     p = call
     keys = (p.B, p.T, p.H, p.K)
     return Launch(
@@ -76,14 +96,16 @@ def wy_factors_hopper_launch(call: Call) -> Launch:
         variant(p, CHUNK),
         slots(p, CHUNK) * p.H,
         128,
-        factors_shared(p.K),
+        factors_shared(p.K, p.gate is not None),
         (
             box(normal(p, "q"), keys),
             box(normal(p, "k"), keys),
             "beta",
+            "g",
             "cu_seqlens",
             "core",
             "p",
+            decays_of(p),
             i32(p.N),
             i32(p.T),
             i32(p.H),
@@ -93,7 +115,9 @@ def wy_factors_hopper_launch(call: Call) -> Launch:
     )
 
 
-def given_walk_shared(K: int, value_tiles: int, stages: int, output: bool, joins: bool) -> int:
+def given_walk_shared(
+    K: int, value_tiles: int, stages: int, gated: bool, output: bool, joins: bool
+) -> int:
     """Return the bytes of shared memory of either walk, as sm90/training/walk.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
@@ -101,7 +125,8 @@ def given_walk_shared(K: int, value_tiles: int, stages: int, output: bool, joins
     tiles = [keys, keys, square, square, rows, value_tiles * boxes] + [value_tiles] * output
     barriers = [(count, BARRIER) for count in (stages, stages, 1)]
     start = carve(*((n * count, size) for n in tiles), align=1024)
-    end = carve((stages * CHUNK, 4), *barriers, start=start)
+    columns = 3 if gated else 1
+    end = carve((columns * stages * CHUNK, 4), *barriers, start=start)
     return end + joins * JOIN_BARRIERS * BARRIER
 
 
@@ -131,14 +156,15 @@ def given_walk_launch(
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("core", (p.B, p.T, p.HV, CHUNK)),
-        box("p", (p.B, p.T, p.H, CHUNK)),
+        box("p", factor_arrays(p)["p"][0]),
         box(rows, values),
         # A warp stores 16 value channels of 64 key channels.
         TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
         *(box(name, values) for name in results[1:]),
     )
     if segments > 1:
-        maps += transfer_box(p, segments - 1), "segment_h"
+        segment_decays = None if p.gate is None else "segment_decays"
+        maps += transfer_box(p, segments - 1), "segment_h", segment_decays
     defines = variant(
         p,
         CHUNK,
@@ -155,8 +181,8 @@ def given_walk_launch(
         defines,
         p.N * walked * p.HV * slices,
         384 if tiles == 2 else 160,
-        given_walk_shared(p.K, tiles, stages, len(results) > 2, joins),
-        (*maps, "beta", *arguments, *sizes),
+        given_walk_shared(p.K, tiles, stages, p.gate is not None, len(results) > 2, joins),
+        (*maps, "beta", decays_of(p), *arguments, *sizes),
         arch="sm_90a",
     )
 

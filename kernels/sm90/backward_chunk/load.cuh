@@ -4,13 +4,38 @@
 
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
   Ring<SLICE_STAGES> ring;
-  Ring<1> keys;
+  Ring<KEY_STAGES> keys;
   int landed[2] = {};  // parities
   for_each_pair(work, [&](const Chunk& chunk, int slot, int h) {
     const int batch = VARLEN ? 0 : (int)(chunk.first / work.T), token = (int)(chunk.first - (int64_t)batch * work.T);
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     const bool clears = VARLEN && chunk.tokens < CHUNK;
     const int groups = work.HV / work.H;
+    auto load_keys = [&] {
+      DTYPE *q = s.q + keys.stage * K_BOXES * TILE, *k = s.k + keys.stage * K_BOXES * TILE;
+      uint64_t* full = clears ? s.landed + 1 : s.keys_full + keys.stage;
+      if (lane == 0) {
+        mbarrier_wait(s.keys_free + keys.stage, keys.parity ^ 1);
+        mbarrier_arrive_expect(full, 2 * K_BOXES * TILE * 2);
+#pragma unroll
+        for (int box = 0; box < K_BOXES; box++) {
+          tma_load(q + box * TILE, maps.q, full, box * BOX, h, token, batch);
+          tma_load(k + box * TILE, maps.k, full, box * BOX, h, token, batch);
+        }
+      }
+      if (clears) {
+        __syncwarp();
+        mbarrier_wait(s.landed + 1, landed[1]);
+        landed[1] ^= 1;
+        clear_rows(q, K_BOXES, chunk.tokens, lane);
+        clear_rows(k, K_BOXES, chunk.tokens, lane);
+        async_proxy_fence();
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(s.keys_full + keys.stage);
+      }
+      keys.advance();
+    };
+    if (KEYS_FIRST) load_keys();
     for (int group = 0; group < groups; group++) {
       const int hv = h * groups + group;
       for (int slice = 0; slice < SLICES; slice++) {
@@ -39,39 +64,32 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
         }
         ring.advance();
       }
-      if (group > 0) continue;
-      // Q and K are needed at the end of a head, and are free at the end of the pair before.
-      uint64_t* full = clears ? s.landed + 1 : s.keys_full;
-      if (lane == 0) {
-        mbarrier_wait(s.keys_free, keys.parity ^ 1);
-        mbarrier_arrive_expect(full, 2 * K_BOXES * TILE * 2);
-#pragma unroll
-        for (int box = 0; box < K_BOXES; box++) {
-          tma_load(s.q + box * TILE, maps.q, full, box * BOX, h, token, batch);
-          tma_load(s.k + box * TILE, maps.k, full, box * BOX, h, token, batch);
-        }
-      }
-      if (clears) {
-        __syncwarp();
-        mbarrier_wait(s.landed + 1, landed[1]);
-        landed[1] ^= 1;
-        clear_rows(s.q, K_BOXES, chunk.tokens, lane);
-        clear_rows(s.k, K_BOXES, chunk.tokens, lane);
-        async_proxy_fence();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(s.keys_full);
-      }
-      keys.advance();
+      // They are needed at the end of a head, and are free at the end of the pair before.
+      if (group == 0 && !KEYS_FIRST) load_keys();
     }
   });
 }
 
-// dV = b G and dbeta = rowsum(G . N^): eight lanes per token, eight channels each.
-PRIM void make_values(const Shared& s, const Work& work, const float* beta, DTYPE* dv, float* dbeta, int warp,
-                      int lane) {
+// The sum of products of eight elements each.
+template <class T>
+PRIM float dot(const uint4& x, const uint4& y) {
+  const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 u = unpack2<T>(a[i]), v = unpack2<T>(b[i]);
+    sum += u.x * v.x + u.y * v.y;
+  }
+  return sum;
+}
+
+// dV = b G and dbeta = rowsum(G . N^), eight lanes per token, eight channels each; and with a gate c <S, D'>.
+PRIM void make_values(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dv,
+                      float* dbeta, int warp, int lane) {
   constexpr int ROUNDS = (CHUNK / 4 + VALUE_WARPS - 1) / VALUE_WARPS;
   Ring<SLICE_STAGES> ring;
-  for_each_pair(work, [&](const Chunk& chunk, int, int h) {
+  Ring<1> pairs;
+  for_each_pair(work, [&](const Chunk& chunk, int slot, int h) {
     const int groups = work.HV / work.H, piece = lane % 8;
     for (int group = 0; group < groups; group++) {
       const int64_t first = chunk.first * work.HV + h * groups + group;  // row of (token, value head)
@@ -81,9 +99,16 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, DTYP
         const int t = (round * VALUE_WARPS + warp) * 4 + lane / 8;
         b[round] = t < chunk.tokens ? beta[first + (int64_t)t * work.HV] : 0.0f;
       }
+#if HAS_GATE
+      float states = 0.0f;
+#endif
       for (int slice = 0; slice < SLICES; slice++) {
         const DTYPE* stage = s.stages + ring.stage * STAGE;
         mbarrier_wait(s.full + ring.stage, ring.parity);
+#if HAS_GATE
+        for (int i = (warp * 32 + lane) * 8; i < K_BOXES * TILE; i += VALUE_WARPS * 32 * 8)
+          states += dot<DTYPE>(*(const uint4*)&stage[S_AT + i], *(const uint4*)&stage[D_AT + i]);
+#endif
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
           const int t = (round * VALUE_WARPS + warp) * 4 + lane / 8, channel = slice * BOX + piece * 8;
@@ -113,6 +138,17 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, DTYP
         for (int bits = 4; bits > 0; bits /= 2) sums[round] += __shfl_xor_sync(~0u, sums[round], bits);
         if (piece == 0 && t < chunk.tokens) dbeta[first + (int64_t)t * work.HV] = sums[round];
       }
+#if HAS_GATE
+#pragma unroll
+      for (int bits = 16; bits > 0; bits /= 2) states += __shfl_xor_sync(~0u, states, bits);
+      mbarrier_wait(s.pairs_free, pairs.parity ^ 1);
+      if (lane == 0) {
+        s.sums.states[warp] = states * decays_of(decays, slot, h * groups + group, work.HV)[READS * CHUNK + CHUNK - 1];
+        mbarrier_arrive(s.sums.full);
+      }
+      __syncwarp();
+      pairs.advance();
+#endif
     }
   });
 }

@@ -1,40 +1,66 @@
 // What the roles of sm90/backward_chunk.cu share: sizes, registers, shared memory and what a block works on.
 #pragma once
+#include "sm90/decays.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
 constexpr int VALUE_WARPS = 3, THREADS = 384;
-// Per thread. A block starts with 168 for each, what 65536 are for 384 threads in steps of 8, and cannot have more
-// later.
-constexpr int VALUE_REGISTERS = 88, MATH_REGISTERS = 208;
-static_assert(VALUE_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup would wait for registers for ever");
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_TILES = KP / 8;
 constexpr int SLICES = (HEAD_V + BOX - 1) / BOX;
+// Per thread, as the compiler needs them. A block starts with 168 for each, what 65536 are for 384 threads in steps of
+// 8, and cannot have more later.
+constexpr bool MORE_FOR_QUERIES = HAS_GATE && SLICES > 1;
+constexpr int VALUE_REGISTERS = MORE_FOR_QUERIES ? 96 : 88, QUERY_REGISTERS = MORE_FOR_QUERIES ? 192 : 184;
+constexpr int KEY_REGISTERS = MORE_FOR_QUERIES ? 216 : 232;
+static_assert(VALUE_REGISTERS + QUERY_REGISTERS + KEY_REGISTERS <= 3 * 168,
+              "a warpgroup would wait for registers for ever");
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
-constexpr int BETA_BARRIER = 1;
+constexpr int QUERY_BARRIER = 1, KEY_BARRIER = 2;
+constexpr int COLUMNS = (1 + 2 * HAS_GATE) * CHUNK;  // b, and HIGH and LOW of decays
 // A stage: boxes of dO, N^ and G, then 64 rows of S and of D'.
 constexpr int N_AT = TILE, G_AT = 2 * TILE, S_AT = 3 * TILE, D_AT = (3 + K_BOXES) * TILE;
 constexpr int STAGE = (3 + 2 * K_BOXES) * TILE;
 
+// With a gate Q and K are read with every slice, not at the end of a value head: so they are loaded first, a pair
+// ahead.
+constexpr bool KEYS_FIRST = HAS_GATE;
+static_assert(!KEYS_FIRST || KEY_STAGES > 1, "a ring of one would keep the loads of slices waiting");
+
+// What dg of a value head is summed from: of pairs of tokens, per math warp; reads of S by queries and by keys; writes
+// into the next state; c <S, D'>, per warp.
+struct Sums {
+  float *pairs, *query_reads, *key_reads, *writes, *states;
+  uint64_t* full;
+};
+
 struct Shared {
   DTYPE *stages, *q, *k, *pairs, *symmetric;  // pairs: scale dP; symmetric: E + E^T
-  float* b;
+  float* columns;
+  Sums sums;
   uint64_t *full, *free, *keys_full, *keys_free, *pairs_full, *pairs_free, *landed;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
-  Shared s;
+  Shared s = {};
   s.stages = smem.take<DTYPE>(SLICE_STAGES * STAGE, "stages", 1024);
-  s.q = smem.take<DTYPE>(K_BOXES * TILE, "q", 1024);
-  s.k = smem.take<DTYPE>(K_BOXES * TILE, "k", 1024);
+  s.q = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "q", 1024);
+  s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
   s.pairs = smem.take<DTYPE>(TILE, "scaled dp", 1024);
   s.symmetric = smem.take<DTYPE>(TILE, "e + e^t", 1024);
-  s.b = smem.take<float>(2 * CHUNK, "beta");
+  s.columns = smem.take<float>(2 * COLUMNS, "columns");
+#if HAS_GATE
+  s.sums.pairs = smem.take<float>(8 * CHUNK, "sums of pairs");
+  s.sums.query_reads = smem.take<float>(CHUNK, "reads by queries");
+  s.sums.key_reads = smem.take<float>(CHUNK, "reads by keys");
+  s.sums.writes = smem.take<float>(CHUNK, "writes");
+  s.sums.states = smem.take<float>(VALUE_WARPS, "sums of states");
+  s.sums.full = smem.take<uint64_t>(1, "sums full");
+#endif
   s.full = smem.take<uint64_t>(SLICE_STAGES, "full");
   s.free = smem.take<uint64_t>(SLICE_STAGES, "free");
-  s.keys_full = smem.take<uint64_t>(1, "keys full");
-  s.keys_free = smem.take<uint64_t>(1, "keys free");
+  s.keys_full = smem.take<uint64_t>(KEY_STAGES, "keys full");
+  s.keys_free = smem.take<uint64_t>(KEY_STAGES, "keys free");
   s.pairs_full = smem.take<uint64_t>(1, "pairs full");
   s.pairs_free = smem.take<uint64_t>(1, "pairs free");
   s.landed = smem.take<uint64_t>(2, "ragged chunk landed");

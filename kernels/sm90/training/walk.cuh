@@ -2,10 +2,11 @@
 // warp that loads, and how results leave. Both read core and P of a chunk from sm90/factors.cu, and `rows` of
 // value channels: V, or dO.
 //
-// The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta,
-// up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that it is done
-// with one.
+// The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta
+// and decays, up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that
+// it is done with one.
 #pragma once
+#include "sm90/decays.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
@@ -28,7 +29,7 @@ static_assert(LOADER_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup wou
 
 struct Shared {
   DTYPE *k, *q, *core, *p, *rows, *states, *o;
-  float* beta;
+  float *beta, *reads, *writes;
   uint64_t *full, *free, *landed;
 };
 
@@ -44,6 +45,10 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
 #endif
   s.beta = smem.take<float>(CHUNK_STAGES * CHUNK, "beta");
+#if HAS_GATE
+  s.reads = smem.take<float>(CHUNK_STAGES * CHUNK, "reads");
+  s.writes = smem.take<float>(CHUNK_STAGES * CHUNK, "writes");
+#endif
   s.full = smem.take<uint64_t>(CHUNK_STAGES, "full");
   s.free = smem.take<uint64_t>(CHUNK_STAGES, "free");
   s.landed = smem.take<uint64_t>(1, "last chunk landed");
@@ -55,6 +60,38 @@ PRIM void init_barriers(const Shared& s) {
   mbarrier_init(s.landed, 1);
   mbarrier_init_fence();
 }
+
+#if HAS_GATE
+// d[column t] times factor[t].
+template <int TILES>
+PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
+    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
+  }
+}
+// d in 16 bits, column t times b[t] decay[t].
+template <class T, int TILES>
+PRIM void round_columns(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4], const float* b, const float* decay,
+                        int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const float2 x = *(const float2*)&b[sum_column(lane, j, 0)], y = *(const float2*)&decay[sum_column(lane, j, 0)];
+    const float2 f = make_float2(x.x * y.x, x.y * y.y);
+#pragma unroll
+    for (int h = 0; h < 2; h++) a[j / 2][j % 2 * 2 + h] = pack2<T>(f.x * d[j][2 * h], f.y * d[j][2 * h + 1]);
+  }
+}
+// What a chunk leaves of a state: the last read's decay of it.
+PRIM void carry(float (&d)[K_TILES][4], const float* reads) {
+  const float c = reads[CHUNK - 1];
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[j][i] *= c;
+}
+#endif
 
 // What a block works on: a slice of value channels, or of P's columns, of one segment.
 struct Work {
@@ -112,21 +149,29 @@ struct Maps {
 };
 
 // By one warp. `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
-PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, const float* beta, int HV,
-               int lane) {
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, const float* beta,
+               const float* decays, int HV, int lane) {
   constexpr int BYTES = 2 * TILE * (2 * K_BOXES + 2 + MATH);
   // Two tokens per lane, read a chunk ahead.
   float b[2];
-  auto load_beta = [&](int i) {
+#if HAS_GATE
+  float reads[2], writes[2];
+#endif
+  auto load_columns = [&](int i) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int t = work.chunk(i) * CHUNK + j * 32 + lane;
       const bool inside = i < work.chunks && t < work.sequence.tokens;
       b[j] = inside ? beta[(work.sequence.first + t) * HV + work.hv] : 0.0f;
+#if HAS_GATE
+      if (i >= work.chunks) continue;
+      const float* rows = decays + ((work.sequence.slot + work.chunk(i)) * HV + work.hv) * DECAY_ROWS * CHUNK;
+      reads[j] = rows[READS * CHUNK + j * 32 + lane], writes[j] = rows[WRITES * CHUNK + j * 32 + lane];
+#endif
     }
   };
   Ring<CHUNK_STAGES> ring;
-  load_beta(0);
+  load_columns(0);
   for (int i = 0; i < work.chunks; i++) {
     const int c = work.chunk(i), token = work.start + c * CHUNK, tokens = work.tokens(c), stage = ring.stage;
     DTYPE *k = s.k + stage * K_BOXES * TILE, *q = s.q + stage * K_BOXES * TILE, *rows = s.rows + stage * MATH * TILE;
@@ -137,7 +182,13 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
     if (JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     mbarrier_wait(s.free + stage, ring.parity ^ 1);
 #pragma unroll
-    for (int j = 0; j < 2; j++) s.beta[stage * CHUNK + j * 32 + lane] = b[j];
+    for (int j = 0; j < 2; j++) {
+      const int at = stage * CHUNK + j * 32 + lane;
+      s.beta[at] = b[j];
+#if HAS_GATE
+      s.reads[at] = reads[j], s.writes[at] = writes[j];
+#endif
+    }
     __syncwarp();
     if (lane == 0) {
       mbarrier_arrive_expect(landed, BYTES);
@@ -147,7 +198,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
 #pragma unroll
       for (int box = 0; box < MATH; box++)
         tma_load(rows + box * TILE, maps.rows, landed, work.channel + box * BOX, work.hv, token, work.batch);
-      tma_load(p, maps.p, landed, 0, work.h, token, work.batch);
+      tma_load(p, maps.p, landed, 0, HAS_GATE ? work.hv : work.h, token, work.batch);
       tma_load(core, maps.core, landed, 0, work.hv, token, work.batch);
 #pragma unroll
       for (int box = 0; box < K_BOXES; box++)
@@ -164,7 +215,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
       __syncwarp();
       if (lane == 0) mbarrier_arrive(s.full + stage);
     }
-    load_beta(i + 1);
+    load_columns(i + 1);
     ring.advance();
   }
 }

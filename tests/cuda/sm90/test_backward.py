@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from emulator import HOPPER, Run
 from helpers import definition, make_inputs
-from rounded import error, rounded_products, twice, wide
+from rounded import error, rounded_gradients, rounded_products, twice, wide
 
 import cupy_delta as cd
 from cupy_delta.cuda import plan as plans
@@ -66,9 +66,18 @@ def check(divided, on_reference, args, kw, final=True):
         assert error(x, y) < twice(other, y)
     wide_dfinal = None if dfinal is None else dfinal.astype(np.float64)
     expected = on_reference(gradients_of, wide_args, wide_kw, do.astype(np.float64), wide_dfinal)[2]
-    bound = {BF16: 1.5e-2, F16: 2e-3}[args[0].dtype]
-    for x, y in zip(gradients, expected, strict=True):
-        assert error(x, y) < bound
+    if args[4] is None:
+        bound = {BF16: 1.5e-2, F16: 2e-3}[args[0].dtype]
+        for x, y in zip(gradients, expected, strict=True):
+            assert error(x, y) < bound
+        return
+    plain = rounded_gradients(args, kw, do, dfinal, 64)
+    if kw["initial_state"] is None:
+        plain = plain[:5]
+    for x, y, other in zip(gradients, expected, plain, strict=True):
+        # Where gates leave next to nothing; float16 has no number between 0 and 2^-24.
+        floor = 2.0**-24 * np.sqrt(y.size) if args[0].dtype == F16 else 1e-36
+        assert np.linalg.norm(x - y) <= 3 * np.linalg.norm(other - y) + floor
 
 
 @pytest.mark.parametrize("T", [1, 64, 129])
@@ -113,13 +122,70 @@ def test_hard_keys(divided, on_reference):
         assert error(x, y) < twice(other, y)
 
 
+RESETS = {0: -30, 3: -20.0, 17: -88.0, 40: -np.inf, 63: -1000.0, 64: -np.inf, 127: -np.inf}
+GATES = {
+    "weak": lambda random: 0.01 * random,
+    "mean .1": lambda random: 0.1 * random,
+    "mean 5": lambda random: 5 * random,
+    "constant -20": lambda random: np.full_like(random, -20),
+    "constant -inf": lambda random: np.full_like(random, -np.inf),
+    "resets": lambda random: with_resets(0.01 * random),
+}
+
+
+def with_resets(g):
+    for token, value in RESETS.items():
+        g[:, token] = value
+    return g
+
+
+def gated(gates, T, **options):
+    args, kw = make_inputs(T, gate="scalar", decay=1, **options)
+    args[4] = GATES[gates](args[4].astype(np.float64)).astype(np.float32)
+    return args, kw
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("math", [1, 2])
+def test_gates(divided, on_reference, gates, math):
+    """All gradients within 3x of plain rounded products, dg of gates that forget all zero."""
+    divided(math)
+    args, kw = gated(gates, 140, G=2, K=64, V=128, dtype=BF16, initial=True, beta=(0, 2))
+    check(divided, on_reference, args, kw)
+    do, dfinal = upstream(args, kw)
+    dg = gradients_of(args, kw, do, dfinal)[2][4]
+    assert dg.dtype == np.float32
+    assert not dg[np.isneginf(args[4])].any()
+
+
+@pytest.mark.parametrize(
+    ("gates", "dtype", "layout", "division"),
+    [("mean .1", F16, "vk", (1, 3)), ("resets", F16, "kv", (2, 1)), ("weak", BF16, "vk", (2, 4))],
+)
+def test_gates_over_segments(divided, on_reference, gates, dtype, layout, division):
+    """What a segment leaves of a state is its decay times what it does to it."""
+    divided(*division)
+    args, kw = gated(gates, 400, G=2, K=96, V=72, dtype=dtype, initial=True, layout=layout)
+    check(divided, on_reference, args, kw)
+
+
+def test_gates_of_sequences_of_any_lengths(divided, on_reference):
+    divided(1, 3)
+    options = dict(K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, beta=(0, 2))
+    args, kw = gated("mean .1", 200, G=2, **options)
+    args[4] = args[4].astype(BF16)
+    check(divided, on_reference, args, kw, final=False)
+
+
 # Sequences that have fewer chunks than segments, or end in the middle of one.
 UNEVEN = [0, 0, 3, 280, 281, 410]
 
 
-def test_segments_of_uneven_sequences(divided, on_reference):
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_segments_of_uneven_sequences(divided, on_reference, gate):
     divided(2, 3)
-    args, kw = make_inputs(410, K=64, V=64, dtype=BF16, cu_seqlens=UNEVEN, initial=True)
+    options = dict(dtype=BF16, cu_seqlens=UNEVEN, initial=True, gate=gate, decay=0.02)
+    args, kw = make_inputs(410, K=64, V=64, **options)
     check(divided, on_reference, args, kw)
 
 
@@ -137,23 +203,26 @@ def test_nine_segments(divided, on_reference):
     check(divided, on_reference, args, kw)
 
 
-def test_neighbours_do_not_matter(divided):
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_neighbours_do_not_matter(divided, gate):
     """NaN in one sequence leaves the bits of the others as they are."""
     divided(2, 3)
-    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    options = dict(dtype=BF16, cu_seqlens=VARLEN, initial=True, gate=gate)
+    args, kw = make_inputs(200, K=64, V=64, **options)
     do, dfinal = upstream(args, kw)
     o, final_state, clean = gradients_of(args, kw, do, dfinal)
     spoilt = [None if x is None else x.copy() for x in args]
     do = do.copy()
-    for x in (*spoilt[:4], do):
-        x[:, 128:193] = np.nan
+    for x in (*spoilt, do):
+        if x is not None:
+            x[:, 128:193] = np.nan
     o_spoilt, final_spoilt, result = gradients_of(spoilt, kw, do, dfinal)
     others, sequences = np.r_[0:128, 193:200], [0, 1, 2, 3, 5]
-    for x, y in zip((o_spoilt, *result[:4]), (o, *clean[:4]), strict=True):
+    for x, y in zip((o_spoilt, *result[:-1]), (o, *clean[:-1]), strict=True):
         assert np.array_equal(x[:, others], y[:, others])
-    for x, y in ((final_spoilt, final_state), (result[4], clean[4])):
+    for x, y in ((final_spoilt, final_state), (result[-1], clean[-1])):
         assert np.array_equal(x[sequences], y[sequences])
-    assert np.isnan(result[4][4].astype(float)).any()
+    assert np.isnan(result[-1][4].astype(float)).any()
 
 
 def test_wrong_cu_seqlens_stay_inside_the_arrays(divided, request):
@@ -168,8 +237,10 @@ def test_wrong_cu_seqlens_stay_inside_the_arrays(divided, request):
     cd.chunk_delta_rule_bwd(forward.residuals, do, dfinal)
 
 
-def test_any_order_of_events_gives_the_same_bits(divided):
-    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_any_order_of_events_gives_the_same_bits(divided, gate):
+    options = dict(dtype=BF16, cu_seqlens=VARLEN, initial=True, gate=gate)
+    args, kw = make_inputs(200, K=64, V=64, **options)
     do, dfinal = upstream(args, kw)
     runs = [Run(), Run("descending", "early"), Run("random", "either", preempt=30, seed=1)]
     results = []
@@ -181,14 +252,15 @@ def test_any_order_of_events_gives_the_same_bits(divided):
         assert all(np.array_equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("gate", [None, "scalar"])
 @pytest.mark.parametrize("t", [64, 100])
-def test_nothing_reaches_forward_in_time(divided, t):
+def test_nothing_reaches_forward_in_time(divided, t, gate):
     """Tokens after the last output that counts have gradients of zero, to the bit."""
     divided(2)
-    args, kw = make_inputs(140, K=64, V=64, dtype=BF16, initial=True)
+    args, kw = make_inputs(140, K=64, V=64, dtype=BF16, initial=True, gate=gate)
     do, _ = upstream(args, kw)
     do[:, t:] = 0
-    for x in gradients_of(args, kw, do, None)[2][:4]:
+    for x in gradients_of(args, kw, do, None)[2][:-1]:
         assert not x[:, t:].any()
         assert x[:, :t].any()
 
