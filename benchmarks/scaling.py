@@ -27,9 +27,20 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 HEADS, VALUE_HEADS, SIZE = 16, 32, 128
-LENGTHS = (32768, 131072, 524288)
-LAST_ROW = 45.0  # seconds that the last row and what follows may take
+LENGTHS = (131072, 32768, 524288)  # in order of importance
+LAST_ROW = 18.0  # seconds that the last row and what follows may take
+NCCL_SECONDS = 20.0  # from the start until all ranks have met
 PERIOD = 4096  # tokens that are drawn; longer sequences repeat them
+STEPS = (
+    "check_products",
+    "check_shares",
+    "check_errors",
+    "time_first",
+    "check_other_shares",
+    "time_others",
+    "check_death",
+)
+PASSES = {"forward": "forward", "both": "forward and backward"}
 # The largest deviation from one GPU's numbers, against their largest.
 TOLERANCE = {"bfloat16": 3e-2, "float16": 5e-3, "float32": 1e-4}
 
@@ -38,48 +49,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, help="by default all")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds to start rows in")
+    parser.add_argument("--seconds", type=float, default=140.0, help="after which it stops itself")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    start = time.monotonic()
+    start = time.time()
+    # Ranks of one machine need no other network to find each other.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_IB_DISABLE", "1")
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:  # this process stays without a CUDA context
-        found, unique_id, name = pool.apply(_facts)
+        found, name = pool.apply(_facts)
     size = args.gpus or found
-    queue = context.Queue()
-    deadline = time.time() + args.budget
+    said, names = context.Queue(), context.Queue()
+    call = (size, tuple(args.lengths), start + args.seconds - LAST_ROW, said, names)
     workers = [
-        context.Process(
-            target=work,
-            args=(rank, size, unique_id, tuple(args.lengths), deadline, queue),
-            daemon=True,
-        )
-        for rank in range(size)
+        context.Process(target=work, args=(rank, *call), daemon=True) for rank in range(size)
     ]
     for worker in workers:
         worker.start()
     results: dict = {"gpu": name, "gpus": size, "heads": [HEADS, VALUE_HEADS], "size": SIZE}
-    failed, ended = 0, 0
+    failed, up, ended = 0, 0, 0
     while ended < size:
+        end = start + args.seconds - 2 if up == size else start + NCCL_SECONDS
         try:
-            kind, *said = queue.get(timeout=max(1.0, deadline + LAST_ROW - time.time()))
+            kind, *words = said.get(timeout=max(0.1, end - time.time()))
         except Empty:
             failed += 1
-            print("FAILED: no word from a rank; it is stopped", flush=True)
+            print("FAILED: no word from a rank; all are stopped", flush=True)
             break
-        if kind == "end":
+        if kind == "up":
+            up += 1
+        elif kind == "end":
             ended += 1
         elif kind == "row":
-            results.setdefault("rows", []).append(said[0])
-            print("  ".join(f"{k} {v}" for k, v in said[0].items()), flush=True)
+            results.setdefault("rows", []).append(words[0])
+            print("  ".join(f"{k} {v}" for k, v in words[0].items()), flush=True)
         else:
             failed += kind == "failed"
-            print(*said, flush=True)
+            print(*words, flush=True)
     for worker in workers:
         worker.join(1)
         worker.kill()
-    results["seconds"] = round(time.monotonic() - start, 1)
-    print(f"{results['seconds']} s, {failed} failed")
+    results["seconds"] = round(time.time() - start, 1)
+    print(f"{results['seconds']} s, {failed} failed", flush=True)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
     return int(failed > 0)
@@ -91,30 +103,35 @@ def _facts():
 
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     print(f"{name}, NCCL {nccl.get_version()}, CuPy {cupy.__version__}", flush=True)
-    return cupy.cuda.runtime.getDeviceCount(), nccl.get_unique_id(), name
+    return cupy.cuda.runtime.getDeviceCount(), name
 
 
-def work(rank: int, size: int, unique_id, lengths, deadline: float, queue) -> None:
+def work(rank: int, size: int, lengths, deadline: float, said, names) -> None:
     """Do everything that one rank does."""
     import cupy
     from cupy.cuda import nccl
 
     cupy.cuda.Device(rank).use()
-    comm = nccl.NcclCommunicator(size, unique_id, rank)
-    session = Session(comm, lengths, deadline, queue)
-    for step in ("check_shares", "check_errors", "time_scaling", "time_pieces", "check_death"):
+    if rank == 0:  # who makes the name must live, for the others ask it
+        name = nccl.get_unique_id()
+        for _ in range(size - 1):
+            names.put(name)
+    else:
+        name = names.get()
+    comm = nccl.NcclCommunicator(size, name, rank)
+    said.put(("up",))
+    session = Session(comm, lengths, deadline, said)
+    for step in STEPS:
         start = time.monotonic()
         try:
-            said = getattr(session, step)()
-            if rank == 0 and said:
-                queue.put(("said", f"{step}: {said} ({time.monotonic() - start:.1f} s)"))
+            words = getattr(session, step)()
+            if rank == 0 and words:
+                said.put(("said", f"{step}: {words} ({time.monotonic() - start:.1f} s)"))
         except Exception:
-            queue.put(("failed", f"{step}, rank {rank}: FAILED\n{traceback.format_exc()}"))
-            if step == "check_shares":
-                break
-    queue.put(("end",))
-    queue.close()
-    queue.join_thread()
+            said.put(("failed", f"{step}, rank {rank}: FAILED\n{traceback.format_exc()}"))
+    said.put(("end",))
+    said.close()
+    said.join_thread()
     os._exit(0)  # a communicator whose other end is gone cannot be taken down in order
 
 
@@ -129,33 +146,57 @@ class Session:
 
         self.cupy, self.cd, self.parallel = cupy, cupy_delta, parallel
         self.comm, self.queue, self.deadline, self.lengths = comm, queue, deadline, lengths
-        self.waiting = parallel.NCCLCommunicator(comm, timeout=60)
+        self.waiting = parallel.NCCLCommunicator(comm, timeout=15)
         self.free = parallel.NCCLCommunicator(comm, timeout=None)
         self.rank, self.size = self.waiting.rank, self.waiting.size
 
     # ---- is it right -----------------------------------------------------------------------------
 
+    def check_products(self) -> str:
+        """The backward's products, on each GPU alone; if they fail, only forwards are timed."""
+        import ml_dtypes
+
+        from cupy_delta.parallel.products import outer_sum
+
+        self.passes = {"forward": PASSES["forward"]}
+        rng, worst = np.random.default_rng(0), {}
+        for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
+            a = rng.standard_normal((2, 77, 3, 48)).astype(dtype)
+            b = rng.standard_normal((2, 77, 3, 32)).astype(dtype)
+            wanted = np.einsum("bthk,bthv->bhkv", a.astype(np.float64), b.astype(np.float64))
+            found = self.cupy.asnumpy(outer_sum(self.cupy.asarray(a), self.cupy.asarray(b)))
+            worst[np.dtype(dtype).name] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+        if not max(worst.values()) < 1e-5:
+            raise AssertionError(f"products: {worst}")
+        self.passes = PASSES
+        return f"{worst}"
+
     def check_shares(self) -> str:
         """Compare this rank's share with one GPU's call on everything."""
-        cases = (
-            ("bfloat16", None, "kv", False, 2),
-            ("bfloat16", "cut", "kv", False, 1),
-            ("float32", "cut", "vk", False, 1),
-            ("bfloat16", None, "kv", True, 1),
+        return self.check_cases(
+            ("bfloat16", None, "kv", False, 2), ("bfloat16", "", "kv", False, 1)
         )
+
+    def check_other_shares(self) -> str:
+        if not self.time_left():
+            return "no time"
+        return self.check_cases(("float32", "", "vk", False, 1), ("bfloat16", None, "kv", True, 1))
+
+    def check_cases(self, *cases) -> str:
         said = []
         for dtype, ragged, layout, gate, B in cases:
-            worst = max(self.gathered(self.check_share(dtype, ragged, layout, gate, B)))
-            said.append(f"{dtype}{' ragged' * bool(ragged)}{' gated' * gate} {worst:.1e}")
+            worst = max(self.gathered(self.check_share(dtype, ragged is not None, layout, gate, B)))
+            words = f"{dtype}{'' if ragged is None else ' ragged'}{' gated' * gate}"
+            said.append(f"{words} {worst:.1e}")
             if not worst < TOLERANCE[dtype]:
                 raise AssertionError(f"{said[-1]} of at most {TOLERANCE[dtype]}")
         return "deviations from one GPU: " + ", ".join(said)
 
-    def check_share(self, dtype, ragged, layout, gate: bool, B: int) -> float:
+    def check_share(self, dtype, ragged: bool, layout, gate: bool, B: int) -> float:
         import ml_dtypes
 
         rng = np.random.default_rng(1)
-        H, HV, K, V = 2, 4, 64, 128
+        H, HV, K, V = 2, 4, SIZE, SIZE
         tokens = [300 + 37 * r for r in range(self.size)]
         if self.size > 2:
             tokens[1] = 0
@@ -187,7 +228,7 @@ class Session:
         o, final = self.cd.chunk_delta_rule(*every, **options)
         wanted += [o[:, own], final]
         names = [*("q", "k", "v", "beta"), *["g"] * gate]
-        o, final, residuals = self.parallel.chunk_delta_rule_fwd(self.free, *share, **cut)
+        o, final, residuals = self.parallel.chunk_delta_rule_fwd(self.waiting, *share, **cut)
         d = self.cupy.ascontiguousarray(do[:, own])
         gradients = self.parallel.chunk_delta_rule_bwd(residuals, d, states[1])
         results += [o, final, *(getattr(gradients, x) for x in names), gradients.initial_state]
@@ -228,7 +269,7 @@ class Session:
         self.meet()
         if self.rank == self.size - 1:
             return ""
-        patient = self.parallel.NCCLCommunicator(self.comm, timeout=4)
+        patient = self.parallel.NCCLCommunicator(self.comm, timeout=3)
         start = time.monotonic()
         try:
             self.parallel.chunk_delta_rule(patient, *call, tokens=tokens)
@@ -259,31 +300,56 @@ class Session:
         beta = self.cupy.random.default_rng(3).random((1, T, VALUE_HEADS), np.float32)
         return q, k, v, do, beta
 
-    def time_scaling(self) -> str:
+    def time_first(self) -> str:
+        """Time the first length, and what the pieces of it cost."""
+        T = self.lengths[0]
+        self.time_strong(T)
+        if self.time_left():
+            self.time_pieces(T // self.size)
+        return f"T = {T}"
+
+    def time_others(self) -> str:
+        """Time weak scaling of the first length, then all of the others."""
         for T in self.lengths:
-            if not all(self.gathered(time.time() < self.deadline)):
-                return f"no time left for T = {T} and longer"
-            alone = self.time_alone(T)
-            strong = {c: self.time_cut(T, c) for c in ("waiting", "free")}
-            weak = {"waiting": self.time_cut(T * self.size, "waiting")}
-            if self.rank:
-                continue
-            for what in ("forward", "both"):
-                row = {"T": T, "of": {"both": "forward and backward"}.get(what, what)}
-                row["one GPU"] = round(alone[what], 3)
-                row[f"{self.size} GPUs"] = round(strong["waiting"][what], 3)
-                row["without host waits"] = round(strong["free"][what], 3)
-                best = min(strong[c][what] for c in strong)
-                row["strong"] = round(alone[what] / best, 2)
-                row[f"{self.size} T on {self.size} GPUs"] = round(weak["waiting"][what], 3)
-                row["weak"] = round(alone[what] / weak["waiting"][what], 3)
-                self.queue.put(("row", row))
-        return "strong: times as fast; weak: efficiency"
+            if not self.time_left():
+                return f"no time for T = {T}"
+            alone = self.alone if self.lengths[0] == T else self.time_strong(T)
+            if not self.time_left():
+                return f"no time for {self.size} times T = {T}"
+            larger = self.time_cut(T * self.size, "free")
+            for what, words in self.passes.items():
+                row = {"T for each": T, "of": words, f"{self.size} GPUs": round(larger[what], 3)}
+                self.row(row | {"efficiency": round(alone[what] / larger[what], 3)})
+        return "all lengths"
+
+    def time_strong(self, T: int) -> dict:
+        alone = self.time_alone(T)
+        cut = {name: self.time_cut(T, name) for name in ("waiting", "free")}
+        for what, words in self.passes.items():
+            row = {
+                "T": T,
+                "of": words,
+                "one GPU": round(alone[what], 3),
+                f"{self.size} GPUs": round(cut["waiting"][what], 3),
+                "without host waits": round(cut["free"][what], 3),
+            }
+            best = min(x[what] for x in cut.values())
+            self.row(row | {"times as fast": round(alone[what] / best, 2)})
+        if self.lengths[0] == T:
+            self.alone = alone
+        return alone
+
+    def time_left(self) -> bool:
+        return all(self.gathered(time.time() < self.deadline))
+
+    def row(self, row: dict) -> None:
+        if self.rank == 0:
+            self.queue.put(("row", row))
 
     def time_alone(self, T: int) -> dict:
         q, k, v, do, beta = self.arrays(T) if self.rank == 0 else [None] * 5
         found = {}
-        for what in ("forward", "both"):
+        for what in self.passes:
 
             def once(what=what):
                 if self.rank:
@@ -303,7 +369,7 @@ class Session:
         q, k, v, do, beta = self.arrays(share)
         communicator, tokens = getattr(self, which), [share] * self.size
         p, found = self.parallel, {}
-        for what in ("forward", "both"):
+        for what in self.passes:
 
             def once(what=what, call=(communicator, q, k, v, beta), do=do):
                 if what == "forward":
@@ -316,11 +382,10 @@ class Session:
         self.release()
         return found
 
-    def time_pieces(self) -> str:
+    def time_pieces(self, T: int) -> None:
         """Time what the cost model of docs/parallel.md is made of, on each GPU alone."""
         from cupy_delta.parallel import transfers
 
-        T = self.lengths[min(1, len(self.lengths) - 1)] // self.size
         q, k, v, do, beta = self.arrays(T)
         tokens = transfers.Tokens(q, k, v, beta, None, SIZE**-0.5, False, None)
         residuals = self.cd.chunk_delta_rule_fwd(q, k, v, beta).residuals
@@ -343,9 +408,7 @@ class Session:
             row[f"all_gather of {size} bytes"] = round(
                 self.time(lambda x=x: self.free.all_gather(x)), 4
             )
-        if self.rank == 0:
-            self.queue.put(("row", row))
-        return ""
+        self.row(row)
 
     def time(self, once, repeats: int = 7) -> float:
         """Return the median over repeats of the slowest rank's milliseconds."""

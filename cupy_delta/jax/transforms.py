@@ -216,6 +216,13 @@ def _vary(arrays: dict, axes: tuple[str, ...]) -> dict:
     return {name: vary(x) for name, x in arrays.items()} if axes else arrays
 
 
+def varying(arrays: dict, axes: tuple[str, ...]) -> dict:
+    """Let all arrays vary over these axes of a mesh, and over those that any of them does."""
+    if hasattr(jax, "typeof"):
+        return _vary(arrays, tuple(sorted({*axes, *_axes(arrays)})))
+    return arrays
+
+
 def _varying_alike(arrays: dict) -> dict:
     """Let arrays of one call vary over the same axes, as a custom call demands."""
     return _vary(arrays, _axes(arrays))

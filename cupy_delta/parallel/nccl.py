@@ -90,6 +90,7 @@ class NCCLCommunicator:
 
     def _wait(self, what: str, timeout: float) -> None:
         import cupy
+        from cupy.cuda import nccl
 
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
@@ -97,7 +98,7 @@ class NCCLCommunicator:
         while not event.done:
             try:
                 self._comm.check_async_error()
-            except cupy.cuda.nccl.NcclError as error:
+            except nccl.NcclError as error:
                 self._comm.abort()
                 raise RuntimeError(f"{what}: NCCL lost another rank: {error}") from error
             if time.monotonic() - start > timeout:
