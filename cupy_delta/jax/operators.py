@@ -199,29 +199,29 @@ def delta_rule_step(
     >>> state.ravel()
     Array([7., 7.], dtype=float32)
     """
-    arrays = _arrays(
-        dict(q=q, k=k, v=v, beta=beta, state=state), dict(g=g, state_indices=state_indices)
+    arrays, options = checked_call(
+        STEP,
+        dict(q=q, k=k, v=v, beta=beta, state=state),
+        dict(g=g, state_indices=state_indices),
+        Options(scale, qk_l2norm, None, state_layout),
     )
-    options = Options(scale, qk_l2norm, None, state_layout)
-    return transforms.step(_checked(STEP, options, arrays), arrays)
+    return transforms.step(options, arrays)
 
 
 def _whole(function: str, required: Arrays, optional: Arrays, options: Options) -> DeltaRuleOutput:
-    arrays = _arrays(required, optional)
-    return transforms.whole(function, _checked(function, options, arrays), arrays)
+    arrays, options = checked_call(function, required, optional, options)
+    return transforms.whole(function, options, arrays)
 
 
-def _checked(function: str, options: Options, arrays: Arrays) -> Options:
-    """Check a call and return its options as they are meant: the scale is a number."""
-    call = described(function, options, arrays)
-    return Options(call.scale, call.qk_l2norm, call.chunk_size, call.state_layout)
-
-
-def _arrays(required: Arrays, optional: Arrays) -> Arrays:
-    """Return the arrays that are there."""
+def checked_call(
+    function: str, required: Arrays, optional: Arrays, options: Options
+) -> tuple[Arrays, Options]:
+    """Check a call; return the arrays that are there, and options as meant: scale is a number."""
     found = {name: x for name, x in optional.items() if x is not None}
     arrays = required | found
     for name, x in arrays.items():
         if not isinstance(x, jax.Array | np.ndarray):
             raise TypeError(f"{name}: expected a JAX array, got {kinds.describe(type(x))}")
-    return {name: jnp.asarray(x) for name, x in arrays.items()}
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    call = described(function, options, arrays)
+    return arrays, Options(call.scale, call.qk_l2norm, call.chunk_size, call.state_layout)

@@ -1,4 +1,4 @@
-"""Other array libraries on the CPU, of which JAX believes that it has two."""
+"""Other array libraries on the CPU, of which JAX believes that it has four."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 # Read by JAX when it first looks for devices, which no other folder of tests makes it do.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 
 @pytest.fixture
