@@ -65,3 +65,19 @@ def test_nan_stays_in_its_sequence():
     assert np.isnan(o[1]).all()
     assert np.isfinite(o[[0, 2]]).all()
     assert np.isfinite(state[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(("K", "V"), [(5, 7), (32, 32), (64, 64), (128, 64)])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_sequence_has_the_same_bits_in_any_batch(K, V, indexed):
+    """Whether its state is advanced alone, with others or in place."""
+    args, _ = make_inputs(2, B=9, H=2, G=2, K=K, V=V, gate="scalar", dtype=np.float32)
+    pool = np.random.default_rng(0).standard_normal((9, 4, K, V)).astype(np.float32)
+    order = np.array([3, 1, 4, 0, 5, 8, 2, 6, 7])
+    together = pool.copy()
+    o = cd.delta_rule_step(*args, state=together, state_indices=order if indexed else None)
+    for b, slot in enumerate(order if indexed else range(9)):
+        alone = pool[slot : slot + 1].copy()
+        one = [None if x is None else x[b : b + 1] for x in args]
+        assert np.array_equal(cd.delta_rule_step(*one, state=alone)[0], o[b])
+        assert np.array_equal(alone[0], together[slot])
