@@ -11,14 +11,14 @@ ENDS = np.array([0, 0, 40, 70])
 OPTIONS = [
     dict(K=16, V=24, cu_seqlens=ENDS),
     dict(K=16, V=24, gate="scalar", decay=0.02),
-    dict(K=64, V=64, hopper=True),
+    dict(K=64, V=64, gate="scalar", decay=0.02, hopper=True),
 ]
 HOPPER = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
 NAMES = ("q", "k", "v", "beta", "initial_state")
 FLOAT32 = ("beta", "g", "initial_state")
 
 
-@pytest.fixture(params=OPTIONS, ids=["portable, sequences", "portable, gate", "sm90"])
+@pytest.fixture(params=OPTIONS, ids=["portable, sequences", "portable, gate", "sm90, gate"])
 def call(request, emulated):
     """The backward of a call, from gradients that are about 1 times some size."""
     sizes = dict(request.param)
@@ -36,6 +36,7 @@ def call(request, emulated):
         return cd.chunk_delta_rule_bwd(forward.residuals, *given)
 
     backward.do, backward.dfinal = do, dfinal
+    backward.scale = args[0].shape[-1] ** -0.5
     return backward
 
 
@@ -82,9 +83,10 @@ def test_a_power_of_two_changes_no_bit(call):
 
 
 def test_ordinary_gradients_are_in_no_unit(call, monkeypatch):
-    in_units = call(1, 1)
-    monkeypatch.setattr(plans, "in_units", lambda plan, call: plan)
-    without = call(1, 1, chunk_size=None, scale=None)
+    in_units, left_out = call(1, 1), []
+    monkeypatch.setattr(plans, "in_units", lambda plan, _: left_out.append(plan) or plan)
+    without = call(1, 1, scale=call.scale)  # said otherwise, it is another call with its own plan
+    assert left_out
     for x, y in zip(in_units, without, strict=True):
         assert (x is None and y is None) or np.array_equal(x, y)
 
