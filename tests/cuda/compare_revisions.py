@@ -4,7 +4,7 @@ python tests/cuda/compare_revisions.py code REVISION [--only sm90/forward] [--ar
 python tests/cuda/compare_revisions.py bits REVISION -- tests/cuda/test_pairwise.py
 
 For changes of form: `code` compiles every variant of tests/golden/resources.json, here and there,
-and needs no GPU; names of entries, macros, parameters and files do not count, nor do comments.
+and needs no GPU; names and comments do not count.
 `bits` runs emulated tests, here and there, and compares what their kernels leave in memory. Both
 end with status 1 when something differs. REVISION is anything that git knows.
 """
@@ -15,6 +15,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulator"))
 import compile_cache
 import nvrtc
 
+# Of an ELF section: it takes no place in the file.
+NOBITS = 8
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 # Run in either checkout, whose files are its own: prints the variants of its table.
@@ -68,20 +72,37 @@ def variants(root: Path) -> list[Variant]:
     return [Variant(*json.loads(line)) for line in result.stdout.splitlines()]
 
 
+def machine_code(cubin: bytes) -> bytes:
+    """Return what runs: instructions, registers, constants and shared bytes, without any name.
+
+    Names of variables, and constants that no instruction reads, are kept in other sections.
+    """
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, start + i * size) for i in range(count)]
+    found = []
+    for name_at, kind, _, _, offset, length, _, info, _, _ in headers:
+        at = headers[names][4] + name_at
+        name = cubin[at : cubin.index(b"\0", at)].decode()
+        if re.match(r"\.(text|nv\.constant[0-3]|nv\.shared)\.", name):
+            content = b"" if kind == NOBITS else cubin[offset : offset + length]
+            found.append(repr((name, info >> 24, length)).encode() + content)
+    return b"".join(found)
+
+
 def code_of(unit: str, arch: str, kernels: Path) -> str:
-    """Return a digest of the cubin of a unit that includes files of a folder of kernels."""
-    digest = compile_cache.digest_of(unit, [kernels], arch, nvrtc.version())
+    """Return a digest of the code of a unit that includes files of a folder of kernels."""
+    digest = compile_cache.digest_of(unit, [kernels], arch, nvrtc.version(), "machine code")
 
     def make(part: Path) -> None:
         cubin = nvrtc.compile_source(unit, arch, ("-ftz=true",), kernels).cubin
-        part.write_text(hashlib.sha256(cubin).hexdigest())
+        part.write_text(hashlib.sha256(machine_code(cubin)).hexdigest())
 
     return compile_cache.kept(f"code-{digest}", make).read_text()
 
 
-def codes(root: Path, only: str, arch: str) -> dict[tuple[str, str], str]:
+def codes(root: Path, chosen: list[Variant]) -> dict[tuple[str, str], str]:
     """Return a digest of its machine code for each architecture and name of a variant."""
-    chosen = [v for v in variants(root) if only in v.file and v.arch.startswith(arch)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda v: code_of(v.unit(), v.arch, root / "kernels"), chosen)
         return {(v.arch, v.name): digest for v, digest in zip(chosen, digests, strict=True)}
@@ -162,12 +183,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkout(options.revision, Path(folder))
         if options.what == "code":
-            here = codes(ROOT, options.only, options.arch)
-            # Files may have other names there: of all kernels, those that are compared.
-            there = codes(Path(folder), "", options.arch)
+            here = [v for v in variants(ROOT) if options.only in v.file]
+            # Files may have other names there: with --only, entries have to have the same.
+            entries = {v.entry for v in here}
+            there = [v for v in variants(Path(folder)) if not options.only or v.entry in entries]
+            here, there = (
+                codes(root, [v for v in some if v.arch.startswith(options.arch)])
+                for root, some in ((ROOT, here), (Path(folder), there))
+            )
             lines, count = compare_code(there, here), len(here)
-            if options.only:
-                lines = [line for line in lines if not line.startswith("gone")]
         else:
             there = bits(Path(folder), options.arguments)
             lines, count = compare_bits(there, bits(ROOT, options.arguments))

@@ -25,6 +25,13 @@ def test_names_and_comments_are_not_code(kernels):
     assert kernels(TEXT, FACTOR=3) == kernels(renamed, "by", N=3)
 
 
+def test_constants_with_a_name_are_not_code(kernels):
+    named = TEXT.replace("FACTOR", "factor").replace(
+        "extern", "constexpr int factor = 3;\nextern", 1
+    )
+    assert kernels(TEXT, FACTOR=3) == kernels(named)
+
+
 def test_other_code_is_seen(kernels):
     assert len({kernels(TEXT, FACTOR=3), kernels(TEXT, FACTOR=5)}) == 2
 
