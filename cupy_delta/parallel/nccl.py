@@ -86,7 +86,7 @@ class NCCLCommunicator:
         """Wait, if a time is set, and return what was received as an array of the kind of `x`."""
         if self.timeout is not None:
             self._wait(what, self.timeout)
-        return module_of(received).asnumpy(received) if isinstance(x, np.ndarray) else received
+        return module_of(received).asnumpy(received) if module_of(x) is np else received
 
     def _wait(self, what: str, timeout: float) -> None:
         import cupy

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_delta import parallel
+from cupy_delta.parallel import calls
 
 
 def arrays(T=4, H=1, K=3, V=2, dtype=np.float64):
@@ -157,3 +158,27 @@ def test_arrays_that_differ_do_not_meet():
 
     with pytest.raises(ValueError, match="expected one shape and dtype on every rank"):
         parallel.in_threads(2, call, timeout=20)
+
+
+def test_with_tokens_of_all_ranks_devices_agree_once(monkeypatch):
+    """The way of CuPy arrays, on NumPy's."""
+    monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: False)
+
+    class Counting:
+        def __init__(self, inner):
+            self.inner, self.rank, self.size, self.notes = inner, inner.rank, inner.size, 0
+
+        def all_gather(self, x):
+            self.notes += x.dtype == np.uint8
+            return self.inner.all_gather(x)
+
+    def call(communicator):
+        counting, seen = Counting(communicator), []
+        for T, tokens in ((4, [4, 4]), (4, [4, 4]), (4, None), (3, [3, 3]), (4, [4, 4])):
+            parallel.chunk_delta_rule(counting, **arrays(T), tokens=tokens)
+            seen.append(counting.notes)
+        with pytest.raises(ValueError, match=r"^beta: "):
+            parallel.chunk_delta_rule(counting, **arrays() | {"beta": np.ones((1, 4, 2))})
+        return seen
+
+    assert parallel.in_threads(2, call, 20) == [[1, 1, 2, 3, 3]] * 2

@@ -1,11 +1,15 @@
 """Cut into any shares, sequences have the outputs, states and gradients that they have whole."""
 
 import itertools
+import random
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from shares import on_one_rank, on_rank, problem, worst
+from shares import on_one_rank, on_rank, problem, together, worst
 
 from cupy_delta import parallel
 from cupy_delta.parallel import transfers
@@ -67,3 +71,88 @@ def test_a_cut_batch_is_the_whole_one(cut, options, norm, with_dfinal, scans, st
         assert (alone.final_state is not None) == (final_state is not None) == everywhere
     for share in shares[1:]:
         assert (share[3].initial_state is not None) == (everywhere and options["initial"])
+
+
+@pytest.mark.parametrize("gathered", [16, 1])
+def test_nan_stays_in_its_sequence(monkeypatch, gathered):
+    """Where a sequence begins nothing of the ranks before is multiplied by zero."""
+    monkeypatch.setattr(transfers, "GATHERED", gathered)
+    tokens, ends = [3, 3, 3, 3, 3], [0, 7, 11, 15]
+    args, kwargs, do, dfinal_state = problem(tokens, cu_seqlens=ends, initial=True)
+    spoilt = [x if x is None else x.copy() for x in args]
+    spoilt[2][:, 2] = np.nan
+    spoilt[2][:, 12] = np.nan
+
+    def run(arguments):
+        call = lambda c: on_rank(c, tokens, arguments, kwargs, do, dfinal_state)  # noqa: E731
+        shares = parallel.in_threads(5, call, timeout=30)
+        _, final_state, o, _, gradients = together(shares)
+        return o, final_state, gradients
+
+    middle = slice(7, 11)
+    (o, final, gradients), (wanted, wanted_final, wanted_gradients) = run(spoilt), run(args)
+    assert np.isnan(o).any() and np.isnan(gradients["k"]).any()
+    np.testing.assert_array_equal(o[:, middle], wanted[:, middle])
+    np.testing.assert_array_equal(final[1], wanted_final[1])
+    for name in ("q", "k", "v", "beta"):
+        np.testing.assert_array_equal(gradients[name][:, middle], wanted_gradients[name][:, middle])
+    np.testing.assert_array_equal(
+        gradients["initial_state"][1], wanted_gradients["initial_state"][1]
+    )
+
+
+@pytest.mark.parametrize("gathered", [16, 1])
+def test_bits_do_not_depend_on_who_comes_first(monkeypatch, gathered):
+    monkeypatch.setattr(transfers, "GATHERED", gathered)
+    tokens = [5, 2, 0, 6, 4]
+    whole = problem(tokens, initial=True, gate="scalar")
+
+    class Late:
+        """A communicator that takes its time, another one in every call."""
+
+        def __init__(self, communicator, seed):
+            self.inner, self.rank, self.size = communicator, communicator.rank, communicator.size
+            self.random = random.Random(f"{seed} {self.rank}")
+
+        def all_gather(self, x):
+            time.sleep(0.003 * self.random.random())
+            return self.inner.all_gather(x)
+
+        def shift(self, x, by):
+            time.sleep(0.003 * self.random.random())
+            return self.inner.shift(x, by)
+
+    def bits(seed):
+        shares = parallel.in_threads(5, lambda c: on_rank(Late(c, seed), tokens, *whole), 30)
+        _, final_state, o, _, gradients = together(shares)
+        return [x.tobytes() for x in (o, final_state, *gradients.values())]
+
+    assert bits(0) == bits(1) == bits(2)
+
+
+def test_out_is_written_and_returned():
+    tokens = [4, 5]
+    args, kwargs, *_ = problem(tokens)
+
+    def call(communicator):
+        own = slice(0, 4) if communicator.rank == 0 else slice(4, 9)
+        share = [None if x is None else x[:, own] for x in args]
+        out = np.full(share[2].shape, np.nan)
+        o = parallel.chunk_delta_rule(communicator, *share, **kwargs, out=out).o
+        return o is out and not np.isnan(out).any()
+
+    assert parallel.in_threads(2, call, 30) == [True, True]
+
+
+def test_float32_states_of_16_bit_arrays():
+    """What is told has the dtype of states, and outputs the accuracy of one call."""
+    tokens = [40, 30, 50]
+    whole = problem(tokens, initial=True, dtype=np.float16, H=2)
+    exact = [x if x is None else x.astype(np.float64) for x in whole[0]]
+    exact_kwargs = whole[1] | {"initial_state": whole[1]["initial_state"].astype(np.float64)}
+    exact = exact, exact_kwargs, *(x.astype(np.float64) for x in whole[2:])
+    shares = parallel.in_threads(3, lambda c: on_rank(c, tokens, *whole), 30)
+    assert shares[2][2].dtype == np.float32
+    alone = on_one_rank(*whole)
+    as_shares = [(SimpleNamespace(o=alone[0], final_state=alone[1]), *alone[:2], alone[2])]
+    assert worst(shares, on_one_rank(*exact)) < 2 * worst(as_shares, on_one_rank(*exact))
