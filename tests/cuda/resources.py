@@ -109,8 +109,8 @@ def launches(arch: str) -> dict:
 def cases() -> list[tuple[str, str]]:
     """Return what is compiled: architectures and names of kernels.
 
-    What 8.6 and 8.9 share is compiled for 8.9 alone: neither the sources nor ptxas tell them apart
-    (all 77 such kernels took the same registers and shared memory on 2026-11-26).
+    What 8.6 and 8.9 share is compiled for 8.9 alone: the sources do not tell them apart, and ptxas
+    by some registers at most.
     """
     return [
         (arch, name)

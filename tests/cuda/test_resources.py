@@ -39,7 +39,9 @@ def test_what_8_9_has_is_what_8_6_has():
     both = {x.file: n for n, x in launches.items() if n in resources.launches("sm_86")}
     assert set(both) == {x.file for x in launches.values()}
     for name in both.values():
-        assert resources.measure("sm_86", name) == resources.measure("sm_89", name)
+        one, other = resources.measure("sm_86", name), resources.measure("sm_89", name)
+        assert abs(one.registers - other.registers) <= MARGIN
+        assert one._replace(registers=0) == other._replace(registers=0)
 
 
 def test_the_table_has_no_kernel_that_is_gone():

@@ -21,7 +21,7 @@ from ..tokens.l2norm import through_norm
 from . import cost
 from .segments import segment_arrays
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
-from .training import decays_of, given_walk_launch
+from .training import chunk_decays, given_walk_launch
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
 WALK_STAGES = {1: 3, 2: 3}
@@ -110,7 +110,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
         states("states"),
         states("dstates"),
         "beta",
-        decays_of(p),
+        chunk_decays(p),
         "cu_seqlens",
         "dq",
         "dk",

@@ -45,7 +45,7 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
         "final_state": (call.state_shape, call.state_dtype),
     }
     launches, workspace = normalised(call, "q", "k")
-    workspace |= factor_arrays(call)
+    workspace |= core_arrays(call)
     workspace["states"] = (call.states_shape(CHUNK), call.dtype)
     workspace["corrections"] = (call.value_shape, call.dtype)
     launches.append(wy_factors_hopper_launch(call))
@@ -57,7 +57,7 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     return Plan(tuple(launches), outputs, workspace)
 
 
-def factor_arrays(call: Call) -> dict:
+def core_arrays(call: Call) -> dict:
     """What factors leave: core, P, and with a gate its decays.
 
     Without a gate P is the same for all value heads of a key head: it is kept once.
@@ -73,7 +73,7 @@ def factor_arrays(call: Call) -> dict:
     return arrays
 
 
-def decays_of(call: Call) -> str | None:
+def chunk_decays(call: Call) -> str | None:
     return None if call.gate is None else "decays"
 
 
@@ -105,7 +105,7 @@ def wy_factors_hopper_launch(call: Call) -> Launch:
             "cu_seqlens",
             "core",
             "p",
-            decays_of(p),
+            chunk_decays(p),
             i32(p.N),
             i32(p.T),
             i32(p.H),
@@ -156,7 +156,7 @@ def given_walk_launch(
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("core", (p.B, p.T, p.HV, CHUNK)),
-        box("p", factor_arrays(p)["p"][0]),
+        box("p", core_arrays(p)["p"][0]),
         box(rows, values),
         # A warp stores 16 value channels of 64 key channels.
         TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
@@ -182,7 +182,7 @@ def given_walk_launch(
         p.N * walked * p.HV * slices,
         384 if tiles == 2 else 160,
         given_walk_shared(p.K, tiles, stages, p.gate is not None, len(results) > 2, joins),
-        (*maps, "beta", decays_of(p), *arguments, *sizes),
+        (*maps, "beta", chunk_decays(p), *arguments, *sizes),
         arch="sm_90a",
     )
 

@@ -48,7 +48,7 @@ def make_case(T, *, H=1, G=1, K=64, dtype=BF16, **options):
 def computed(p, arrays, *, leg="source", run=None):
     """Return core, P and decays, if any; what the kernel does not write has all bits set."""
     device = EmulatorDevice(run or Run(), leg=leg, **HOPPER)
-    outputs = training.factor_arrays(p)
+    outputs = training.core_arrays(p)
     given = arrays | {"cu_seqlens": p.cu_seqlens}
     given = {name: None if x is None else copy_in(x, name) for name, x in given.items()}
     results = execute(Plan((training.wy_factors_hopper_launch(p),), outputs), given, device)
