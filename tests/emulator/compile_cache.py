@@ -92,9 +92,13 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     It appears whole or not at all, whoever else makes the same one at the same time.
     """
     path = cache_folder() / name
-    if path.exists():
+    try:
         os.utime(path)
         return path
+    except FileNotFoundError:
+        pass  # never made, or removed by another process just now
+    except PermissionError:
+        return path  # of a cache that another user fills
     remove_old()
     with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder:
         part = Path(folder) / name
