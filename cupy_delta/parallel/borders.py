@@ -7,7 +7,7 @@ from ..arrays import module_of
 from ..results import Transfer
 from .calls import StatesOn
 from .cut import Cut
-from .transfers import Tokens, carried, collected, state_after, transfer_of
+from .transfers import Tokens, carried, collected, reads, state_after
 
 
 def tokens_of(call: checks.Problem) -> Tokens:
@@ -39,7 +39,8 @@ def _told(communicator, share: Tokens, call: checks.Problem, cut: Cut, given, p)
         return no_transfer(call, cut)
     leaving = share.part(cut.leaving_tokens())
     if cut.through[communicator.rank]:
-        return transfer_of(leaving, p)
+        p = reads(leaving)[1] if p is None else p
+        return Transfer(p, state_after(leaving, None))
     initial = None if given is None else given[cut.sequences - cut.lanes :]
     return no_transfer(call, cut)._replace(h=state_after(leaving, initial))
 

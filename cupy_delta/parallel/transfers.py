@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arrays import FLOAT_DTYPES, dtype_name, module_of
-from ..building_blocks import sequence_transfer
 from ..operators import chunk_delta_rule
 from ..results import Transfer
 from .communicators import Communicator
@@ -78,13 +77,6 @@ def state_after(tokens: Tokens, initial_state):
         initial_state=initial_state,
         **tokens.options(),
     ).final_state
-
-
-def transfer_of(tokens: Tokens, p=None) -> Transfer:
-    """Return the transfer of batch rows, whose P may be known."""
-    if p is not None:
-        return Transfer(p, state_after(tokens, None))
-    return sequence_transfer(tokens.k, tokens.v, tokens.beta, tokens.g, qk_l2norm=tokens.qk_l2norm)
 
 
 def gradient_transfer(r, p, do, dfinal_state) -> Transfer:
