@@ -1,19 +1,19 @@
 // The gradients of portable/backward_chunk.cu on compute capability 9.0, for chunks of 64 tokens. Per chunk and value
-// head, with S the state entering it, D' the gradient of the state leaving it, G from the reverse walk, N^ from the
-// forward one, b = beta, and decays from sm90/factors.cu (Z between tokens, r of reads, w of writes, c of the state:
+// head, with S the state entering it, dS' the gradient of the state leaving it, dY from the reverse walk, N^ from the
+// forward one, b = beta, and decays from sm90/factors.cu (D between tokens, r of reads, w of writes, c of the state:
 // all 1 without a gate):
 //
-//   N = b N^      dV = dR = b G      dbeta = rowsum(G . N^)
-//   dP = tril(dO N^T . Z)      E = -tril(dR N^T . Z, -1)
-//   dQ = scale (r dO S^T + dP K)      dK = scale dP^T Q + w N D'^T - r dR S^T + (E + E^T) K
+//   N = b N^      dV = dR = b dY      dbeta = rowsum(dY . N^)
+//   dPqk = tril(dO N^T . D)      E = -tril(dR N^T . D, -1)
+//   dQ = scale (r dO S^T + dPqk K)      dK = scale dPqk^T Q + w N dS'^T - r dR S^T + (E + E^T) K
 //
 // and the gradient of the gates as sums of what holds them, backward_chunk/gates.cuh.
 //
 // Memory bounds this, so loads never pause: each block goes through every gridDim-th pair of chunk and key head, and
-// its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, G, S, D'), from one head or pair
+// its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, dY, S, dS'), from one head or pair
 // to the next. b and decays multiply rows and columns of sums, never a tile: operands are used as they land.
 //
-// Warpgroup 0: a warp loads with TMA, the other three make dV and dbeta. Warpgroup 1: dP, E and dQ. Warpgroup 2: dK
+// Warpgroup 0: a warp loads with TMA, the other three make dV and dbeta. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dK
 // and, from what all of them sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
 //
 // Numbers: operands of products in DTYPE, sums in float, results rounded once; dbeta and dg in float. dQ and dK are
@@ -22,7 +22,7 @@
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
 // SLICE_STAGES, KEY_STAGES.
 // Grid: blocks of 384 threads, any number up to `pairs`.
-// Shared memory: the ring; one of Q and K; scale dP and E + E^T; beta; sums for dg; see
+// Shared memory: the ring; one of Q and K; scale dPqk and E + E^T; beta; sums for dg; see
 // cupy_delta/cuda/sm90/backward.py and, for the first warpgroup, sm90/backward_chunk/load.cuh.
 #include "sm90/backward_chunk/keys.cuh"
 #include "sm90/backward_chunk/load.cuh"
@@ -30,7 +30,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_chunk_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                          const __grid_constant__ TensorMap n_map, const __grid_constant__ TensorMap g_map,
+                          const __grid_constant__ TensorMap n_map, const __grid_constant__ TensorMap dy_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap states_map,
                           const __grid_constant__ TensorMap dstates_map, const float* beta, const float* decays,
                           const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg,
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (warpgroup == 0) {
     fewer_registers<VALUE_REGISTERS>();
     if (warp == 0)
-      load(s, {&q_map, &k_map, &n_map, &g_map, &do_map, &states_map, &dstates_map}, work, lane);
+      load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
     else
       make_values(s, work, beta, decays, dv, dbeta, warp - 1, lane);
   } else if (warpgroup == 1) {

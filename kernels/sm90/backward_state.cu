@@ -1,27 +1,27 @@
 // The walk of portable/backward_state.cu in chunks of 64 tokens on compute capability 9.0. Per chunk, from the last to
-// the first, with D' the gradient of the state leaving it, core, P and decays from sm90/factors.cu (r of reads, w of
+// the first, with dS' the gradient of the state leaving it, core, Pqk and decays from sm90/factors.cu (r of reads, w of
 // writes, c of the state: all 1 without a gate), b = beta, dO^ = scale dO:
 //
-//   dN = P^T dO^ + w K D'        G = dN + core^T (b dN)        D = c D' + Q^T (r dO^) - K^T (r b G)
+//   dN = Pqk^T dO^ + w K dS'        dY = dN + core^T (b dN)        dS = c dS' + Q^T (r dO^) - K^T (r b dY)
 //
-// D' of every chunk, (V, K), and G are written for the gradients of the chunks.
+// dS' of every chunk, (V, K), and dY are written for the gradients of the chunks.
 //
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
-// the identity: what is left is H and P of D' -> P D' + H. The walk with JOINS goes through all of them at once and
+// the identity: what is left is H and P of dS' -> P dS' + H. The walk with JOINS goes through all of them at once and
 // joins for each those that come after it in the sequence (sm90/join.cuh). Arrays of segments are in the order of the
 // walk, last segment first.
 //
-// A math warpgroup holds 64 value channels of D^T in accumulators, from which D'^T, (b dN)^T and (b G)^T are left
-// operands of wgmma: the chain from D' to D passes nothing through shared memory. What is not of the chain, the
-// products with dO and all stores, runs while the chain waits. G leaves through the place of dO. Roles:
+// A math warpgroup holds 64 value channels of dS^T in accumulators, from which dS'^T, (b dN)^T and (b dY)^T are left
+// operands of wgmma: the chain from dS' to dS passes nothing through shared memory. What is not of the chain, the
+// products with dO and all stores, runs while the chain waits. dY leaves through the place of dO. Roles:
 // sm90/training/walk.cuh.
 //
-// Numbers: D in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
+// Numbers: dS in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
 // STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
 // segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
-// CHUNK_STAGES of K, Q, core, P, dO, beta and decays; D' on its way out; see cupy_delta/cuda/sm90/training.py.
+// CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
 #include "sm90/training/walk.cuh"
 // With the sizes that it has:
@@ -50,8 +50,8 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, con
 }
 
 // Returns the decay over all chunks, of a transfer.
-PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const TensorMap* dstates, const Rows& g_rows,
-                float scale, int warpgroup, int HV, int thread) {
+PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates,
+                const Rows& g_rows, float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   float decay = 1.0f;
   if (work.chunks == 0) return decay;
@@ -60,14 +60,14 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
   DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
 #endif
   Ring<CHUNK_STAGES> ring;
-  float dN[8][4];  // then G
+  float dN[8][4];  // then dY
 #if HAS_GATE
   float KD[8][4];
 #endif
   uint32_t state[K_STEPS][4], dO[4][4], a[4][4];
-  round_sums<DTYPE>(state, D);
+  round_sums<DTYPE>(state, dS);
   auto rows = [&](int stage) { return s.rows + (stage * MATH + warpgroup) * TILE; };
-  // dN = P^T dO^ of the chunk that is next.
+  // dN = Pqk^T dO^ of the chunk that is next.
   auto begin = [&](int stage) {
     load_gradient(dO, rows(stage), scale, nullptr, !work.values, warp, lane);
     pin(dO);
@@ -90,9 +90,9 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
     float (&sum)[8][4] = KD;
 #else
     float (&sum)[8][4] = dN;
-    pin(D);
+    pin(dS);
 #endif
-    // dN += w K D', and half of D += Q^T (r dO^) while b dN is made.
+    // dN += w K dS', and half of dS += Q^T (r dO^) while b dN is made.
     pin(state);
     pin(sum);
     wgmma_fence();
@@ -101,15 +101,15 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
       wgmma<DTYPE, false>(sum, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
     wgmma_commit();
 #if HAS_GATE
-    carry(D, reads);
+    carry(dS, reads);
     if (TRANSFER) decay *= reads[CHUNK - 1];
     load_gradient(dO, rows(ring.stage), scale, reads, !work.values, warp, lane);
     pin(dO);
-    pin(D);
+    pin(dS);
     wgmma_fence();
 #endif
 #pragma unroll
-    for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
+    for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
     wgmma_wait<1>();
     pin(sum);
@@ -120,7 +120,7 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
 #pragma unroll
       for (int l = 0; l < 4; l++) dN[j][l] += KD[j][l];
 #endif
-    // G = dN + core^T (b dN), and the other half while b G is made.
+    // dY = dN + core^T (b dN), and the other half while b dY is made.
     round_columns<DTYPE>(a, dN, b, lane);
     pin(a);
     pin(dN);
@@ -129,7 +129,7 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
     for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(dN, a[step], step_of_rows(core, step), true);
     wgmma_commit();
 #pragma unroll
-    for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(D, dO[step], step_of_rows(q, step), true);
+    for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
 #if !TRANSFER
     const int c = work.chunk(i);
@@ -140,10 +140,10 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
 #endif
     wgmma_wait<1>();
     pin(dN);
-    // D -= K^T (r b G), and the start of the next chunk while D is rounded; the last one starts in vain.
+    // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
 #if !TRANSFER
-    uint32_t G[4][4];
-    round_sums<DTYPE>(G, dN);
+    uint32_t dY[4][4];
+    round_sums<DTYPE>(dY, dN);
 #endif
 #if HAS_GATE
     round_columns<DTYPE>(a, dN, b, reads, lane);
@@ -153,7 +153,7 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
     pin(a);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true, true>(D, a[step], step_of_rows(k, step), true);
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true, true>(dS, a[step], step_of_rows(k, step), true);
     wgmma_commit();
     wgmma_wait<1>();
     Ring<CHUNK_STAGES> next = ring;
@@ -161,12 +161,12 @@ PRIM float walk(const Shared& s, const Work& work, float (&D)[K_TILES][4], const
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    send_rows(g_rows, G, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
+    send_rows(g_rows, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
 #endif
     wgmma_wait<1>();
-    pin(D);
+    pin(dS);
     free_stage(s, ring.stage, thread);
-    round_sums<DTYPE>(state, D);
+    round_sums<DTYPE>(state, dS);
     wgmma_wait<0>();
     pin(dN);
     ring = next;
@@ -212,25 +212,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
-  float D[K_TILES][4];
-  clear(D);
+  float dS[K_TILES][4];
+  clear(dS);
 #if TRANSFER
-  if (!work.values) add_identity(D, 1.0f, value, lane);
+  if (!work.values) add_identity(dS, 1.0f, value, lane);
 #else
   if (dfinal_state != nullptr) {
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) load_state(D[j], dfinal_state + state_at, value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) load_state(dS[j], dfinal_state + state_at, value, j * 8, lane);
   }
 #endif
 #if JOINS
-  join(D, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
+  join(dS, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
-  const float decay = walk(s, work, D, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
+  const float decay = walk(s, work, dS, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
 #if TRANSFER
   if (work.values)
-    keep_transfer(h, D, work.part, work.hv, HV, column, thread);
+    keep_transfer(h, dS, work.part, work.hv, HV, column, thread);
   else
-    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, D, decay, column, work.part, work.hv,
+    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, dS, decay, column, work.part, work.hv,
                   1 + warpgroup, thread);
 #if HAS_GATE
   if (!work.values && column == 0 && thread == 0) segment_decays[(int64_t)work.part * HV + work.hv] = decay;
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // One per sequence, from its first segment.
   if (work.last) {
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, D[j], value, j * 8, lane);
+    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, dS[j], value, j * 8, lane);
   }
 #endif
 }

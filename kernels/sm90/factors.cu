@@ -1,12 +1,12 @@
 // What the walks of training read of every chunk of 64 tokens, all chunks in parallel, on compute capability 9.0. With
 // K and Q the rows of a chunk, b = beta, D the decays between tokens (all 1 without a gate; sm90/decays.cuh):
 //
-//   M = tril(K K^T . D, -1)        core = -M (I + diag(b) M)^-1        P = tril(Q K^T . D)
+//   M = tril(K K^T . D, -1)        core = -M (I + diag(b) M)^-1        Pqk = tril(Q K^T . D)
 //
-// the core as in portable/factors.cu. Without a gate P is the same for all value heads of a key head, and left once.
+// the core as in portable/factors.cu. Without a gate Pqk is the same for all value heads of a key head, and left once.
 //
 // Blocks are small, so that enough of them share a multiprocessor for some to load while others solve. A block makes M
-// and P with wgmma, without decays. Then each two warps form the core of one value head at a time from the same M: a
+// and Pqk with wgmma, without decays. Then each two warps form the core of one value head at a time from the same M: a
 // warp inverts 32 rows, and both merge what they have, 16 rows each; see tiles/unit_inverse.cuh.
 //
 // Numbers: products of DTYPE operands with float sums, the core by substitution in float and merges in 3xTF32; results
@@ -71,7 +71,7 @@ PRIM void weigh_block(float* to, const float* from, const float2* G, int row, in
   }
 }
 
-// 16 rows of P, from `row` on.
+// 16 rows of Pqk, from `row` on.
 PRIM void weigh_pairs(float (&p)[8][4], const float (&d)[8][4], const float2* G, int row, int lane) {
   const float2 rows[2] = {G[row + sum_row(lane, 0)], G[row + sum_row(lane, 2)]};
 #pragma unroll
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pin(d);
   };
   multiply(q);
-  // Rows past the end may be another sequence's: none of P is written, and M has zeros there.
+  // Rows past the end may be another sequence's: none of Pqk is written, and M has zeros there.
   const int row = warp * 16;
 #if HAS_GATE
   for (int group = 0; group < groups; group++) {

@@ -1,14 +1,14 @@
 // The walk of portable/forward.cu with WRITE_STATES, in chunks of 64 tokens on compute capability 9.0: what the
-// gradients keep. Per chunk, with S the state, core, P and decays from sm90/factors.cu (r of reads, w of writes, c of
+// gradients keep. Per chunk, with S the state, core, Pqk and decays from sm90/factors.cu (r of reads, w of writes, c of
 // the state: all 1 without a gate), b = beta, tokens as rows:
 //
-//   R = V - r K S      N^ = R + core (b R)      N = b N^      O = scale (r Q S + P N)      S' = c S + K^T (w N)
+//   R = V - r K S      N^ = R + core (b R)      N = b N^      O = scale (r Q S + Pqk N)      S' = c S + K^T (w N)
 //
 // The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks. Segments are as in
 // sm90/forward.cu, which makes their transfers; all are walked at once.
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
-// wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and P and all stores run while
+// wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and Pqk and all stores run while
 // the chain waits. N^ leaves through the place of V. Roles: sm90/training/walk.cuh.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
@@ -16,7 +16,7 @@
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
 // STATE_VK (layout of initial and final state), JOINS (more than one segment), TRANSFER (0), MATH (1 or 2),
 // CHUNK_STAGES. Grid: N * segments * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels.
-// Shared memory: CHUNK_STAGES of K, Q, core, P, V, beta and decays; S and O on their way out; see
+// Shared memory: CHUNK_STAGES of K, Q, core, Pqk, V, beta and decays; S and O on their way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 0
 #include "sm90/training/walk.cuh"
@@ -110,7 +110,7 @@ PRIM void walk(const Shared& s, const Work& work, float (&S)[K_TILES][4], const 
     wgmma_commit();
     wgmma_wait<1>();
     pin(R);
-    // S' = S + K^T N, and O += P N while S' is rounded.
+    // S' = S + K^T N, and O += Pqk N while S' is rounded.
     uint32_t N[4][4];
 #if HAS_GATE
     uint32_t written[4][4];

@@ -1,11 +1,11 @@
 // The gradient of the gates in backward_chunk.cu, as the sum of what holds them: equation (20) of docs/derivation.md.
-// With dP and E decayed already,
+// With dPqk and E decayed already,
 //
-//   X = scale dP . Q K^T + E . K K^T  (i > j)                    pairs of tokens
+//   Z = scale dPqk . Q K^T + E . K K^T  (i > j)                    pairs of tokens
 //   rho = rowsum(scale r dO S^T . Q) - rowsum(r dR S^T . K)      reads of S
-//   omega = rowsum(w N D'^T . K)                                 writes into the next state
+//   omega = rowsum(w N dS'^T . K)                                 writes into the next state
 //
-//   dg_t = sum_(i >= t > j) X_ij + sum_(i >= t) rho_i + sum_(j < t) omega_j + c <S, D'>
+//   dg_t = sum_(i >= t > j) Z_ij + sum_(i >= t) rho_i + sum_(j < t) omega_j + c <S, dS'>
 //
 // No term is added that another would take away again: so a small dg, of a strong gate, is no rounding of large ones,
 // and that of -inf is 0. Sums are float, of products that were never rounded to DTYPE.
@@ -58,7 +58,7 @@ PRIM void add_decayed(float (&d)[K_TILES][4], float (&sums)[2], const DTYPE* A, 
   }
 }
 
-// d = X of scale dP or of E, with keys as rows of the other factor. What is on the diagonal is in no rectangle.
+// d = Z of scale dPqk or of E, with keys as rows of the other factor. What is on the diagonal is in no rectangle.
 PRIM void multiply_pairs(float (&d)[8][4], const DTYPE* rows, const DTYPE* k) {
   float product[8][4];
   wgmma_fence();
@@ -85,8 +85,8 @@ PRIM void share_columns(float (&columns)[16], int lane) {
   }
 }
 
-// sums[t] = sum_(i >= t > j) X_ij over the rows i of a warp, for all t: prefixes of rows, then down the columns.
-PRIM void sum_rectangles(float* sums, const float (&X)[8][4], int warp, int lane) {
+// sums[t] = sum_(i >= t > j) Z_ij over the rows i of a warp, for all t: prefixes of rows, then down the columns.
+PRIM void sum_rectangles(float* sums, const float (&Z)[8][4], int warp, int lane) {
   // As in weigh_pairs.
   const int below = opaque(warp * 16 + lane / 4 - lane % 4 * 2);
   float columns[16], before[2] = {};
@@ -96,7 +96,7 @@ PRIM void sum_rectangles(float* sums, const float (&X)[8][4], int warp, int lane
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       // Of a row's eight columns four lanes have two each: what lies before a lane's own, and all.
-      float all = X[j][2 * half] + X[j][2 * half + 1];
+      float all = Z[j][2 * half] + Z[j][2 * half + 1];
       const float neighbour = __shfl_xor_sync(~0u, all, 1);
       float prefix = before[half] + (lane & 1 ? neighbour : 0.0f);
       all += neighbour;
@@ -104,7 +104,7 @@ PRIM void sum_rectangles(float* sums, const float (&X)[8][4], int warp, int lane
       if (lane & 2) prefix += others;
       before[half] += all + others;
       if (below >= j * 8 - half * 8) columns[2 * j] += prefix;
-      if (below > j * 8 - half * 8) columns[2 * j + 1] += prefix + X[j][2 * half];
+      if (below > j * 8 - half * 8) columns[2 * j + 1] += prefix + Z[j][2 * half];
     }
   }
   // Over the eight lanes that share columns, each of which is left with two: those of tokens 2 lane and 2 lane + 1.

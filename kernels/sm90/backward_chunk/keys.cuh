@@ -31,11 +31,11 @@ PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const 
       reads[0] *= -b[0], reads[1] *= -b[1];
       writes[0] *= b[0], writes[1] *= b[1];
 #else
-      float sum[K_TILES][4];  // N^ D'^T - G S^T
+      float sum[K_TILES][4];  // N^ dS'^T - dY S^T
       clear(sum);
 #endif
       float E[8][4];
-      uint32_t n[STEPS][4], g[STEPS][4];
+      uint32_t n[STEPS][4], dy[STEPS][4];
       clear(E);
       for (int slice = 0; slice < SLICES; slice++) {
         const DTYPE* stage = s.stages + ring.stage * STAGE;
@@ -45,25 +45,26 @@ PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const 
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, false, false>(E, step_along_rows(stage + G_AT, step), step_along_rows(stage + N_AT, step), true);
+          wgmma<DTYPE, false, false>(E, step_along_rows(stage + DY_AT, step), step_along_rows(stage + N_AT, step),
+                                     true);
         wgmma_commit();
         mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-        add_decayed(dK, write_sums, stage + N_AT, stage + D_AT, writes, k, warp, lane);
-        add_decayed(dK, read_sums, stage + G_AT, stage + S_AT, reads, k, warp, lane);
+        add_decayed(dK, write_sums, stage + N_AT, stage + DS_AT, writes, k, warp, lane);
+        add_decayed(dK, read_sums, stage + DY_AT, stage + S_AT, reads, k, warp, lane);
 #else
         load_rows<false>(n, stage + N_AT, warp, lane);
-        load_rows<false>(g, stage + G_AT, warp, lane);
-        pin(n), pin(g), pin(E), pin(sum);
+        load_rows<false>(dy, stage + DY_AT, warp, lane);
+        pin(n), pin(dy), pin(E), pin(sum);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, false>(E, g[step], step_along_rows(stage + N_AT, step), true);
+          wgmma<DTYPE, false>(E, dy[step], step_along_rows(stage + N_AT, step), true);
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, true>(sum, n[step], step_of_rows(stage + D_AT, step), true);
+          wgmma<DTYPE, true>(sum, n[step], step_of_rows(stage + DS_AT, step), true);
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, true, true>(sum, g[step], step_of_rows(stage + S_AT, step), true);
+          wgmma<DTYPE, true, true>(sum, dy[step], step_of_rows(stage + S_AT, step), true);
         wgmma_commit();
         wgmma_wait<0>();
         pin(sum);
@@ -90,17 +91,17 @@ PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const 
 #pragma unroll
       for (int j = 0; j < 8; j += 2) write_symmetric(s.symmetric, E[j], E[j + 1], warp * 16, j * 8, lane);
       named_barrier(KEY_BARRIER, 128);
-      load_rows<false>(g, s.symmetric, warp, lane);
+      load_rows<false>(dy, s.symmetric, warp, lane);
       __syncwarp();
       // The first warp says so when it has read the sums, too.
       if (lane == 0 && !(HAS_GATE && warp == 0)) mbarrier_arrive(s.pairs_free);
       mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-      pin(n), pin(g), pin(dK);
+      pin(n), pin(dy), pin(dK);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, n[step], step_of_rows(q, step), true);
 #pragma unroll
-      for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, g[step], step_of_rows(k, step), true);
+      for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, dy[step], step_of_rows(k, step), true);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dK);

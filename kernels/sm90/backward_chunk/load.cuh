@@ -46,11 +46,11 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
           mbarrier_arrive_expect(full, STAGE * 2);
           tma_load(stage, maps.d_o, full, slice * BOX, hv, token, batch);
           tma_load(stage + N_AT, maps.n, full, slice * BOX, hv, token, batch);
-          tma_load(stage + G_AT, maps.g, full, slice * BOX, hv, token, batch);
+          tma_load(stage + DY_AT, maps.dy, full, slice * BOX, hv, token, batch);
 #pragma unroll
           for (int box = 0; box < K_BOXES; box++) {
             tma_load(stage + S_AT + box * TILE, maps.states, full, box * BOX, slice * BOX, hv, slot);
-            tma_load(stage + D_AT + box * TILE, maps.dstates, full, box * BOX, slice * BOX, hv, slot);
+            tma_load(stage + DS_AT + box * TILE, maps.dstates, full, box * BOX, slice * BOX, hv, slot);
           }
         }
         if (clears) {
@@ -83,7 +83,7 @@ PRIM float dot(const uint4& x, const uint4& y) {
   return sum;
 }
 
-// dV = b G and dbeta = rowsum(G . N^), eight lanes per token, eight channels each; and with a gate c <S, D'>.
+// dV = b dY and dbeta = rowsum(dY . N^), eight lanes per token, eight channels each; and with a gate c <S, dS'>.
 PRIM void make_values(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dv,
                       float* dbeta, int warp, int lane) {
   constexpr int ROUNDS = (CHUNK / 4 + VALUE_WARPS - 1) / VALUE_WARPS;
@@ -107,14 +107,14 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, cons
         mbarrier_wait(s.full + ring.stage, ring.parity);
 #if HAS_GATE
         for (int i = (warp * 32 + lane) * 8; i < K_BOXES * TILE; i += VALUE_WARPS * 32 * 8)
-          states += dot<DTYPE>(*(const uint4*)&stage[S_AT + i], *(const uint4*)&stage[D_AT + i]);
+          states += dot<DTYPE>(*(const uint4*)&stage[S_AT + i], *(const uint4*)&stage[DS_AT + i]);
 #endif
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
           const int t = (round * VALUE_WARPS + warp) * 4 + lane / 8, channel = slice * BOX + piece * 8;
           if (t >= chunk.tokens) continue;
           const uint4 n = *(const uint4*)&stage[N_AT + swizzled(t, piece * 8)];
-          const uint4 g = *(const uint4*)&stage[G_AT + swizzled(t, piece * 8)];
+          const uint4 g = *(const uint4*)&stage[DY_AT + swizzled(t, piece * 8)];
           const uint32_t n_hat[4] = {n.x, n.y, n.z, n.w}, rows[4] = {g.x, g.y, g.z, g.w};
           uint32_t out[4];
 #pragma unroll

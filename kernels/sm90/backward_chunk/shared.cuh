@@ -18,8 +18,8 @@ static_assert(VALUE_REGISTERS + QUERY_REGISTERS + KEY_REGISTERS <= 3 * 168,
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
 constexpr int QUERY_BARRIER = 1, KEY_BARRIER = 2;
 constexpr int COLUMNS = (1 + 2 * HAS_GATE) * CHUNK;  // b, and HIGH and LOW of decays
-// A stage: boxes of dO, N^ and G, then 64 rows of S and of D'.
-constexpr int N_AT = TILE, G_AT = 2 * TILE, S_AT = 3 * TILE, D_AT = (3 + K_BOXES) * TILE;
+// A stage: boxes of dO, N^ and dY, then 64 rows of S and of dS'.
+constexpr int N_AT = TILE, DY_AT = 2 * TILE, S_AT = 3 * TILE, DS_AT = (3 + K_BOXES) * TILE;
 constexpr int STAGE = (3 + 2 * K_BOXES) * TILE;
 
 // With a gate Q and K are read with every slice, not at the end of a value head: so they are loaded first, a pair
@@ -28,14 +28,14 @@ constexpr bool KEYS_FIRST = HAS_GATE;
 static_assert(!KEYS_FIRST || KEY_STAGES > 1, "a ring of one would keep the loads of slices waiting");
 
 // What dg of a value head is summed from: of pairs of tokens, per math warp; reads of S by queries and by keys; writes
-// into the next state; c <S, D'>, per warp.
+// into the next state; c <S, dS'>, per warp.
 struct Sums {
   float *pairs, *query_reads, *key_reads, *writes, *states;
   uint64_t* full;
 };
 
 struct Shared {
-  DTYPE *stages, *q, *k, *pairs, *symmetric;  // pairs: scale dP; symmetric: E + E^T
+  DTYPE *stages, *q, *k, *pairs, *symmetric;  // pairs: scale dPqk; symmetric: E + E^T
   float* columns;
   Sums sums;
   uint64_t *full, *free, *keys_full, *keys_free, *pairs_full, *pairs_free, *landed;
@@ -84,5 +84,5 @@ PRIM void for_each_pair(const Work& work, Body body) {
 }
 
 struct Maps {
-  const TensorMap *q, *k, *n, *g, *d_o, *states, *dstates;
+  const TensorMap *q, *k, *n, *dy, *d_o, *states, *dstates;
 };

@@ -1,8 +1,8 @@
 // What sm90/training.cu and sm90/backward_state.cu share: sizes, shared memory, what a block works on, the
-// warp that loads, and how results leave. Both read core and P of a chunk from sm90/factors.cu, and `rows` of
+// warp that loads, and how results leave. Both read core and Pqk of a chunk from sm90/factors.cu, and `rows` of
 // value channels: V, or dO.
 //
-// The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, P and rows by TMA, and beta
+// The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, Pqk and rows by TMA, and beta
 // and decays, up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that
 // it is done with one.
 #pragma once
