@@ -15,7 +15,8 @@ class Communicator(Protocol):
     Every rank makes the same calls in the same order. Arrays are C-contiguous, and of one shape and
     dtype on all ranks: uint8, float32 or float64, of NumPy, and of CuPy where calls have such. CuPy
     arrays are read and written in the order of the current stream. What cannot be done in time is
-    a `TimeoutError`.
+    a `TimeoutError`. One that only starts exchanges may have a method ``finish()``, which raises
+    that error: it is called before a call returns.
     """
 
     @property
@@ -35,6 +36,11 @@ class Communicator(Protocol):
     def shift(self, x: Any, by: int, /) -> Any:
         """Send `x` to rank + by, and return what rank - by sent; None where there is no such."""
         ...
+
+
+def finish(communicator: Communicator) -> None:
+    """Have the exchanges of a call done, by a communicator that has only started them."""
+    getattr(communicator, "finish", lambda: None)()
 
 
 class RankFailedError(RuntimeError):

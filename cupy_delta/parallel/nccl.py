@@ -22,9 +22,10 @@ class NCCLCommunicator:
         Made by all ranks together, with this rank's device current.
     timeout : float or None, default 300
         Seconds after which an exchange that is not complete aborts the communicator and is a
-        `TimeoutError`. For that the host waits for every exchange. With None it waits for none of
-        those of CuPy arrays, calls can be captured in a CUDA graph, and a rank that is gone makes
-        the others' streams hang.
+        `TimeoutError`. For that the host waits, before a call returns, for the call's exchanges,
+        though not for what the device does after them. With None it waits for none of those of
+        CuPy arrays, calls can be captured in a CUDA graph, and a rank that is gone makes the
+        others' streams hang.
 
     Notes
     -----
@@ -36,6 +37,7 @@ class NCCLCommunicator:
         self._comm = comm if hasattr(comm, "allGather") else comm._comm
         self.timeout = timeout
         self.rank, self.size = self._comm.rank_id(), self._comm.size()
+        self._under_way: list[tuple[str, Any, float]] = []
 
     def all_gather(self, x):
         on_device = self._on_device(x)
@@ -82,18 +84,28 @@ class NCCLCommunicator:
 
         return cupy.cuda.get_current_stream().ptr
 
-    def _received(self, what: str, x, received):
-        """Wait, if a time is set, and return what was received as an array of the kind of `x`."""
-        if self.timeout is not None:
-            self._wait(what, self.timeout)
-        return module_of(received).asnumpy(received) if module_of(x) is np else received
+    def finish(self) -> None:
+        """Wait, if a time is set, for the exchanges that were started."""
+        under_way, self._under_way = self._under_way, []
+        for what, event, timeout in under_way:
+            self._wait(what, event, timeout)
 
-    def _wait(self, what: str, timeout: float) -> None:
-        import cupy
+    def _received(self, what: str, x, received):
+        """Return what was received as an array of the kind of `x`, which the host has at once."""
+        if self.timeout is not None:
+            import cupy
+
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record()
+            self._under_way.append((what, event, self.timeout))
+        if module_of(x) is not np:
+            return received
+        self.finish()
+        return module_of(received).asnumpy(received)
+
+    def _wait(self, what: str, event, timeout: float) -> None:
         from cupy.cuda import nccl
 
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record()
         start = time.monotonic()
         while not event.done:
             try:

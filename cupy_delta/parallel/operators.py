@@ -22,7 +22,7 @@ from .borders import (
     tokens_of,
 )
 from .calls import StatesOn, agreed_cut
-from .communicators import Communicator
+from .communicators import Communicator, finish
 from .cut import Cut
 from .transfers import carried, collected, gradient_transfer, reads
 
@@ -142,7 +142,9 @@ def chunk_delta_rule(
     initial = entering_states(communicator, share, call, cut, p=None)
     rule = operators.chunk_delta_rule
     o, final = rule(**own_call(share, cut, initial), out=out)
-    return DeltaRuleOutput(o, final_states(communicator, call, cut, states_on, final))
+    final = final_states(communicator, call, cut, states_on, final)
+    finish(communicator)
+    return DeltaRuleOutput(o, final)
 
 
 def chunk_delta_rule_fwd(
@@ -207,7 +209,9 @@ def chunk_delta_rule_fwd(
     )
     o, final, own = operators.chunk_delta_rule_fwd(**own_call(share, cut, initial), out=out)
     residuals = ParallelResiduals(communicator, call, cut, states_on, own, entering)
-    return ParallelForward(o, final_states(communicator, call, cut, states_on, final), residuals)
+    final = final_states(communicator, call, cut, states_on, final)
+    finish(communicator)
+    return ParallelForward(o, final, residuals)
 
 
 def chunk_delta_rule_bwd(
@@ -288,4 +292,5 @@ def chunk_delta_rule_bwd(
         begun = laid_out(own.initial_state[cut.entering :], call)
         everywhere = residuals.states_on == "all"
         dinitial = collected(communicator, begun, cut.begins, everywhere, to=0)
+    finish(communicator)
     return own._replace(initial_state=dinitial)

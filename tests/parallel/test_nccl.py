@@ -142,8 +142,43 @@ def test_a_device_that_waits_for_ever_is_aborted_in_time(cupy, monkeypatch):
     comm = Comm(0, 1, threading.Barrier(1), {})
     communicator = parallel.NCCLCommunicator(comm, timeout=0.05)
     with pytest.raises(TimeoutError, match=r"^all_gather: no answer from another rank within 0.05"):
-        communicator.all_gather(cupy.asarray(np.zeros(3)))
+        communicator.all_gather(np.zeros(3))
     assert comm.aborted
+
+
+def test_the_host_goes_on_while_devices_exchange_and_waits_before_a_call_returns(cupy, monkeypatch):
+    monkeypatch.setattr(Event, "done", False)
+    comm = Comm(0, 1, threading.Barrier(1), {})
+    communicator = parallel.NCCLCommunicator(comm, timeout=0.05)
+    x = cupy.asarray(np.zeros(3))
+    communicator.all_gather(x)
+    communicator.shift(x, 0)
+    assert not comm.aborted
+    with pytest.raises(TimeoutError, match=r"^all_gather: no answer"):
+        communicator.finish()
+    assert comm.aborted
+
+
+def test_calls_finish_what_they_started():
+    class Starting:
+        def __init__(self, inner):
+            self.inner, self.rank, self.size = inner, inner.rank, inner.size
+            self.all_gather, self.shift, self.finished = inner.all_gather, inner.shift, 0
+
+        def finish(self):
+            self.finished += 1
+
+    def call(communicator):
+        starting, seen = Starting(communicator), []
+        x, beta = np.ones((1, 2, 1, 1)), np.ones((1, 2, 1))
+        parallel.chunk_delta_rule(starting, x, x, x, beta)
+        seen.append(starting.finished)
+        o, _, residuals = parallel.chunk_delta_rule_fwd(starting, x, x, x, beta)
+        seen.append(starting.finished)
+        parallel.chunk_delta_rule_bwd(residuals, o)
+        return [*seen, starting.finished]
+
+    assert parallel.in_threads(2, call) == [[1, 2, 3]] * 2
 
 
 def test_a_rank_that_nccl_has_lost_is_an_error(cupy, monkeypatch):
@@ -151,7 +186,7 @@ def test_a_rank_that_nccl_has_lost_is_an_error(cupy, monkeypatch):
     comm = Comm(0, 1, threading.Barrier(1), {})
     comm.lost = True
     with pytest.raises(RuntimeError, match="NCCL lost another rank: remote process exited"):
-        parallel.NCCLCommunicator(comm).all_gather(cupy.asarray(np.zeros(3)))
+        parallel.NCCLCommunicator(comm).all_gather(np.zeros(3))
     assert comm.aborted
 
 
@@ -160,5 +195,7 @@ def test_without_a_timeout_the_host_does_not_wait(cupy, monkeypatch):
     # As cupyx.distributed has it: a backend that holds a communicator.
     backend = SimpleNamespace(_comm=Comm(0, 1, threading.Barrier(1), {}))
     x = cupy.asarray(np.arange(3.0))
-    found = parallel.NCCLCommunicator(backend, timeout=None).all_gather(x)
+    communicator = parallel.NCCLCommunicator(backend, timeout=None)
+    found = communicator.all_gather(x)
+    communicator.finish()
     np.testing.assert_array_equal(found[0], x)
