@@ -3,10 +3,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import HOPPER, EmulatorFault
+from emulator import HOPPER, EmulatorDevice, EmulatorFault, Run
 from helpers import make_inputs
 
 import cupy_delta as cd
+from cupy_delta.cuda import plan as plans
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 F64 = np.dtype(np.float64)
@@ -113,7 +114,14 @@ def test_both_legs_agree_up_to_the_exponential(both_legs, name):
         assert x.any() and np.abs(x.astype(np.float64) - wide).max() <= bound
 
 
-def test_more_shared_memory_than_the_device_has_is_refused(emulated):
-    emulated(**(HOPPER | dict(shared_bytes=64 << 10)))
+def test_more_shared_memory_than_the_device_has_is_refused(emulated, monkeypatch):
+    """By the plan; and what was planned for another device, by the emulator."""
+    small = HOPPER | dict(shared_bytes=64 << 10)
+    emulated(**small)
+    with pytest.raises(NotImplementedError, match=r"would need .* bytes of shared memory"):
+        chunk(70, BF16, K=64, V=64)()
+    whole = EmulatorDevice(Run(), **HOPPER).facts
+    made = plans.made
+    monkeypatch.setattr(plans, "made", lambda operation, call, facts: made(operation, call, whole))
     with pytest.raises(EmulatorFault, match=r"asks for .* bytes of shared memory, of 65536"):
         chunk(70, BF16, K=64, V=64)()
