@@ -189,6 +189,6 @@ def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
         outputs["dg"] = (call.token_shape, SUMS)
     between = {
         "dstates": (call.states_shape(chunk), call.dtype),
-        "g_rows": (call.value_shape, call.dtype),
+        "dy": (call.value_shape, call.dtype),
     }
     return outputs, between

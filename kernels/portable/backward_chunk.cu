@@ -177,7 +177,7 @@ PRIM void write_jobs(DTYPE* out, int64_t stride, const float (&d)[K_JOBS][2][4],
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward_chunk(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const DTYPE* corrections,
-                   const DTYPE* g_rows, const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates,
+                   const DTYPE* dy, const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates,
                    const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg, float scale,
                    int N, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                                                    thread);
       load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_o, d_o + at, stride, chunk.tokens, width, thread);
       load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, corrections + at, stride, chunk.tokens, width, thread);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, g_rows + at, stride, chunk.tokens, width, thread);
+      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, dy + at, stride, chunk.tokens, width, thread);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
@@ -243,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float sum = 0.0f;
         for (int c = lane; c < SLICE; c += 32) {
           DTYPE &n = tile_n[t * V_PITCH + c], &r = tile_r[t * V_PITCH + c];
-          const float n_hat = widen(n), dy = widen(r), gradient = b[t] * dy;
-          sum += dy * n_hat;
+          const float n_hat = widen(n), dy_t = widen(r), gradient = b[t] * dy_t;
+          sum += dy_t * n_hat;
           n = narrow<DTYPE>(b[t] * n_hat);
           r = narrow<DTYPE>(-gradient);
           if (t < chunk.tokens && c < width) dv[at + t * stride + c] = narrow<DTYPE>(gradient);

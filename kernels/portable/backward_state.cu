@@ -95,7 +95,7 @@ PRIM void multiply_into_state(float (&dS)[K_TILES][4], const Product::A& a, cons
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const float2* decays, const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens,
-                   DTYPE* dstates, DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV) {
+                   DTYPE* dstates, DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
   const int h = hv / (HV / H);
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     cp_async_commit();
 
     DTYPE* dstate = dstates + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
-    DTYPE* g_out = g_rows + (token * HV + hv) * HEAD_V + value;
+    DTYPE* g_out = dy + (token * HV + hv) * HEAD_V + value;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll

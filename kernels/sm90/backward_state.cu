@@ -50,8 +50,8 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, con
 }
 
 // Returns the decay over all chunks, of a transfer.
-PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates,
-                const Rows& g_rows, float scale, int warpgroup, int HV, int thread) {
+PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates, const Rows& dy,
+                float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   float decay = 1.0f;
   if (work.chunks == 0) return decay;
@@ -161,7 +161,7 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
 #if !TRANSFER
-    send_rows(g_rows, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
+    send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
 #endif
     wgmma_wait<1>();
     pin(dS);
@@ -179,12 +179,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                           const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
-                          const __grid_constant__ TensorMap g_map,
+                          const __grid_constant__ TensorMap dy_map,
 #if TRANSFER || JOINS
                           const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
                           const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
-                          DTYPE* g_rows, float* dinitial_state, float scale, int T, int H, int HV, int segments) {
+                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments);
   DynSmem smem;
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if JOINS
   join(dS, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
 #endif
-  const float decay = walk(s, work, dS, &dstates_map, {&g_map, g_rows}, scale, warpgroup, HV, thread);
+  const float decay = walk(s, work, dS, &dstates_map, {&dy_map, dy}, scale, warpgroup, HV, thread);
 #if TRANSFER
   if (work.values)
     keep_transfer(h, dS, work.part, work.hv, HV, column, thread);

@@ -42,11 +42,10 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "backward_state_hopper": dict(
         do_map=DO,
         dfinal_state=DFINAL,
-        g_map=("g_rows",),
         transfer_map=("segment_p",),
         h=("segment_h",),
     ),
-    "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",), g_map=("g_rows",)),
+    "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
     "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
 }
 KEYWORDS = {"d_o": "do"}

@@ -144,7 +144,7 @@ def swapped(launch: Launch, one, other) -> Launch:
     ("entry", "one", "other"),
     [
         ("forward", "core", "p"),
-        ("backward_chunk", "corrections", "g_rows"),
+        ("backward_chunk", "corrections", "dy"),
         ("backward_chunk_hopper", "states", "dstates"),
         ("forward_residuals_hopper", "core", "p"),
         ("wy_factors_hopper", "core", "p"),

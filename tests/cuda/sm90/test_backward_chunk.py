@@ -71,7 +71,7 @@ def make_case(
     )
     rows, states = (B, T, HV, V), (B * p.chunk_slots(CHUNK), HV, V, K)
     arrays = dict(q=q, k=k)
-    arrays |= {name: rng.standard_normal(rows) for name in ("corrections", "g_rows", "do")}
+    arrays |= {name: rng.standard_normal(rows) for name in ("corrections", "dy", "do")}
     arrays |= {name: 0.3 * rng.standard_normal(states) for name in ("states", "dstates")}
     arrays = {name: x.astype(dtype) for name, x in arrays.items()}
     arrays["beta"] = rng.uniform(*beta, (B, T, HV)).astype(np.float32)
@@ -136,7 +136,7 @@ def definition(p, arrays, rounding):
         for hv in range(p.HV):
             h = hv // (p.HV // p.H)
             Q, X = x["q"][b, rows, h], x["k"][b, rows, h]
-            dO, G, N_hat = (x[name][b, rows, hv] for name in ("do", "g_rows", "corrections"))
+            dO, G, N_hat = (x[name][b, rows, hv] for name in ("do", "dy", "corrections"))
             S, D = x["states"][slot, hv], x["dstates"][slot, hv]
             c = x["beta"][b, rows, hv, None]
             reads = writes = between = 1.0
