@@ -189,10 +189,12 @@ def test_segments_of_uneven_sequences(divided, on_reference, gate):
     check(divided, on_reference, args, kw)
 
 
-def test_states_that_hardly_change_over_segments(divided, on_reference):
-    """With small beta what a segment does to a state is nearly the identity."""
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_states_that_hardly_change_over_segments(divided, on_reference, gate):
+    """With small beta what a segment does to a state is nearly its decay, 1 without a gate."""
     divided(1, 4)
-    args, kw = make_inputs(520, K=64, V=64, dtype=BF16, beta=(0, 0.05), initial=True)
+    options = dict(beta=(0, 0.05), initial=True, gate=gate, decay=0.005)
+    args, kw = make_inputs(520, K=64, V=64, dtype=BF16, **options)
     check(divided, on_reference, args, kw)
 
 
@@ -225,12 +227,14 @@ def test_neighbours_do_not_matter(divided, gate):
     assert np.isnan(result[-1][4].astype(float)).any()
 
 
-def test_wrong_cu_seqlens_stay_inside_the_arrays(divided, request):
+@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_wrong_cu_seqlens_stay_inside_the_arrays(divided, request, gate):
     """Two wrong sequences may write the same rows; what counts is that no address is outside."""
     if request.config.getoption("--on-gpu"):
         pytest.skip("only the emulator tells what is outside")
     divided(2, 3, run=Run(check=False))
-    args, kw = make_inputs(200, K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, initial=True)
+    options = dict(dtype=BF16, cu_seqlens=VARLEN, initial=True, gate=gate)
+    args, kw = make_inputs(200, K=64, V=64, **options)
     do, dfinal = upstream(args, kw)
     forward = cd.chunk_delta_rule_fwd(*args, **kw)
     forward.residuals.saved["cu_seqlens"][:] = [-5, 300, 20, 2**40, 0, 90, 1000]
