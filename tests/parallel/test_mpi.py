@@ -76,3 +76,31 @@ def test_a_rank_that_does_not_answer_is_an_error_in_time():
         communicator.all_gather(np.zeros(3))
     with pytest.raises(TimeoutError, match=r"^shift: no answer"):
         communicator.shift(np.zeros(3), 1)
+
+
+class Echo(Silent):
+    """An MPI of one rank that remembers what memory it was given."""
+
+    def Get_size(self):
+        return 1
+
+    def Iallgather(self, sent, received):
+        self.given = sent, received
+        received[0] = sent
+        return self
+
+    def Test(self):
+        return True
+
+
+@pytest.mark.parametrize("device_buffers", [False, True])
+def test_arrays_of_a_device_go_through_the_host_or_as_they_are(cupy, device_buffers):
+    mpi = Echo()
+    communicator = parallel.MPICommunicator(mpi, device_buffers=device_buffers)
+    x = cupy.asarray(np.arange(3.0))
+    found = communicator.all_gather(x)
+    assert [type(y) is cupy.ndarray for y in mpi.given] == [device_buffers] * 2
+    assert type(found) is cupy.ndarray
+    np.testing.assert_array_equal(found, [[0, 1, 2]])
+    assert type(communicator.all_gather(np.ones(3))) is np.ndarray
+    assert communicator.shift(x, 1) is None

@@ -1,61 +1,14 @@
 """The adapter of NCCL on a stand-in of CuPy: memory by address, copies between threads."""
 
 import ctypes
-import sys
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from stand_in import Event, NcclError
 
 from cupy_delta import parallel
-
-
-class Array(np.ndarray):
-    """An array of the stand-in: its memory is known by its address."""
-
-    @property
-    def data(self):
-        return SimpleNamespace(ptr=self.ctypes.data)
-
-
-class Event:
-    done = True
-
-    def __init__(self, disable_timing):
-        pass
-
-    def record(self):
-        pass
-
-
-class NcclError(RuntimeError):
-    pass
-
-
-def stand_in():
-    """Return modules that the adapter takes for CuPy's."""
-
-    def device(function):
-        return lambda *arguments: np.array(function(*arguments)).view(Array)
-
-    nccl = SimpleNamespace(
-        NCCL_UINT8=1, NcclError=NcclError, groupStart=lambda: None, groupEnd=lambda: None
-    )
-    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
-    cuda = SimpleNamespace(nccl=nccl, Event=Event, get_current_stream=lambda: stream)
-    return {
-        "cupy": SimpleNamespace(
-            ndarray=Array,
-            cuda=cuda,
-            asarray=device(np.asarray),
-            ascontiguousarray=device(np.ascontiguousarray),
-            empty=device(np.empty),
-            asnumpy=lambda x: np.array(x).view(np.ndarray),
-        ),
-        "cupy.cuda": cuda,
-        "cupy.cuda.nccl": nccl,
-    }
 
 
 class Comm:
@@ -94,14 +47,6 @@ class Comm:
 
     def abort(self):
         self.aborted = True
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    modules = stand_in()
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return modules["cupy"]
 
 
 def on_ranks(size, function):
