@@ -180,15 +180,6 @@ PRIM int opaque(int x) {
                : WGMMA_TILES_##TILES(d)                                                                             \
                : "l"(a), "l"(b), "r"((int)accumulate), "n"(A_COLUMNS), "n"(B_COLUMNS))
 
-template <class T>
-struct IsHalf {
-  static constexpr bool value = false;
-};
-template <>
-struct IsHalf<f16> {
-  static constexpr bool value = true;
-};
-
 template <class T, bool B_COLUMNS, bool NEGATE = false>
 PRIM void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (IsHalf<T>::value)

@@ -27,6 +27,15 @@ struct f16 {
   uint16_t bits;
 };
 
+template <class T>
+struct IsHalf {
+  static constexpr bool value = false;
+};
+template <>
+struct IsHalf<f16> {
+  static constexpr bool value = true;
+};
+
 // What sums of a type are kept in.
 template <class T>
 struct Sum {

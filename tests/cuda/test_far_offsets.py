@@ -30,6 +30,8 @@ class FarDevice(EmulatorDevice):
 
     def empty(self, shape, dtype, name, initialised=False):
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        # Blocks of the first sequence, which do not run, would fill its part, which others read.
+        initialised |= name in ("units", "dinitial_state")
         return empty(shape, dtype, name, initialised, THERE if size > LARGE else None)
 
     def zeros(self, shape, dtype, name):
@@ -61,8 +63,10 @@ def blocks_of_the_last_sequence(launch):
         return launch.grid // 2  # walks, with as many for either sequence
     chunk = dict(launch.defines).get("CHUNK", 64)
     slots = (BEFORE + TOKENS) // chunk + 2
-    assert launch.grid % slots == 0
-    return launch.grid // slots * -(-TOKENS // chunk)
+    # Behind the blocks of chunks there may be some of states, which are small.
+    per_chunk, of_states = divmod(launch.grid, slots)
+    assert of_states in (0, 2 * HEADS)
+    return per_chunk * -(-TOKENS // chunk) + of_states
 
 
 def problem(dtype, D, gate=None, **options):

@@ -10,7 +10,8 @@ from ...call import Call
 from ..spec import DeviceFacts, Launch, Plan, carve, i32, normal, variant
 from ..tokens.l2norm import normalised
 from . import cost
-from .segments import WHOLE, Part, kept_box, segment_arrays, transfer_box
+from .gates import token_factors_launch
+from .segments import WHOLE, Part, kept_box, record_array, segment_arrays, transfer_box
 from .tiles import (
     BARRIER,
     BOX,
@@ -18,6 +19,7 @@ from .tiles import (
     CLUSTER,
     INVERSE,
     JOIN_BARRIERS,
+    RECORD_WORDS,
     TILE,
     WARP_CHANNELS,
     box,
@@ -26,7 +28,6 @@ from .tiles import (
     transfer_slices,
 )
 
-GATE_WORDS = 4 * CHUNK
 A_STAGES = 2
 # Buffers of K and Q, of V, of T and P, by tiles per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
@@ -43,6 +44,9 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     }
     launches, workspace = normalised(call, "q", "k")
     walks, between = walks_of(call, cost.choose_forward(call, facts))
+    if call.gate is not None:
+        launches.append(token_factors_launch(call))
+        workspace |= record_array(call)
     return Plan((*launches, *walks), outputs, workspace | between)
 
 
@@ -50,21 +54,38 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
     tiles, segments, reuse_t = choice.value_tiles, choice.segments, choice.reuse_t
     if segments == 1:
-        return [forward_hopper_launch(call, tiles)], {}
-    launches, workspace, initial = [], {}, "initial_state"
+        return forward_hopper_launches(call, tiles), {}
+    head, workspace, initial = [], {}, "initial_state"
     part = Part(segments, choice.first_percent, choice.last_percent, walked=segments)
     if choice.concurrent:
         initial = "after_first"
         workspace[initial] = (call.state_shape, call.state_dtype)
-        head = part._replace(walked=1)
+        first = part._replace(walked=1)
         part = part._replace(first=1, walked=segments - 1)
-        launches.append(
-            forward_hopper_launch(call, choice.concurrent, head, final=initial, concurrent=True)
-        )
+        width = choice.concurrent
+        head = forward_hopper_launches(call, width, first, final=initial, concurrent=True)
     workspace |= segment_arrays(call, part.walked - 1, reuse_t)
-    launches.append(transfer_launch(call, choice.transfer_tiles, part, reuse_t))
-    launches.append(forward_hopper_launch(call, tiles, part, initial=initial, reuse_t=reuse_t))
-    return launches, workspace
+    transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_t)
+    walks = forward_hopper_launches(call, tiles, part, initial=initial, reuse_t=reuse_t)
+    return [*head[:1], transfer, *head[1:], *walks], workspace
+
+
+def forward_hopper_launches(
+    call: Call, tiles: int, part: Part = WHOLE, *, concurrent: bool = False, **given
+) -> list[Launch]:
+    """A walk with output; with a gate two launches, of blocks without and with paired chunks.
+
+    All gated chunks of float16 are paired. Blocks with such chunks make T again that transfers have
+    kept: it would take registers that they need.
+    """
+    if call.gate is None:
+        return [forward_hopper_launch(call, tiles, part, concurrent=concurrent, **given)]
+    if call.dtype.name == "float16":
+        return [forward_hopper_launch(call, 1, part, concurrent=concurrent, **given)]
+    return [
+        forward_hopper_launch(call, tiles, part, paired=0, concurrent=concurrent, **given),
+        forward_hopper_launch(call, 1, part, paired=1, **(given | dict(reuse_t=False))),
+    ]
 
 
 def transfer_launch(call: Call, tiles: int, walked: Part, reuse_t: bool = False) -> Launch:
@@ -84,6 +105,7 @@ def forward_hopper_launch(
     final: str | None = "final_state",
     concurrent: bool = False,
     reuse_t: bool = False,
+    paired: int = 2,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
@@ -91,7 +113,8 @@ def forward_hopper_launch(
     from the identity; else from `initial` and, after the first segment of those walked, through
     what transfers have left; T is kept by these with `reuse_t`. A launch that is `concurrent` with
     transfers is placed in pairs like them: else it would leave them single multiprocessors, which
-    clusters cannot use.
+    clusters cannot use. With `paired` 0 and 1 only blocks without or with paired chunks walk
+    (sm90/tokens.cuh), else all of them.
     """
     p = call
     gate = p.gate is not None
@@ -101,6 +124,8 @@ def forward_hopper_launch(
     solvers = 1 if cluster > 1 else 3 - tiles
     stages = CLUSTER_STAGES if cluster > 1 else (GATED_STAGES if gate else STAGES)[tiles]
     grid = p.N * part.walked * p.HV * slices
+    warpgroups = 1 + tiles + solvers
+    choosing_warps = 4 * warpgroups if gate and paired < 2 else 0
     defines = variant(
         p,
         CHUNK,
@@ -115,6 +140,7 @@ def forward_hopper_launch(
         KEY_STAGES=stages[0],
         VALUE_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
+        **(dict(PAIRED=paired) if gate else {}),
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     transfers: tuple = ()
@@ -130,7 +156,7 @@ def forward_hopper_launch(
         box("o", values, WARP_CHANNELS),
         *transfers,
         "beta",
-        "g",
+        "token_factors" if gate else None,
         initial,
         "cu_seqlens",
         "o",
@@ -146,8 +172,8 @@ def forward_hopper_launch(
         "forward_hopper",
         defines,
         grid,
-        128 * (1 + tiles + solvers),
-        forward_shared(p.K, tiles, solvers, gate, not transfer, joins, stages),
+        128 * warpgroups,
+        forward_shared(p.K, tiles, gate, not transfer, joins, stages, choosing_warps),
         arguments,
         arch="sm_90a",
         concurrent=concurrent,
@@ -155,7 +181,13 @@ def forward_hopper_launch(
 
 
 def forward_shared(
-    K: int, value_tiles: int, solvers: int, gate: bool, output: bool, joins: bool, stages: tuple
+    K: int,
+    value_tiles: int,
+    gate: bool,
+    output: bool,
+    joins: bool,
+    stages: tuple,
+    choosing_warps: int = 0,
 ) -> int:
     """Return the bytes of shared memory of a walk, as sm90/forward.cu carves them."""
     keys, values, factors = stages
@@ -165,8 +197,8 @@ def forward_shared(
     if output:
         tiles += [(value_tiles * count, size), (factors * count, size)]
     tiles += [(values * value_tiles * count, size), (factors * count, size)]
-    rest = [(A_STAGES * INVERSE, 4), (factors * CHUNK, 4)]
-    if gate:
-        rest += [(factors * CHUNK, 4), (factors * CHUNK, 4), (solvers * GATE_WORDS, 4)]
+    words = RECORD_WORDS if gate else CHUNK
+    rest = [(A_STAGES * INVERSE, 4), (keys * words, 4)]
     barriers = 2 * (keys + values + factors + A_STAGES) + 2 + joins * JOIN_BARRIERS
-    return carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
+    end = carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
+    return carve((choosing_warps, 4), start=end) if choosing_warps else end

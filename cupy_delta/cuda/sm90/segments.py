@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...call import Call
-from ..spec import TensorBox, slots
-from .tiles import BOX, CHUNK
+from ..spec import SUMS, TensorBox, slots
+from .tiles import BOX, CHUNK, RECORD_WORDS
 
 
 class Part(NamedTuple):
@@ -46,3 +46,8 @@ def kept_box(call: Call) -> TensorBox:
     """T of one chunk and value head."""
     shape, _ = segment_arrays(call, 0, keeps_t=True)["segment_t"]
     return TensorBox("segment_t", shape, (1, 1, CHUNK, CHUNK))
+
+
+def record_array(call: Call) -> dict:
+    """What sm90/gates.cu leaves: a record per chunk and value head."""
+    return {"token_factors": ((slots(call, CHUNK), call.HV, RECORD_WORDS), SUMS)}

@@ -11,6 +11,8 @@ WARP_CHANNELS = 16  # of an output that a warp sends
 TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
+# As sm90/tokens.cuh: the record of a chunk and value head, of factors with gaps between rows.
+RECORD_WORDS = 5 * (CHUNK + 4) + 8 + CHUNK
 # Blocks of a transfer that solve chunks for each other, where their number allows.
 CLUSTER = 2
 

@@ -19,7 +19,8 @@ from ..spec import (
 from ..tokens.l2norm import normalised
 from . import cost
 from .forward import transfer_launch
-from .segments import Part, segment_arrays, transfer_box
+from .gates import token_factors_launch
+from .segments import Part, record_array, segment_arrays, transfer_box
 from .tiles import (
     BARRIER,
     BOX,
@@ -52,6 +53,9 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
         part = Part(choice.segments, walked=choice.segments)
+        if call.gate is not None:
+            workspace |= record_array(call)
+            launches.append(token_factors_launch(call))
         launches.append(transfer_launch(call, choice.transfer_tiles, part))
     launches.append(forward_residuals_hopper_launch(call, choice))
     return Plan(tuple(launches), outputs, workspace)

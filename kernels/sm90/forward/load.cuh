@@ -1,6 +1,7 @@
-// The loading warp of sm90/forward.cu: K and Q, and V, of each chunk by TMA, as soon as their buffers are free.
+// The loading warp of sm90/forward.cu: K and Q, and V, of each chunk by TMA, as soon as their buffers are free, and
+// what is to be known of each token.
 #pragma once
-#include "sm90/forward/shared.cuh"
+#include "sm90/forward/tokens.cuh"
 
 // Boxes of 64 channels of a chunk's tokens, PITCH elements from one to the next.
 template <int BOXES, int PITCH>
@@ -12,11 +13,12 @@ PRIM void load_boxes(DTYPE* tiles, const TensorMap* map, uint64_t* barrier, cons
 }
 
 // `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
-PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, int lane) {
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, TokenLoader& tokens, uint64_t* joined, int lane) {
   // The solvers want K and Q some chunks before the walk wants V.
   constexpr int AHEAD = KEY_STAGES - VALUE_STAGES;
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
+  tokens.ask(0);
   for (int i = 0; i < work.chunks + AHEAD; i++) {
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     auto clears = [&](int c) { return VARLEN && work.tokens(c) < CHUNK; };
@@ -32,13 +34,17 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
         load_boxes<K_BOXES, KEY_PITCH>(s.q + keys.stage * KEYS, maps.q, barrier, work, 0, work.h, c);
 #endif
       }
+      __syncwarp();
+      tokens.write(tokens_of(s, keys.stage), c);
       if (clears(c)) {
-        __syncwarp();
         mbarrier_wait(barrier, 0);
-        clear_rows(k, KEYS / TILE, work.tokens(c), lane);
+        clear_rows(k, KEYS / TILE, work.tokens(c), opaque(lane));
         async_proxy_fence();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(full);
+      }
+      __syncwarp();
+      if (lane == 0) {
+        mbarrier_arrive(full);
+        if (clears(c)) mbarrier_arrive(full);  // for the copies, which have landed
       }
       keys.advance();
     }
@@ -53,12 +59,13 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
       if (clears(c)) {
         __syncwarp();
         mbarrier_wait(barrier, 0);
-        clear_rows(v, MATH, work.tokens(c), lane);
+        clear_rows(v, MATH, work.tokens(c), opaque(lane));
         async_proxy_fence();
         __syncwarp();
         if (lane == 0) mbarrier_arrive(full);
       }
       values.advance();
     }
+    if (i < work.chunks) tokens.ask(i + 1);
   }
 }

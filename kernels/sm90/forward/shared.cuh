@@ -1,5 +1,6 @@
 // What the roles of sm90/forward.cu share: sizes, registers, shared memory and what a block works on.
 #pragma once
+#include "sm90/tokens.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
 #include "tiles/unit_inverse.cuh"
@@ -7,12 +8,23 @@
 #define WITH_OUTPUT (!TRANSFER)
 // T that transfers have kept is given to all but the last segment, which has no transfer.
 #define WITH_GIVEN (JOINS && KEPT)
+// A walk with output has no registers to spare for paired chunks (sm90/tokens.cuh), so there are two launches: with
+// PAIRED 0 blocks that would meet one leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
+#if HAS_GATE
+#define WITH_PAIRS (PAIRED > 0)
+#define CHOOSES_BLOCKS (PAIRED < 2)
+#else
+#define WITH_PAIRS 0
+#define CHOOSES_BLOCKS 0
+#endif
 // Where registers suffice, Q S is under way while R is formed.
-#define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1)
-// Where they do not even for N beside what a gate needs, N waits for Q S in the box of O.
-#define PARKED_N (WITH_OUTPUT && MATH == 2 && HAS_GATE)
+#define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1 && !WITH_PAIRS)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
+// With a gate or two slices registers do not suffice for the output of the chunk before beside the last products.
+#define SEND_FIRST (MATH == 2 || HAS_GATE)
+// V, whose rows a gate scales, is added to K S; without one it is where sums start.
+#define LATE_VALUES HAS_GATE
 #if CLUSTER > 1
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
 #elif PLACED > 1
@@ -31,8 +43,8 @@ constexpr int TILE = CHUNK * BOX;                                               
 // takes both.
 constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;
 // Registers per thread: 65536 in all.
-constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 && !HAS_GATE ? 64 : 56;
-constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 1 ? 120 : HAS_GATE ? 104 : 96;
+constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
+constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 1 ? 120 : 96;
 constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
@@ -42,8 +54,8 @@ constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per
 // States are joined in what is K's and Q's from this chunk on.
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
 static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
-constexpr int GATE_WORDS = 4 * CHUNK;  // of a solver
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
+constexpr int TOKEN_WORDS = HAS_GATE ? RECORD_WORDS : FACTOR_WORDS;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
@@ -54,23 +66,10 @@ static_assert(!(TRANSFER && JOINS), "a transfer starts from what is known");
 static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 
-// Of a chunk that is being solved: running sums of gates, and the decays of a token since the block of 16 before its
-// own and until its block's end.
-struct Gates {
-  float2* G;
-  float *since, *until;
-};
-
 struct Shared {
   DTYPE *k, *q, *v, *o, *t, *p;
-  float *decay, *rest, *a, *beta;  // decay e^G, rest e^(G_C - G)
-  float* solved_gates;
+  float *a, *tokens;
   uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
-
-  PRIM Gates gates(int solver) const {
-    float* x = solved_gates + solver * GATE_WORDS;
-    return {(float2*)x, x + 2 * CHUNK, x + 3 * CHUNK};
-  }
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -84,12 +83,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
   s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
   s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
-  s.beta = smem.take<float>(FACTOR_STAGES * CHUNK, "beta");
-#if HAS_GATE
-  s.decay = smem.take<float>(FACTOR_STAGES * CHUNK, "decay");
-  s.rest = smem.take<float>(FACTOR_STAGES * CHUNK, "rest");
-  s.solved_gates = smem.take<float>(SOLVERS * GATE_WORDS, "gates of solvers");
-#endif
+  s.tokens = smem.take<float>(KEY_STAGES * TOKEN_WORDS, "tokens");
   auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
   s.keys_full = barriers(KEY_STAGES, "keys full");
   s.keys_free = barriers(KEY_STAGES, "keys free");
@@ -117,13 +111,21 @@ PRIM void clear_factors(const Shared& s, int thread) {
 // What a block works on.
 struct Work {
   Sequence sequence;
-  int chunks, channel, h, hv, batch;  // channel: the block's first one
-  bool values;                        // or P
-  bool keeps, given;                  // T: stored for the walk that follows; stored by the transfer before
-  int start;                          // coordinate of its first token in the tensor maps
-  int rank;                           // in its cluster: it solves chunks rank, rank + CLUSTER, ...
+  int chunks, channel, h, hv, HV, batch;  // channel: the block's first one
+  bool values;                            // or P
+  bool keeps, given;                      // T: stored for the walk that follows; stored by the transfer before
+  int start;                              // coordinate of its first token in the tensor maps
+  int rank;                               // in its cluster: it solves chunks rank, rank + CLUSTER, ...
+  int first_chunk;                        // its slot
+  const float* records;                   // of all chunks, with a gate; see sm90/tokens.cuh
 
+  PRIM const float* record(int c) const { return records + ((int64_t)(first_chunk + c) * HV + hv) * RECORD_WORDS; }
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
+};
+
+// Which sequence, and which of the segments that are walked.
+struct Place {
+  int n, step, walked;
 };
 
 struct Maps {

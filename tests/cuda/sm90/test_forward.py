@@ -117,8 +117,9 @@ def test_t_is_kept_by_clusters_for_walks_of_one_slice(K, V):
 
 @pytest.mark.parametrize(("heads", "math"), [(64, 2), (4, 1)])
 def test_gates_take_as_many_slices_as_fill_the_multiprocessors(heads, math):
-    walk = launched(H200, dtype="bfloat16", B=4, T=8192, H=heads, gate=True)[-1]
+    walk, paired = launched(H200, dtype="bfloat16", B=4, T=8192, H=heads, gate=True)[-2:]
     assert dict(walk.defines)["MATH"] == math
+    assert [dict(x.defines)["PAIRED"] for x in (walk, paired)] == [0, 1]
 
 
 def check(divided, args, kw):

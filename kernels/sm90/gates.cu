@@ -1,0 +1,115 @@
+// What gates do in a chunk, for the walks of sm90/forward.cu: the records of sm90/tokens.cuh, one per chunk and value
+// head, (chunk slots, HV, RECORD_WORDS) in float. A slot that no chunk has is left alone.
+//
+// Numbers: see sm90/tokens.cuh. The whole part of an exponent of 2 is exact, so that another F changes no digit.
+//
+// Macros: DTYPE, which decides RANGE; CHUNK (64), HAS_GATE (1), VARLEN. Grid: chunk slots * ceil(HV / HEADS) blocks of
+// 32 HEADS threads: a warp per record, a lane per two tokens. Shared memory: none.
+#include "sm90/tokens.cuh"
+#include "tiles/sequence.cuh"
+
+constexpr int HEADS = 8;
+
+// x in parts, so that 2^(x + n) has the same digits for every whole n.
+struct Exponent {
+  int whole;
+  float fraction;
+};
+PRIM Exponent split(float x) {
+  const float whole = floorf(x);
+  return {(int)fminf(fmaxf(whole, -9999.0f), 9999.0f), x - whole};  // NaN stays in the fraction
+}
+// x 2^n, zero for n below -126.
+PRIM float scaled(float x, int n) { return x * __uint_as_float((uint32_t)(max(min(n, 128), -127) + 127) << 23); }
+
+template <class Combine>
+PRIM float over_lanes(float x, Combine combine) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(~0u, x, distance));
+  return x;
+}
+
+// Running sums of a chunk's gates; a lane has two tokens.
+struct Sums {
+  float G[2], end, lost;  // lost: what the true sum of all lies below `end`
+  int F;
+  bool paired;
+};
+
+PRIM Sums sum_gates(float2 g, int lane) {
+  constexpr float LOG2_E = 1.44269504f;
+  const float x[2] = {LOG2_E * g.x, LOG2_E * g.y};
+  float within[2], lost = 0.0f, lowest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    within[i] = x[i] < -FLOOR ? -FLOOR : x[i];  // NaN stays
+    if (x[i] < -FLOOR) lost += x[i] + FLOOR;
+  }
+  float sum = within[0] + within[1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float below = __shfl_sync(~0u, sum, max(lane - distance, 0));
+    if (lane >= distance) sum += below;
+  }
+  // Nothing of the later of two tokens is in the sum of the earlier one.
+  const float below = __shfl_sync(~0u, sum, max(lane - 1, 0));
+  Sums s = {{(lane > 0 ? below : 0.0f) + within[0], sum}, __shfl_sync(~0u, sum, 31)};
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (fabsf(s.G[i]) <= RANGE) lowest = fminf(lowest, s.G[i]);
+  s.lost = over_lanes(lost, [](float a, float b) { return a + b; });
+  s.F = (int)rintf(0.5f * over_lanes(lowest, [](float a, float b) { return fminf(a, b); }));
+  s.paired = !(fabsf(s.end) <= RANGE);
+  return s;
+}
+
+PRIM void write_gates(float* record, const Sums& s, float scale, int lane) {
+  const int at = factor_place(2 * lane);
+  float F[2], down[2], up[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const Exponent G = split(s.G[i]);
+    F[i] = (float)s.F;
+    down[i] = scaled(exp2f(-G.fraction), s.F - G.whole);
+    up[i] = scale * scaled(exp2f(G.fraction), G.whole - s.F);
+    if (!(fabsf(s.G[i]) <= RANGE)) F[i] = s.G[i], down[i] = 0.0f, up[i] = scale;
+  }
+  *(float2*)&record[DOWN_AT + at] = make_float2(down[0], down[1]);
+  *(float2*)&record[UP_AT + at] = make_float2(up[0], up[1]);
+  if (s.paired) {
+    *(float2*)&record[READS_AT + at] = make_float2(exp2f(F[0] - s.F), exp2f(F[1] - s.F));
+    *(float2*)&record[WRITES_AT + at] = make_float2(exp2f(s.end - F[0]), exp2f(s.end - F[1]));
+    *(float2*)&record[REFERENCE_AT + 2 * lane] = make_float2(F[0], F[1]);
+  }
+  if (lane > 0) return;
+  const Exponent end = split(s.end);
+  ChunkGates gates = {};
+  gates.paired = s.paired, gates.forget = exp2f(s.lost), gates.decay = exp2f(s.end + s.lost);
+  gates.carry = s.paired ? exp2f(s.end + s.lost - s.F) : scaled(exp2f(end.fraction), end.whole - s.F);
+  gates.enter = scaled(1.0f, s.F);
+  *(ChunkGates*)&record[GATES_AT] = gates;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * HEADS)
+    token_factors(const float* beta, const float* g, const int64_t* cu_seqlens, float* token_factors, float scale,
+                  int N, int T, int HV) {
+  const int groups = (HV + HEADS - 1) / HEADS, lane = threadIdx.x % 32;
+  const int64_t slot = blockIdx.x / groups;
+  const int hv = blockIdx.x % groups * HEADS + threadIdx.x / 32;
+  const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
+  if (chunk.tokens <= 0 || hv >= HV) return;
+  auto read = [&](const float* x) {
+    const int t = 2 * lane;
+    const int64_t row = chunk.first + t;
+    return make_float2(t < chunk.tokens ? x[row * HV + hv] : 0.0f,
+                       t + 1 < chunk.tokens ? x[(row + 1) * HV + hv] : 0.0f);
+  };
+  float* record = token_factors + (slot * HV + hv) * RECORD_WORDS;
+  // What lies between rows of factors is brought with them.
+  const int gaps[] = {BETA_AT, DOWN_AT, UP_AT, READS_AT, WRITES_AT};
+#pragma unroll
+  for (int i = 0; i < 5; i++)
+    if (lane == i) *(float4*)&record[gaps[i] + 2 * 16] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  *(float2*)&record[BETA_AT + factor_place(2 * lane)] = read(beta);
+  write_gates(record, sum_gates(read(g), lane), scale, lane);
+}

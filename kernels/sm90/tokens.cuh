@@ -1,0 +1,53 @@
+// What a walk over chunks needs to know of each token beside K, Q and V: beta, and what its gate does.
+//
+// In powers of two: G_i is the running sum of log2(e) g in the chunk, G_C its last one, and every token has a reference
+// F_i. The walk holds rows of tokens in units of 2^(G_i - F_i),
+//
+//   R'_i = R_i / 2^(G_i - F_i)     N'_i = N_i / 2^(G_i - F_i)     O_i = 2^(G_i - F_i) O'_i
+//
+// so that the decay of what token i reads of token j becomes 2^(F_i - F_j). Where a chunk forgets at most RANGE, all
+// F_i are one whole number F in the middle: there is no decay between tokens at all, S is in units of 2^F, and factors
+// of rows, and of the state from one chunk's units to the next one's, have room in a float. Beyond, a token whose own
+// G_i lies within RANGE keeps F, and the others have F_i = G_i: a chunk that is "paired", since the decays between
+// pairs of tokens have to be formed.
+//
+// Which of the two a token has follows from gates up to its own, and another F is a power of two, which changes no
+// rounding: so no output depends on a later gate by a single bit.
+//
+// A gate counts for at least -FLOOR inside its chunk: what lies before it adds 2^-FLOOR of its size to what comes
+// after. The state that leaves the chunk has of the one that entered it what the true gates leave, of -inf nothing.
+//
+// Numbers: sums in float, off by at most 1e-5 within RANGE, and so are factors: a hundredth of what operands are
+// rounded by. float16 has no room for factors of rows: all its gated chunks are paired.
+#pragma once
+#include "primitives/primitives.cuh"
+
+constexpr float FLOOR = 41.0f, RANGE = IsHalf<DTYPE>::value ? -1.0f : 3 * FLOOR + 3.0f;
+
+// What a gate does to the state over a chunk.
+struct alignas(16) ChunkGates {
+  float paired;  // 0 or 1
+  float forget;  // of the state that enters, beyond what FLOOR lets be forgotten, unless paired
+  float carry;   // 2^(G_C - F), into true units; of the true gates if paired
+  float decay;   // e^(sum of g)
+  float enter;   // 2^F, from true units into this chunk's
+  float unused[3];
+};
+
+// The record of a chunk and value head, in floats: factors of tokens by factor_place, then the chunk's own. Only a
+// paired chunk has the rest.
+constexpr int ROW_GAP = HAS_GATE ? 4 : 0;  // without a gate there is beta alone, and no room
+constexpr int FACTOR_WORDS = CHUNK + ROW_GAP;
+constexpr int BETA_AT = 0, DOWN_AT = FACTOR_WORDS,
+              UP_AT = 2 * FACTOR_WORDS;  // beta; 1 / 2^(G - F), 0 if F_i = G_i; scale / that
+constexpr int GATES_AT = 3 * FACTOR_WORDS, RECORD_HEAD = GATES_AT + 8;
+constexpr int READS_AT = RECORD_HEAD, WRITES_AT = READS_AT + FACTOR_WORDS;  // 2^(F_i - F); 2^(G_C - F_i)
+constexpr int REFERENCE_AT = WRITES_AT + FACTOR_WORDS, RECORD_WORDS = REFERENCE_AT + CHUNK;  // F_i, in their order
+
+// Where the factor of a token lies, an even one's beside the next one's: the 16 that a thread needs of a product's
+// columns are one row, quads of which lie in other banks than those of the other three rows.
+PRIM int factor_row(int row) { return row * 16 + row / 2 * ROW_GAP; }
+PRIM int factor_place(int token) { return factor_row(token % 8 / 2) + token / 8 * 2 + token % 2; }
+// The factors of the columns that a thread, whose row begins at `at`, has of tiles 2 i (x and y) and 2 i + 1 (z and w).
+PRIM float4 factor_quad(const float* factors, int at, int i) { return *(const float4*)&factors[at + 4 * i]; }
+PRIM float2 factor_pair(const float* factors, int token) { return *(const float2*)&factors[factor_place(token)]; }

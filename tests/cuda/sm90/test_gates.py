@@ -1,0 +1,141 @@
+"""Gates on compute capability 9.0: within the range of tokens' units, at its border, beyond."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import HOPPER, Run
+from helpers import definition, make_inputs
+from rounded import error, rounded_products, twice, wide
+
+import cupy_delta as cd
+from cupy_delta.cuda.sm90 import cost
+from cupy_delta.cuda.sm90.tiles import CHUNK
+from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.cuda.variants import launches_of
+
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+H200 = DeviceFacts(132, 227 * 1024, (9, 0))
+T = 200
+# Of RANGE powers of two per chunk: natural logarithms per token on either side of it.
+WITHIN, BEYOND = -1.36, -1.37
+
+
+@pytest.fixture
+def divided(monkeypatch, emulated):
+    """Return a function that fixes how a walk is divided, on a Hopper device."""
+
+    def use(*choice, run=None, **more):
+        monkeypatch.setattr(cost, "choose_forward", lambda *_: cost.Choice(*choice, **more))
+        emulated(run, **HOPPER)
+
+    return use
+
+
+def gated(gates, dtype=BF16, **options):
+    """Inputs with these gates, one per token or the same for all; a scale tells calls apart."""
+    options = dict(K=64, V=64, G=2, dtype=dtype, initial=True, beta=(0, 2)) | options
+    args, kw = make_inputs(T, gate="scalar", **options)
+    args[4] = np.broadcast_to(np.reshape(gates, (1, -1, 1)), args[4].shape).astype(np.float32)
+    return args, kw
+
+
+def check(args, kw):
+    """Compare with float64: within 2x of plain rounded products, token by token where it counts."""
+    result = cd.chunk_delta_rule(*args, **kw)
+    exact = definition(*wide(args, kw)[0], **wide(args, kw)[1])
+    for x, y, other in zip(result, exact, rounded_products(args, kw, CHUNK), strict=True):
+        assert error(x, y) < twice(other, y)
+    return result
+
+
+def at(tokens, gate, others=-0.01):
+    gates = np.full(T, others)
+    gates[tokens] = gate
+    return gates
+
+
+@pytest.mark.parametrize("gate", [-0.5, -1.2, -1.3, WITHIN, BEYOND, -2.4, -5.0, -20.0])
+def test_constant_gates(divided, gate):
+    divided(1)
+    check(*gated(gate))
+
+
+@pytest.mark.parametrize("gate", [-20.0, -88.0, -1000.0, -np.inf])
+@pytest.mark.parametrize("token", [0, 1, 31, 32, 63, 64, 127, T - 1])
+def test_a_single_reset(divided, gate, token):
+    divided(1)
+    check(*gated(at([token], gate)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("count", [2, 3, 4, 9])
+def test_resets_among_long_memory(divided, dtype, count):
+    """Three fit into the range of a chunk, four do not."""
+    divided(2)
+    tokens = np.linspace(66, 126, count).astype(int)
+    check(*gated(at(tokens, -np.inf, -0.001), dtype))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_any_decay(divided, dtype):
+    divided(1)
+    rng = np.random.default_rng(3)
+    check(*gated(-rng.exponential(size=T) * rng.choice([0.01, 1.0, 5.0, 30.0], T), dtype))
+
+
+@pytest.mark.parametrize("gates", [-0.3, -5.0, at([70, 71, 72, 73, 74], -200.0)])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_the_division_of_value_channels_changes_no_bit(divided, gates, segments):
+    args, kw = gated(gates, V=128, K=128)
+    results = []
+    for tiles in (1, 2):
+        divided(tiles, segments, tiles)
+        results.append(cd.chunk_delta_rule(*args, **kw))
+    for x, y in zip(*results, strict=True):
+        assert np.array_equal(x.view("u1"), y.view("u1"))
+
+
+# Later gates change the chunk's reference, make tokens leave its range, or another chunk do so.
+@pytest.mark.parametrize("later", [-0.01, -1.0, -3.0, -40.0, -np.inf])
+@pytest.mark.parametrize("first", [100, 128])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_outputs_do_not_depend_on_later_gates_by_a_bit(divided, later, first, dtype):
+    divided(1)
+    gates = -np.random.default_rng(1).exponential(0.4, T)
+    changed = gates.copy()
+    changed[first:] = later
+    calls = (gated(g, dtype) for g in (gates, changed))
+    both = [cd.chunk_delta_rule(*args, **kw).o for args, kw in calls]
+    assert np.array_equal(both[0][:, :first].view("u2"), both[1][:, :first].view("u2"))
+    assert not np.array_equal(both[0][:, first:].view("u2"), both[1][:, first:].view("u2"))
+
+
+@pytest.mark.parametrize("gates", [-0.2, -6.0])
+def test_any_order_of_events_gives_the_same_bits(divided, gates):
+    args, kw = gated(gates)
+    runs = [Run(), Run(schedule="descending", completion="early")]
+    runs.append(Run(schedule="random", completion="either", preempt=30, seed=1))
+    results = []
+    for run in runs:
+        divided(1, 3, 1, run=run)
+        results.append(cd.chunk_delta_rule(*args, **kw))
+    for result in results[1:]:
+        assert np.array_equal(result.o.view("u2"), results[0].o.view("u2"))
+        assert np.array_equal(result.final_state, results[0].final_state)
+
+
+def test_empty_sequences_keep_their_state(divided):
+    divided(1)
+    cu_seqlens = [0, 0, 70, 70, T]
+    args, kw = gated(at([3, 80, 81, 82, 83], -300.0), cu_seqlens=cu_seqlens)
+    result = check(args, kw)
+    for n in (0, 2):
+        assert np.array_equal(result.final_state[n], kw["initial_state"][n])
+
+
+def test_a_gated_walk_is_two_launches_and_of_float16_one():
+    sizes = dict(K=128, V=128, H=64, B=4, T=8192, gate=True)
+    for dtype, paired in (("bfloat16", [0, 1]), ("float16", [2])):
+        launches = launches_of(H200, ("forward",), dtype=dtype, **sizes)
+        walks = [x for x in launches if x.entry == "forward_hopper"]
+        assert [dict(x.defines)["PAIRED"] for x in walks] == paired
