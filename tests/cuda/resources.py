@@ -63,6 +63,7 @@ CALLS = (
 )
 # Chunks of 64 for which not every architecture has the shared memory, and what differs there alone.
 HOPPER_CALLS = (
+    dict(dtype="float16", K=128, V=128, gate=True, H=8, T=32768, passes=("forward",)),
     dict(
         dtype="float16",
         K=128,

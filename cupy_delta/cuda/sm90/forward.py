@@ -80,11 +80,12 @@ def forward_hopper_launches(
     """
     if call.gate is None:
         return [forward_hopper_launch(call, tiles, part, concurrent=concurrent, **given)]
+    of_pairs = given | dict(reuse_t=False)
     if call.dtype.name == "float16":
-        return [forward_hopper_launch(call, 1, part, concurrent=concurrent, **given)]
+        return [forward_hopper_launch(call, 1, part, concurrent=concurrent, **of_pairs)]
     return [
         forward_hopper_launch(call, tiles, part, paired=0, concurrent=concurrent, **given),
-        forward_hopper_launch(call, 1, part, paired=1, **(given | dict(reuse_t=False))),
+        forward_hopper_launch(call, 1, part, paired=1, **of_pairs),
     ]
 
 
