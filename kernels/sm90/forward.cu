@@ -190,6 +190,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
         take_joins(smem, *states.p, states.h, states.decays, s.k + JOIN_STAGE * KEYS, s.k + (JOIN_STAGE + 1) * KEYS);
   int* found = CHOOSES_BLOCKS ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
+  static_assert(CLUSTER == 1 || !CHOOSES_BLOCKS, "its cluster would wait for a block that leaves");
   if constexpr (CHOOSES_BLOCKS)
     if (meets_pairs(work, found) != WITH_PAIRS) return;
   if (threadIdx.x == 0) {

@@ -19,7 +19,7 @@ PRIM Exponent split(float x) {
   const float whole = floorf(x);
   return {(int)fminf(fmaxf(whole, -9999.0f), 9999.0f), x - whole};  // NaN stays in the fraction
 }
-// x 2^n, zero for n below -126.
+// x 2^n, zero for n below -126, Inf for n above 127, where gates above zero alone lead.
 PRIM float scaled(float x, int n) { return x * __uint_as_float((uint32_t)(max(min(n, 128), -127) + 127) << 23); }
 
 template <class Combine>
@@ -39,7 +39,7 @@ struct Sums {
 PRIM Sums sum_gates(float2 g, int lane) {
   constexpr float LOG2_E = 1.44269504f;
   const float x[2] = {LOG2_E * g.x, LOG2_E * g.y};
-  float within[2], lost = 0.0f, lowest = 0.0f;
+  float within[2], lost = 0.0f, lowest = 0.0f, beyond = 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     within[i] = x[i] < -FLOOR ? -FLOOR : x[i];  // NaN stays
@@ -56,10 +56,14 @@ PRIM Sums sum_gates(float2 g, int lane) {
   Sums s = {{(lane > 0 ? below : 0.0f) + within[0], sum}, __shfl_sync(~0u, sum, 31)};
 #pragma unroll
   for (int i = 0; i < 2; i++)
-    if (fabsf(s.G[i]) <= RANGE) lowest = fminf(lowest, s.G[i]);
+    if (fabsf(s.G[i]) <= RANGE)
+      lowest = fminf(lowest, s.G[i]);
+    else
+      beyond = 1.0f;  // NaN, too
   s.lost = over_lanes(lost, [](float a, float b) { return a + b; });
   s.F = (int)rintf(0.5f * over_lanes(lowest, [](float a, float b) { return fminf(a, b); }));
-  s.paired = !(fabsf(s.end) <= RANGE);
+  // Not by `end` alone: lanes sum in other orders, so that a G before it may lie lower by a rounding.
+  s.paired = over_lanes(beyond, [](float a, float b) { return fmaxf(a, b); }) != 0.0f;
   return s;
 }
 

@@ -64,8 +64,9 @@ PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][
 // ---- what a walk makes of it --------------------------------------------------------------------------------
 
 constexpr int JOIN_BARRIERS = 5;
-// Where registers suffice, H is on its way while the products are made.
-constexpr bool EARLY_H = MATH_REGISTERS >= 216;
+// Where registers suffice, H is on its way while the products are made. Elsewhere it is added before them, but with a
+// gate: two launches of one division walk its blocks, and they have to agree to the bit.
+constexpr bool EARLY_H = MATH_REGISTERS >= 216, H_FIRST = !EARLY_H && !HAS_GATE;
 
 struct Joins {
   const TensorMap* p;
@@ -139,7 +140,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #pragma unroll
       for (int l = 0; l < 4; l++) S[j][l] *= c;
 #endif
-    if (!EARLY_H) {
+    if (H_FIRST) {
       load_h();
       add_h();
     }
@@ -153,7 +154,8 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
-    if (EARLY_H) add_h();
+    if (!EARLY_H && !H_FIRST) load_h();
+    if (!H_FIRST) add_h();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(joins.free + buffer);
     if (loads && i + 2 < count) {

@@ -12,13 +12,14 @@
 // pairs of tokens have to be formed.
 //
 // Which of the two a token has follows from gates up to its own, and another F is a power of two, which changes no
-// rounding: so no output depends on a later gate by a single bit.
+// rounding of normal numbers: so no output depends on a later gate by a single bit, unless a state below 2^-63 meets
+// such a unit, or something overflows or is NaN, which may spread within its chunk.
 //
 // A gate counts for at least -FLOOR inside its chunk: what lies before it adds 2^-FLOOR of its size to what comes
 // after. The state that leaves the chunk has of the one that entered it what the true gates leave, of -inf nothing.
 //
-// Numbers: sums in float, off by at most 1e-5 within RANGE, and so are factors: a hundredth of what operands are
-// rounded by. float16 has no room for factors of rows: all its gated chunks are paired.
+// Numbers: sums in float, off by some 1e-5 within RANGE (at most 5e-5), and so are factors: a hundredth of what
+// operands are rounded by. float16 has no room for factors of rows: all its gated chunks are paired.
 #pragma once
 #include "primitives/primitives.cuh"
 

@@ -84,7 +84,8 @@ def choices(call: Call, rates: Rates) -> Iterator[Choice]:
         for segments, transfer in product(SEGMENTS[1:], widths):
             choice = Choice(tiles, segments, transfer)
             # Walks with two tiles do not wait for their solver: to be given T costs them time.
-            if rates.given_walk and tiles == 1 and transfer_cluster(call, transfer) > 1:
+            given = rates.given_walk and takes_t(call)
+            if given and tiles == 1 and transfer_cluster(call, transfer) > 1:
                 percent = round(100 * rates.given_walk / rates.walk[1])
                 choice = choice._replace(reuse_t=True, last_percent=percent)
             yield choice
@@ -92,6 +93,11 @@ def choices(call: Call, rates: Rates) -> Iterator[Choice]:
                 for first in widths:
                     percent = round(100 * rates.transfer[transfer] / rates.concurrent_walk[first])
                     yield choice._replace(concurrent=first, first_percent=percent)
+
+
+def takes_t(call: Call) -> bool:
+    """Return whether a walk has room for T of its transfers: not if all its chunks are paired."""
+    return call.gate is None or call.dtype.name != "float16"
 
 
 def cost(choice: Choice, call: Call, facts: DeviceFacts, rates: Rates, least: float) -> float:

@@ -224,6 +224,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) {
+      // A solver that reads no more has left the keys, but not beta: walkers free that, too, after these factors.
       if (reads_more) mbarrier_arrive(s.keys_free + keys.stage);
       mbarrier_arrive(s.factors_full + factors.stage);
     }

@@ -8,6 +8,7 @@ from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
+from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.sm90 import cost
 from cupy_delta.cuda.sm90.tiles import CHUNK
 from cupy_delta.cuda.spec import DeviceFacts
@@ -26,13 +27,14 @@ def divided(monkeypatch, emulated):
 
     def use(*choice, run=None, **more):
         monkeypatch.setattr(cost, "choose_forward", lambda *_: cost.Choice(*choice, **more))
+        monkeypatch.setattr(plans, "plan", plans.made)  # a plan that is kept has another division
         emulated(run, **HOPPER)
 
     return use
 
 
 def gated(gates, dtype=BF16, **options):
-    """Inputs with these gates, one per token or the same for all; a scale tells calls apart."""
+    """Inputs with these gates, one per token or the same for all."""
     options = dict(K=64, V=64, G=2, dtype=dtype, initial=True, beta=(0, 2)) | options
     args, kw = make_inputs(T, gate="scalar", **options)
     args[4] = np.broadcast_to(np.reshape(gates, (1, -1, 1)), args[4].shape).astype(np.float32)
@@ -83,7 +85,7 @@ def test_any_decay(divided, dtype):
     check(*gated(-rng.exponential(size=T) * rng.choice([0.01, 1.0, 5.0, 30.0], T), dtype))
 
 
-@pytest.mark.parametrize("gates", [-0.3, -5.0, at([70, 71, 72, 73, 74], -200.0)])
+@pytest.mark.parametrize("gates", [-0.001, -0.3, -5.0, at([70, 71, 72, 73, 74], -200.0)])
 @pytest.mark.parametrize("segments", [1, 3])
 def test_the_division_of_value_channels_changes_no_bit(divided, gates, segments):
     args, kw = gated(gates, V=128, K=128)
@@ -108,6 +110,36 @@ def test_outputs_do_not_depend_on_later_gates_by_a_bit(divided, later, first, dt
     both = [cd.chunk_delta_rule(*args, **kw).o for args, kw in calls]
     assert np.array_equal(both[0][:, :first].view("u2"), both[1][:, :first].view("u2"))
     assert not np.array_equal(both[0][:, first:].view("u2"), both[1][:, first:].view("u2"))
+
+
+@pytest.mark.parametrize("choice", [(2,), (2, 2, 1), (2, 3, 1), (1, 2, 2, 0, 100, True, 50)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice, dtype):
+    """The state is still there after joins: these gates forget next to nothing."""
+    first = 190
+    gates = np.full(T, -0.001)
+    changed = gates.copy()
+    changed[first:] = -60.0
+    divided(*choice)
+    calls = (gated(g, dtype, K=128, V=128, H=2) for g in (gates, changed))
+    both = [cd.chunk_delta_rule(*args, **kw).o[:, :first] for args, kw in calls]
+    assert np.array_equal(both[0].view("u2"), both[1].view("u2"))
+
+
+@pytest.mark.parametrize("padding", [0, 14])
+def test_a_running_sum_may_round_below_the_last_one(divided, padding):
+    """Chunks of -126 powers of two to the rounding, which gates of zero or no tokens follow."""
+    divided(1)
+    rng = np.random.default_rng(0)
+    chunk = CHUNK - padding
+    args, kw = make_inputs(
+        chunk * 40, K=16, V=16, dtype=BF16, gate="scalar", cu_seqlens=chunk * np.arange(41)
+    )
+    gates = np.zeros((40, chunk))
+    gates[:, :50] = -rng.random((40, 50))
+    gates *= 126 * np.log(2) / -gates.sum(1, keepdims=True)
+    args[4] = np.broadcast_to(gates.reshape(1, -1, 1), args[4].shape).astype(np.float32)
+    check(args, kw)
 
 
 @pytest.mark.parametrize("gates", [-0.2, -6.0])
