@@ -52,9 +52,9 @@ def agreed_cut(
 def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.Problem:
     """Check a rank's arrays and options; return the call on them, with all sequences."""
     q, k, v, beta, g, out = (arrays[name] for name in ("q", "k", "v", "beta", "g", "out"))
-    # As a call of its own, for the values of the gate and the memory of `out`.
+    # As a call of its own, for the values of the gate.
     checks.operator_problem(
-        q, k, v, beta, g, initial_state=None, cu_seqlens=None, out=out, **options
+        q, k, v, beta, g, initial_state=None, cu_seqlens=None, out=None, **options
     )
     initial_state, cu_seqlens = states["initial_state"], states["cu_seqlens"]
     found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
@@ -68,7 +68,11 @@ def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.P
     _check_tokens(tokens, rank, size, call.T)
     if states_on not in ("ends", "all"):
         raise ValueError(f'states_on: expected "ends" or "all", got {states_on!r}')
-    return call.of(arrays | states)
+    problem = call.of(arrays | states)
+    if out is not None:
+        # Here, with the caller's own states: what a rank makes its call with are copies.
+        checks._check_written(problem, "out")
+    return problem
 
 
 def _check_tokens(tokens, rank: int, size: int, T: int) -> None:

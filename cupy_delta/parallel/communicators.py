@@ -63,8 +63,8 @@ class _Meeting:
         self.failed: dict[int, BaseException] = {}
 
     def exchange(self, rank: int, what: str, x: Any) -> list[Any]:
-        """Bring `x`, and return what all have brought."""
-        self.brought[rank] = x
+        """Bring a copy of `x`, which the rank may change at once; return what all have brought."""
+        self.brought[rank] = x.copy()
         self.times[rank] += 1
         self._wait(what, self.times[rank])
         found = list(self.brought)
@@ -104,7 +104,7 @@ class ThreadCommunicator:
     def shift(self, x, by: int):
         every = self._meeting.exchange(self.rank, "shift", x)
         source = self.rank - by
-        return every[source].copy() if 0 <= source < self.size else None
+        return every[source] if 0 <= source < self.size else None
 
 
 def in_threads(

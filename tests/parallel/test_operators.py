@@ -156,3 +156,17 @@ def test_float32_states_of_16_bit_arrays():
     alone = on_one_rank(*whole)
     as_shares = [(SimpleNamespace(o=alone[0], final_state=alone[1]), *alone[:2], alone[2])]
     assert worst(shares, on_one_rank(*exact)) < 2 * worst(as_shares, on_one_rank(*exact))
+
+
+@pytest.mark.parametrize("function", [parallel.chunk_delta_rule, parallel.chunk_delta_rule_fwd])
+def test_out_over_the_initial_state_is_refused_and_nothing_is_written(function):
+    x, beta = np.ones((1, 4, 1, 2)), np.full((1, 4, 1), 0.5)
+
+    def call(communicator):
+        memory = np.ones(8)
+        out, initial_state = memory.reshape(x.shape), memory[:4].reshape(1, 1, 2, 2)
+        with pytest.raises(ValueError, match="out: expected no memory in common with initial_s"):
+            function(communicator, x, x, x, beta, out=out, initial_state=initial_state)
+        return memory.tolist()
+
+    assert parallel.in_threads(2, call, 30) == [[1.0] * 8] * 2
