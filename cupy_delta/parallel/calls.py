@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ def agreed_cut(
     communicator, arrays, states, options, tokens, states_on, function
 ) -> tuple[checks.Problem, Cut]:
     """Check a rank's call, agree with the others on it, and return it with the cut."""
+    _check_communicator(communicator)
     rank, size = communicator.rank, communicator.size
     found: dict[str, Any] = {}
 
@@ -75,15 +77,33 @@ def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.P
     return problem
 
 
+def _check_communicator(communicator) -> None:
+    wanted = ("rank", "size", "all_gather", "shift")
+    if not all(hasattr(communicator, name) for name in wanted):
+        raise TypeError(
+            "communicator: expected an object with rank, size, all_gather and shift,"
+            f" got {describe(type(communicator))}"
+        )
+
+
 def _check_tokens(tokens, rank: int, size: int, T: int) -> None:
     if tokens is None:
         return
-    if len(tokens) != size or any(n < 0 for n in tokens):
+    counts = _integers(tokens)
+    if len(counts) != size or any(n < 0 for n in counts):
         raise ValueError(
-            f"tokens: expected a number of at least 0 for each of {size} ranks, got {list(tokens)}"
+            f"tokens: expected a number of at least 0 for each of {size} ranks, got {list(counts)}"
         )
-    if tokens[rank] != T:
-        raise ValueError(f"tokens: expected T = {T} for rank {rank}, got {tokens[rank]}")
+    if counts[rank] != T:
+        raise ValueError(f"tokens: expected T = {T} for rank {rank}, got {counts[rank]}")
+
+
+def _integers(tokens) -> tuple[int, ...]:
+    try:
+        len(tokens)  # What has none is used up by reading it once.
+        return tuple(operator.index(n) for n in tokens)
+    except TypeError:
+        raise TypeError(f"tokens: expected integers, one per rank, got {tokens!r}") from None
 
 
 def _note(call: checks.Problem, tokens, states_on, function: str) -> dict:
@@ -128,7 +148,11 @@ def _key(arrays, states, options, tokens, states_on, function):
     """
     if tokens is None or _agrees_at_no_cost(arrays["v"]):
         return None
+    try:
+        counts = _integers(tokens)
+    except TypeError:  # Raised where the call is checked, so that all ranks are told.
+        return None
     ends = states["cu_seqlens"]
     ends = ends.tobytes() if isinstance(ends, np.ndarray) else None
     found = looks(*arrays.values(), *states.values())
-    return (found, ends, tuple(options.items()), tuple(tokens), states_on, function)
+    return (found, ends, tuple(options.items()), counts, states_on, function)

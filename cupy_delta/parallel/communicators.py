@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,10 +49,22 @@ class RankFailedError(RuntimeError):
     """Another rank of the group has raised an error, which is the cause of this one."""
 
 
+class _NoAnswer(TimeoutError):
+    """The end of a wait for other ranks, which no error of a rank's own is taken for."""
+
+
 def no_answer(what: str, timeout: float, missing: list[int] | None = None) -> TimeoutError:
     """Return the error for ranks that did not come."""
     who = "another rank" if missing is None else f"rank {', '.join(map(str, missing))}"
-    return TimeoutError(f"{what}: no answer from {who} within {timeout:g} s")
+    return _NoAnswer(f"{what}: no answer from {who} within {timeout:g} s")
+
+
+def check_timeout(timeout: Any) -> None:
+    """Check a number of seconds: one that compares with no time would never be over."""
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout: expected a number of seconds, got {timeout!r}")
+    if not float(timeout) >= 0:
+        raise ValueError(f"timeout: expected at least 0 seconds, got {timeout}")
 
 
 class _Meeting:
@@ -73,7 +87,7 @@ class _Meeting:
 
     def _wait(self, what: str, turn: int) -> None:
         try:
-            self.barrier.wait(self.timeout)
+            self.barrier.wait(min(self.timeout, threading.TIMEOUT_MAX))
         except threading.BrokenBarrierError:
             if self.failed:
                 rank, error = min(self.failed.items())
@@ -91,20 +105,22 @@ class ThreadCommunicator:
         self.size = len(meeting.brought)
 
     def all_gather(self, x):
-        every = self._meeting.exchange(self.rank, "all_gather", x)
+        return np.stack(self._exchange("all_gather", x))
+
+    def shift(self, x, by: int):
+        every, source = self._exchange("shift", x), self.rank - by
+        return every[source] if 0 <= source < self.size else None
+
+    def _exchange(self, what: str, x) -> list[Any]:
+        every = self._meeting.exchange(self.rank, what, x)
         looks = [(y.shape, str(y.dtype)) for y in every]
         for rank, look in enumerate(looks):
             if look != looks[0]:
                 raise ValueError(
-                    "all_gather: expected one shape and dtype on every rank,"
+                    f"{what}: expected one shape and dtype on every rank,"
                     f" got {looks[0]} on rank 0 and {look} on rank {rank}"
                 )
-        return np.stack(every)
-
-    def shift(self, x, by: int):
-        every = self._meeting.exchange(self.rank, "shift", x)
-        source = self.rank - by
-        return every[source] if 0 <= source < self.size else None
+        return every
 
 
 def in_threads(
@@ -128,6 +144,8 @@ def in_threads(
 
     Raises
     ------
+    TypeError, ValueError
+        For a wrong argument, which is named.
     BaseException
         What a rank raised; if several did, the lowest of those that did not merely wait.
 
@@ -138,6 +156,15 @@ def in_threads(
     >>> in_threads(3, lambda c: c.all_gather(np.array([c.rank]))[:, 0].tolist())
     [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
     """
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"size: expected an integer, got {size!r}") from None
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    if not callable(function):
+        raise TypeError(f"function: expected a callable, got {function!r}")
+    check_timeout(timeout)
     meeting = _Meeting(size, timeout)
     results: list[Any] = [None] * size
     waited: dict[int, BaseException] = {}
@@ -145,7 +172,7 @@ def in_threads(
     def call(rank: int) -> None:
         try:
             results[rank] = function(ThreadCommunicator(meeting, rank))
-        except (TimeoutError, RankFailedError) as error:
+        except (_NoAnswer, RankFailedError) as error:
             waited[rank] = error
         except BaseException as error:
             meeting.failed[rank] = error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import module_of
-from .communicators import no_answer
+from .communicators import check_timeout, no_answer
 
 TAG = 1
 SHORTEST, LONGEST = 2e-6, 1e-3  # seconds between two looks at what is under way
@@ -37,6 +37,7 @@ class MPICommunicator:
     """
 
     def __init__(self, comm: Any, timeout: float = 300.0, device_buffers: bool = False):
+        check_timeout(timeout)
         self._comm, self.timeout, self.device_buffers = comm.Dup(), timeout, device_buffers
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 

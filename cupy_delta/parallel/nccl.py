@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import module_of
-from .communicators import no_answer
+from .communicators import check_timeout, no_answer
 
 PAUSE = 2e-5  # seconds between two looks at what is under way
 
@@ -33,6 +33,8 @@ class NCCLCommunicator:
     """
 
     def __init__(self, comm: Any, timeout: float | None = 300.0):
+        if timeout is not None:
+            check_timeout(timeout)
         # What CuPy's backend adds to the communicator that it holds is not needed here.
         self._comm = comm if hasattr(comm, "allGather") else comm._comm
         self.timeout = timeout

@@ -109,6 +109,21 @@ def test_values_that_fit_no_cut(options, message):
     assert all(error is ValueError and message in text for error, text in errors)
 
 
+@pytest.mark.parametrize("costly", [False, True])
+@pytest.mark.parametrize("tokens", [6, "44", [4.0, 4.0], (4 for _ in range(2))])
+def test_tokens_that_are_no_integers(monkeypatch, tokens, costly):
+    monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: not costly)
+    own, other = on_ranks(arrays() | {"tokens": tokens}, arrays() | {"tokens": [4, 4]})
+    assert own == (TypeError, f"tokens: expected integers, one per rank, got {tokens!r}")
+    assert other == (TypeError, f"rank 0: {own[1]}")
+
+
+@pytest.mark.parametrize("function", [parallel.chunk_delta_rule, parallel.chunk_delta_rule_fwd])
+def test_a_communicator_that_is_none(function):
+    with pytest.raises(TypeError, match=r"^communicator: expected an object with .*got NoneType$"):
+        function(None, **arrays())
+
+
 def test_a_wrong_gradient_is_an_error_on_every_rank():
     def call(communicator):
         o, _, residuals = parallel.chunk_delta_rule_fwd(communicator, **arrays())
@@ -171,6 +186,9 @@ def test_with_tokens_of_all_ranks_devices_agree_once(monkeypatch):
         def all_gather(self, x):
             self.notes += x.dtype == np.uint8
             return self.inner.all_gather(x)
+
+        def shift(self, x, by):
+            return self.inner.shift(x, by)
 
     def call(communicator):
         counting, seen = Counting(communicator), []
