@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ..arrays import describe
 from ..results import DeltaRuleOutput
 from ..typing import Real, StateLayout
 from . import transforms
@@ -81,6 +82,8 @@ def chunk_delta_rule(
     >>> jax.jit(cut)(k, k, 3 * k, beta).ravel()
     Array([3., 3.], dtype=float32)
     """
+    if not isinstance(axis_name, str):
+        raise TypeError(f"axis_name: expected a str, got {describe(type(axis_name))}")
     arrays, options = checked_call(
         WHOLE,
         dict(q=q, k=k, v=v, beta=beta),
@@ -89,11 +92,23 @@ def chunk_delta_rule(
     )
     if initial_state is not None:
         arrays["initial_state"] = _laid_out(arrays["initial_state"], options)
-    arrays = transforms.varying(arrays, (axis_name,))
+    arrays = _along(axis_name, arrays)
     o, own = _cut(axis_name, options._replace(state_layout="kv"), arrays)
     last = jax.lax.axis_index(axis_name) == _size(axis_name) - 1
     final_state = jax.lax.psum(jnp.where(last, own, 0), axis_name)
     return DeltaRuleOutput(o, _laid_out(final_state, options))
+
+
+def _along(axis: str, arrays: dict) -> dict:
+    """Let all arrays vary over an axis, which must be one of the mesh."""
+    try:
+        jax.lax.axis_index(axis)  # A NameError where there is no such axis.
+        # A ValueError where the axis is one of another transformation, such as jax.vmap.
+        return transforms.varying(arrays, (axis,))
+    except (NameError, ValueError):
+        raise ValueError(
+            f"axis_name: expected an axis of the mesh, inside jax.shard_map, got {axis!r}"
+        ) from None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

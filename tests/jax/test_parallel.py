@@ -79,3 +79,33 @@ def test_wrong_arguments_are_errors_while_tracing():
     x = jnp.ones((1, 4, 1, 2))
     with pytest.raises(ValueError, match=r"^beta: expected \(B, T, HV\)"):
         parallel.chunk_delta_rule(x, x, x, x, axis_name="time")
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "error", "text"),
+    [
+        (3, TypeError, "axis_name: expected a str, got int"),
+        (None, TypeError, "axis_name: expected a str, got NoneType"),
+        (("time",), TypeError, "axis_name: expected a str, got tuple"),
+        (
+            "x",
+            ValueError,
+            "axis_name: expected an axis of the mesh, inside jax.shard_map, got 'x'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", ["in a mesh", "in a batch", "alone"])
+def test_a_wrong_axis_is_named(axis_name, error, text, where):
+    def call(x, beta):
+        return parallel.chunk_delta_rule(x, x, x, beta, axis_name=axis_name).o
+
+    x, beta = jnp.ones((1, 4, 1, 2)), jnp.ones((1, 4, 1))
+    if where == "in a mesh":
+        call = mapped(call, Mesh(np.array(jax.devices()[:1]), ("time",)), (ALONG, ALONG), ALONG)
+    elif where == "in a batch":
+        # An axis of that name, but none of a mesh.
+        call, x, beta = jax.vmap(call, axis_name="x"), x[None], beta[None]
+    with pytest.raises(error) as caught:
+        call(x, beta)
+    assert caught.type is error
+    assert str(caught.value) == text
