@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from helpers import definition, deviation, make_inputs
 
 import cupy_delta as cd
+from cupy_delta.problem import _check_gates
 
 EXACT = 1e-12
 LENGTHS = (0, 1, 2, 63, 64, 65, 130, 1000)
@@ -300,3 +302,16 @@ def test_a_million_tokens_fit_in_four_gib():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert int(result.stdout) < 4 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_gates_are_checked_without_an_array_of_their_size(dtype):
+    g = np.full((1, 200_000, 1, 16), -0.1, np.float32).astype(dtype)[..., ::2]
+    g[0, 3] = np.nan
+    tracemalloc.start()
+    try:
+        _check_gates(g)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < g.size / 10

@@ -537,7 +537,7 @@ def test_a_gate_above_zero(function, dtype, channels):
 
 @pytest.mark.parametrize("function", WITH_GATE)
 def test_a_gate_above_zero_by_rounding_or_unknown(function):
-    for value in 5e-4, np.nan, -np.inf:
+    for value in 5e-4, 1e-3, np.nan, -np.inf:
         call(function, gates(function, np.float32, True, value))
 
 

@@ -167,6 +167,26 @@ def test_run_says_that_inputs_are_not_finite(capsys, tmp_path, arrays):
     assert "--qk-l2norm" not in error
 
 
+@pytest.mark.parametrize(
+    "name, shape, value, place",
+    [
+        ("g", (1, 20, 2), np.nan, "1 of 40 values of g, the first at batch row 0, token 0, head 0"),
+        ("initial_state", (1, 2, 5, 7), np.inf, "1 of 70 values of initial_state, the first at"),
+    ],
+)
+def test_run_blames_optional_inputs_too(capsys, tmp_path, arrays, name, shape, value, place):
+    x = np.zeros(shape, np.float32)
+    x.flat[0] = value
+    g = np.zeros((1, 20, 2), np.float32)
+    g[0, 7] = -np.inf  # forgets all, which is no reason
+    path = arrays(**{"g": g, name: x})
+    assert main(["run", path, "-o", str(tmp_path / "out.npz")]) == 3
+    error = capsys.readouterr().err
+    assert f"in.npz there are {place}" in error
+    assert "values of g" not in error or name == "g"
+    assert "--qk-l2norm" not in error
+
+
 def test_run_tells_how_to_read_bfloat16(capsys, tmp_path, arrays):
     out = str(tmp_path / "out.npz")
     path = arrays(ml_dtypes.bfloat16)
