@@ -44,7 +44,7 @@ def chunk_delta_rule(
         Arrays as in `cupy_delta.chunk_delta_rule`, traced or not. NumPy arrays are taken as JAX
         takes them: 64-bit ones only with ``jax_enable_x64``.
     scale, qk_l2norm, chunk_size, state_layout
-        As there; static under `jax.jit`.
+        As there; they must be static under `jax.jit`.
 
     Returns
     -------
@@ -54,8 +54,9 @@ def chunk_delta_rule(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        While tracing, by shapes, dtypes and options. Values are known only when a program runs: an
-        error about them (`cu_seqlens` on the CPU) is a `jax.errors.JaxRuntimeError` with the text.
+        While tracing, by shapes, dtypes and options. Values are known only when a program runs: on
+        the CPU an error about them (`cu_seqlens`, `g`, `state_indices`) is a
+        `jax.errors.JaxRuntimeError`, or a `ValueError` once the program has run, with the text.
 
     Notes
     -----

@@ -130,10 +130,10 @@ def _folded(size: int, arrays: dict) -> dict:
     folded = {name: x.reshape(size * x.shape[1], *x.shape[2:]) for name, x in arrays.items()}
     if "state_indices" in arrays:
         indices, slots = arrays["state_indices"], arrays["state"].shape[1]
-        # What is padding in one pool must not become a slot of its neighbour.
-        inside = (indices >= 0) & (indices < slots)
+        # What is outside of one pool, before or past it, must not become a slot of its neighbour.
         first = slots * jnp.arange(size, dtype=indices.dtype)[:, None]
-        folded["state_indices"] = jnp.where(inside, indices + first, -1).reshape(-1)
+        moved = jnp.where(indices < slots, indices + first, size * slots)
+        folded["state_indices"] = jnp.where(indices < 0, -1, moved).reshape(-1)
     return folded
 
 

@@ -154,6 +154,15 @@ def test_a_step_under_vmap_keeps_to_its_pool():
         assert equal(o[i], alone) and equal(state[i], expected)
 
 
+def test_an_index_past_the_pool_is_refused_under_vmap_too():
+    args, pool = pool_and_tokens()
+    many, pools = [np.stack([x, x]) for x in args], np.stack([pool, pool])
+    indices = np.array([[5, -1, 0], [2, 1, -1]], np.int32)
+    step = jax.vmap(lambda args, x, at: cdj.delta_rule_step(*args, state=x, state_indices=at))
+    with pytest.raises((XlaError, ValueError), match="state_indices: expected indices below"):
+        jax.block_until_ready(step(many, pools, indices))
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -170,6 +179,17 @@ def test_values_are_checked_when_a_program_runs():
     with pytest.raises(XlaError, match=r"INVALID_ARGUMENT: ValueError: cu_seqlens: expected"):
         jax.block_until_ready(call(np.array([0, 9])))
     assert np.isfinite(call(np.array([0, 10])).o).all()  # the process is none the worse for it
+
+
+@pytest.mark.parametrize("name, wrong", [("g", 0.5), ("state_indices", 5)])
+def test_values_are_checked_in_a_program_that_has_run(name, wrong):
+    args, pool = pool_and_tokens()
+    good = dict(g=args[4], state_indices=np.array([4, -1, 0], np.int32))
+    call = jax.jit(lambda x: cdj.delta_rule_step(*args[:4], state=pool, **good | {name: x}))
+    assert np.isfinite(jax.block_until_ready(call(good[name]))[1]).all()
+    # JAX turns a later error of a program into the exception of Python's that is like it.
+    with pytest.raises((XlaError, ValueError), match=f"INVALID_ARGUMENT: ValueError: {name}: "):
+        jax.block_until_ready(call(np.full_like(good[name], wrong)))
 
 
 @pytest.mark.parametrize("wrong", [None, [1.0], 3.0])
