@@ -241,7 +241,15 @@ def test_interruption_while_a_command_is_imported(tmp_path, module):
     assert (process.returncode, error) == (130, "interrupted\n")
 
 
-def test_a_signal_while_a_command_is_imported(tmp_path):
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background of a shell ignores Ctrl-C, and so do its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_while_a_command_is_imported(tmp_path, interruptible):
     (tmp_path / "statistics.py").write_text(
         "import sys, time; print(file=sys.stderr, flush=True); time.sleep(60)"
     )
