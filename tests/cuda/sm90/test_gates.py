@@ -121,7 +121,7 @@ def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choic
     changed = gates.copy()
     changed[first:] = -60.0
     divided(*choice)
-    calls = (gated(g, dtype, K=128, V=128, H=2) for g in (gates, changed))
+    calls = (gated(g, dtype, K=128, V=128, H=8, seed=1) for g in (gates, changed))
     both = [cd.chunk_delta_rule(*args, **kw).o[:, :first] for args, kw in calls]
     assert np.array_equal(both[0].view("u2"), both[1].view("u2"))
 
