@@ -19,9 +19,7 @@
 // Shared memory: CHUNK_STAGES of K, Q, core, Pqk, V, beta and decays; S and O on their way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 0
-#include "sm90/training/walk.cuh"
-// With the sizes that it has:
-#include "sm90/join.cuh"
+#include "sm90/training/start.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
 
@@ -175,29 +173,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              int T, int H, int HV, int segments) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments);
-  DynSmem smem;
-  const Shared s = take_shared(smem);
+  Shared s;
+  Joins joins = {};
 #if JOINS
-  const int buffer = JOIN_STAGE * K_BOXES * TILE;
-  const Joins joins = take_joins(smem, transfer_map, h, segment_decays, s.k + buffer, s.q + buffer);
-  uint64_t* joined = joins.joined;
-  if (threadIdx.x == 0) joins.init();
+  start(s, joins, &transfer_map, h, segment_decays);
 #else
-  uint64_t* joined = nullptr;
+  start(s, joins);
 #endif
-  smem.all_taken(SHARED_BYTES);
-  if (threadIdx.x == 0) init_barriers(s);
-  __syncthreads();
-  if (warpgroup == MATH) {
-#if MATH == 2
-    fewer_registers<LOADER_REGISTERS>();
-#endif
-    if (warp == 0) load(s, {&q_map, &k_map, &core_map, &p_map, &v_map}, work, joined, beta, decays, HV, lane);
-    return;
-  }
-#if MATH == 2
-  more_registers<MATH_REGISTERS>();
-#endif
+  const Maps maps = {&q_map, &k_map, &core_map, &p_map, &v_map};
+  if (!computes(s, joins, maps, work, beta, decays, HV, warpgroup, warp, lane)) return;
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
@@ -206,9 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
-#if JOINS
-  join(S, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
-#endif
+  if constexpr (JOINS)
+    join(S, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
   walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
   if (work.last) {

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("cupy")
-
 # A process on a GPU: CuPy as it is but for the driver, which would tell the architecture and load
 # what was compiled. Prints how many programs NVRTC had to compile; CuPy compiles an empty one, of
 # no kernels, in every process.
