@@ -11,6 +11,7 @@ from .arrays import FLOAT_DTYPES, dtype_name
 from .typing import StateLayout
 
 Gate = Literal["scalar", "channel"]
+POOL_ALIGNMENT = 16  # bytes, of pools that lie as arrays do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +20,10 @@ class Call:
 
     `dtype` is that of q, k and v. `gate` is that of g: None, "scalar" (B, T, HV) or "channel"
     (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). With `varlen`, N sequences lie end
-    to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given,
-    `pool_slots` and `pool_dtype` are those of the states of a decoding step. `kept` holds what was
-    derived from all this, plans for example.
+    to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given.
+    A pool has `pool_slots` states of `pool_dtype`, `pool_stride` elements from one to the next, at
+    addresses that are multiples of `pool_alignment` bytes; without a pool `pool_dtype` is None.
+    `kept` holds what was derived from all this, plans for example.
     """
 
     dtype: np.dtype
@@ -38,6 +40,9 @@ class Call:
     chunks: int | None = None
     pool_slots: int = 0
     pool_dtype: np.dtype | None = None
+    pool_stride: int = 0
+    pool_alignment: int = POOL_ALIGNMENT
+    checkpoint_every: int | None = None
     scale: float = 1.0
     qk_l2norm: bool = False
     chunk_size: int | None = None
@@ -87,6 +92,16 @@ class Call:
         other sequence's length; without `cu_seqlens` every batch row has its own ceil(T / C).
         """
         return self.T // chunk + self.N if self.varlen else -(-self.T // chunk)
+
+    @property
+    def checkpoint_shape(self) -> tuple[int, ...]:
+        """The shape of the states after every `checkpoint_every` tokens.
+
+        That after (i + 1) E tokens of sequence n has place ``cu_seqlens[n] // E + i``, for no two
+        sequences the same one; without `cu_seqlens` every batch row has T // E of its own.
+        """
+        assert self.checkpoint_every is not None
+        return (self.B, self.T // self.checkpoint_every, *self.state_shape[1:])
 
     def states_shape(self, chunk: int) -> tuple[int, ...]:
         """Return the shape of states entering chunks."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from functools import cache, lru_cache, wraps
 from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arrays import FLOAT_DTYPES, Look, describe, dtype_name
+from .call import POOL_ALIGNMENT
 
 KEPT_CALLS = 256
 POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
@@ -93,6 +95,25 @@ class Checker:
         if x.dtype.name not in ("int32", "int64"):
             raise TypeError(f"{name}: expected dtype int32 or int64, got {x.dtype.name}")
 
+    def mask(self, name: str, x: Look | type | None, symbol: str) -> None:
+        """Check a mask of sequences, which may lie on the host whatever the kind of the others."""
+        if not isinstance(x, Look):
+            raise TypeError(f"{name}: expected an array of bool, got {_found(x)}")
+        if x.kind == "cupy":
+            self.same_kind(name, x)
+        if x.dtype.name != "bool":
+            raise TypeError(f"{name}: expected dtype bool, got {x.dtype.name}")
+        self.per_sequence(name, x, symbol)
+
+    def per_sequence(self, name: str, x: Look, symbol: str) -> None:
+        """Check that there is one element for each of the sequences counted by a symbol."""
+        count = self.sizes[symbol]
+        if x.shape != (count,):
+            raise ValueError(
+                f"{name}: expected ({symbol},) = ({count},) like {self.source[symbol]},"
+                f" got {x.shape}"
+            )
+
     def shape(self, name: str, shape: tuple[int, ...], shapes: str | tuple[str, ...]) -> None:
         alternatives = _symbols(shapes)
         symbols = next((s for s in alternatives if len(s) == len(shape)), None)
@@ -173,6 +194,70 @@ class Checker:
             self.array("out", out, "B T HV V", (self.dtype,))
 
 
+class PoolLook(NamedTuple):
+    """How a pool lies in memory: strides in bytes, and its address modulo `POOL_ALIGNMENT`."""
+
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+def pool_look(state: Any) -> PoolLook | None:
+    """Describe how a pool lies in memory; None for what is no array and will be refused."""
+    strides = getattr(state, "strides", None)
+    if strides is None:
+        return None
+    on_host = isinstance(state, np.ndarray | np.generic)
+    return PoolLook(strides, 0 if on_host else state.data.ptr % POOL_ALIGNMENT)
+
+
+def pool_of(
+    check: Checker, symbols: str, state: Look, lies: PoolLook | None, sequences: str, **indices
+) -> dict[str, Any]:
+    """Check a pool of states and arrays of a slot per sequence; return its part of a `Call`.
+
+    `symbols` are those of the states of all sequences, `sequences` is the symbol of their number.
+    Without strides it is dense.
+    """
+    wide = check.dtype.name == "float64"
+    check.array(
+        "state", state, symbols.replace("N", "slots"), (np.float64,) if wide else POOL_DTYPES
+    )
+    count, slots = check.sizes[sequences], check.sizes["slots"]
+    for name, x in indices.items():
+        if x is not None:
+            check.integers(name, x)
+            check.per_sequence(name, x, sequences)
+    if indices["state_indices"] is None and slots != count:
+        raise ValueError(
+            f"state: expected one slot per sequence, slots = {sequences} = {count}, or"
+            f" state_indices, got slots = {slots}"
+        )
+    stride = state.dtype.itemsize * math.prod(state.shape[1:])
+    offset = 0
+    if lies is not None:
+        stride, offset = _slot_stride(state, lies.strides, stride), lies.offset
+    return dict(
+        pool_dtype=state.dtype,
+        pool_stride=stride // state.dtype.itemsize,
+        pool_alignment=math.gcd(POOL_ALIGNMENT, offset, stride),
+    )
+
+
+def _slot_stride(state: Look, strides: tuple[int, ...], size: int) -> int:
+    """Return the bytes from one slot to the next; a slot of `size` bytes lies whole."""
+    within, dense = state.dtype.itemsize, True
+    for n, stride in zip(state.shape[:0:-1], strides[:0:-1], strict=True):
+        dense = dense and (n == 1 or stride == within)
+        within *= n
+    apart = strides[0] >= size and strides[0] % state.dtype.itemsize == 0
+    if not dense or (state.shape[0] > 1 and not apart):
+        raise ValueError(
+            "state: expected slots that are C-contiguous, one after the other,"
+            f" got strides {strides}"
+        )
+    return strides[0] if state.shape[0] > 1 else size
+
+
 def _found(look: type | None) -> str:
     return describe(type(None) if look is None else look)
 
@@ -217,13 +302,11 @@ def scale_of(scale, K: int) -> float:
     return number or 0.0  # zero has one sign: -0.0 would be found as 0.0
 
 
-def chunk_size_of(chunk_size) -> int | None:
+def chunk_size_of(chunk_size, name: str = "chunk_size") -> int | None:
     if chunk_size is None:
         return None
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-        raise TypeError(
-            f"chunk_size: expected an integer or None, got {describe(type(chunk_size))}"
-        )
+        raise TypeError(f"{name}: expected an integer or None, got {describe(type(chunk_size))}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+        raise ValueError(f"{name}: expected at least 1, got {chunk_size}")
     return int(chunk_size)

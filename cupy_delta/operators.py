@@ -22,6 +22,11 @@ def chunk_delta_rule(
     chunk_size: Integer | None = None,
     state_layout: StateLayout = "kv",
     out: Array | None = None,
+    state: Array | None = None,
+    state_indices: Array | None = None,
+    output_state_indices: Array | None = None,
+    fresh: Array | None = None,
+    checkpoint_every: Integer | None = None,
 ) -> DeltaRuleOutput:
     """Apply the delta rule to whole sequences, chunk by chunk in WY form.
 
@@ -61,12 +66,32 @@ def chunk_delta_rule(
         Layout of the states' last two axes, going in and coming out.
     out : array, (B, T, HV, V), optional
         Written and returned as ``o``; dtype of `v`, C-contiguous, no memory shared with inputs.
+    state : array, (slots, HV, K, V), optional
+        A pool of states in the place of `initial_state`, updated in place: every sequence reads a
+        slot and writes one. float32, or bfloat16 / float16, which are rounded to nearest once a
+        call; float64 with float64 inputs. Slots are C-contiguous and may lie apart, as in
+        ``pages[:, layer]``; ``slots = N`` unless `state_indices` is given.
+    state_indices : integer array, (N,), optional
+        Slot that each sequence starts from; int32 or int64. Negative: from zero. Each slot at most
+        once, unless `output_state_indices` says what is written.
+    output_state_indices : integer array, (N,), optional
+        Slot that each sequence's last state goes to, by default the one that it starts from, each
+        at most once, and none that another sequence reads. Negative: it goes nowhere.
+    fresh : array of bool, (N,), optional
+        Sequences that start from zero, whatever their slot holds.
+    checkpoint_every : int, optional
+        Also return the states after every so many tokens of each sequence; a multiple of the chunk
+        size (64 is one of any that the library chooses).
 
     Returns
     -------
     DeltaRuleOutput
         ``o`` (B, T, HV, V) in the dtype of `v`, and ``final_state`` (N, HV, K, V) in float32
-        (float64 with float64 inputs). Arrays of the kind that came in, on the same device.
+        (float64 with float64 inputs), or `state`, where it was given. Arrays of the kind that came
+        in, on the same device. With ``checkpoint_every=E`` its attribute ``checkpoints``,
+        (B, T // E, HV, K, V) in the dtype of sums and the layout of states, has the state after
+        (i + 1) E tokens of sequence n at place ``cu_seqlens[n] // E + i`` of row 0, or in its batch
+        row at place i; the rest of it is zero.
 
     Raises
     ------
@@ -84,6 +109,13 @@ def chunk_delta_rule(
     for any number of threads, and causal: tokens from t on never change outputs before t, unless
     something overflows to Inf or NaN, which may spread within its chunk. CuPy arrays run on the
     current stream without synchronising.
+
+    Indices of slots in device memory are not read back: one past the pool counts as negative
+    there, and slots that are repeated, or written by one sequence and read by another, get
+    undefined numbers. No other slot is touched.
+
+    With `checkpoint_every` a sequence has the same bits whole and taken up from a checkpoint in
+    another such call, of any multiple of the chunk size: long ones are not cut over the GPU then.
 
     Outputs that grow from token to token, and in the end are not finite, come from keys that are
     not of unit length or from a beta beyond 2: "When it diverges" in docs/conventions.md of the
@@ -105,6 +137,15 @@ def chunk_delta_rule(
     >>> o, final_state = cupy_delta.chunk_delta_rule(k, k, v, np.ones((1, 2, 1)))
     >>> o.ravel(), final_state.ravel()
     (array([3., 5.]), array([5.]))
+
+    The same in slot 2 of a pool:
+
+    >>> pool = np.zeros((4, 1, 1, 1))
+    >>> o, _ = cupy_delta.chunk_delta_rule(
+    ...     k, k, v, np.ones((1, 2, 1)), state=pool, state_indices=np.array([2])
+    ... )
+    >>> pool.ravel()
+    array([0., 0., 5., 0.])
     """
     problem = checks.operator_problem(
         q,
@@ -119,6 +160,11 @@ def chunk_delta_rule(
         chunk_size=chunk_size,
         state_layout=state_layout,
         out=out,
+        state=state,
+        state_indices=state_indices,
+        output_state_indices=output_state_indices,
+        fresh=fresh,
+        checkpoint_every=checkpoint_every,
     )
     return DeltaRuleOutput(*backend_for(problem.kind).chunk_delta_rule(problem))
 
@@ -217,8 +263,9 @@ def delta_rule_step(
         As in `chunk_delta_rule`, with T at most 8. Each batch row is one sequence.
     state : array, (slots, HV, K, V)
         The pool, updated in place. float32, or bfloat16 / float16, which are rounded to nearest
-        once a call; float64 with float64 inputs. C-contiguous; ``slots = B`` unless
-        `state_indices` is given. With ``state_layout="vk"`` it is (slots, HV, V, K).
+        once a call; float64 with float64 inputs. Slots are C-contiguous and may lie apart, as in
+        ``pages[:, layer]``; ``slots = B`` unless `state_indices` is given. With
+        ``state_layout="vk"`` it is (slots, HV, V, K).
     state_indices : integer array, (B,), optional
         Slot of each sequence; int32 or int64, each slot at most once. A negative index is
         padding: nothing is read or written for that sequence and its output is zero.

@@ -18,10 +18,11 @@ import numpy as np
 from .arrays import describe, looks, sharing
 from .call import Call
 from .checker import (
-    POOL_DTYPES,
     Checker,
     chunk_size_of,
     options_of,
+    pool_look,
+    pool_of,
     qk_l2norm_of,
     remembered,
     scale_of,
@@ -29,6 +30,9 @@ from .checker import (
 
 MAX_STEP_TOKENS = 8
 SIZES = ("B", "T", "N", "H", "HV", "K", "V")
+# A pool of states, and what there is of each sequence.
+ON_POOL = ("state", "state_indices", "output_state_indices", "fresh")
+NO_POOL = ((None,) * len(ON_POOL), None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,6 +57,8 @@ class Problem(Call):
     states: Any = None
     state: Any = None
     state_indices: Any = None
+    output_state_indices: Any = None
+    fresh: Any = None
 
     # Two problems that are alike still have different arrays.
     __eq__ = object.__eq__
@@ -93,22 +99,44 @@ def operator_problem(
     out,
     chunk_size=None,
     beta_shapes=("B T HV",),
+    checkpoint_every=None,
+    **on_pool,
 ) -> Problem:
-    """Check a call of an operator over whole sequences."""
+    """Check a call of an operator over whole sequences; `on_pool`, of states in a pool."""
     found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
-    alike = operator_call(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size)
+    options = scale, qk_l2norm, state_layout, chunk_size
     arrays = dict(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
     )
-    problem = _with_values(alike.of(arrays))
+    if checkpoint_every is None and all(x is None for x in on_pool.values()):
+        problem = _with_values(operator_call(found, beta_shapes, *options).of(arrays))
+    else:
+        pool = looks(*(on_pool[name] for name in ON_POOL)), pool_look(on_pool["state"])
+        alike = operator_call(found, beta_shapes, *options, checkpoint_every, pool)
+        problem = _with_values(alike.of(arrays | on_pool))
+        if problem.state is not None:
+            _check_slots(problem)
+            _check_written(problem, "state")
     if out is not None:
         _check_written(problem, "out")
     return problem
 
 
 @remembered
-def operator_call(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size) -> Problem:
-    """Check such a call by the looks of its arrays: a problem without arrays."""
+def operator_call(
+    found,
+    beta_shapes,
+    scale,
+    qk_l2norm,
+    state_layout,
+    chunk_size,
+    checkpoint_every=None,
+    pool=NO_POOL,
+) -> Problem:
+    """Check such a call by the looks of its arrays: a problem without arrays.
+
+    `pool` are the looks of `ON_POOL`, and how the pool lies in memory.
+    """
     q, k, v, beta, g, initial_state, cu_seqlens, out = found
     check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g, beta_shapes)
@@ -117,8 +145,26 @@ def operator_call(found, beta_shapes, scale, qk_l2norm, state_layout, chunk_size
     symbols = options.pop("symbols")
     if initial_state is not None:
         check.array("initial_state", initial_state, symbols, (check.state_dtype,))
+    options |= _pool_of_sequences(check, symbols, initial_state, *pool)
+    options["checkpoint_every"] = chunk_size_of(checkpoint_every, "checkpoint_every")
     check.output(out)
     return _problem(check, **options, chunk_size=chunk_size_of(chunk_size))
+
+
+def _pool_of_sequences(check: Checker, symbols: str, initial_state, found, lies) -> dict:
+    """Check a pool from which whole sequences take their states and to which they return them."""
+    state, state_indices, output_state_indices, fresh = found
+    if state is None:
+        for name, x in zip(ON_POOL, found, strict=True):
+            if x is not None:
+                raise ValueError(f"{name}: expected None without a state, a pool of slots")
+        return {}
+    if initial_state is not None:
+        raise ValueError("initial_state: expected None with a state, whose slots are read")
+    if fresh is not None:
+        check.mask("fresh", fresh, "N")
+    indices = dict(state_indices=state_indices, output_state_indices=output_state_indices)
+    return pool_of(check, symbols, state, lies, "N", **indices)
 
 
 def step_problem(
@@ -126,13 +172,12 @@ def step_problem(
 ) -> Problem:
     """Check a decoding step."""
     found = looks(q, k, v, beta, g, state, state_indices, out)
-    alike = step_call(found, scale, qk_l2norm, state_layout)
+    alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
     problem = alike.of(
         dict(q=q, k=k, v=v, beta=beta, g=g, state=state, state_indices=state_indices, out=out)
     )
     _check_gates(g)
-    if state_indices is not None:
-        _check_slots(state_indices, state.shape[0])
+    _check_slots(problem)
     _check_written(problem, "state")
     if out is not None:
         _check_written(problem, "out")
@@ -140,7 +185,7 @@ def step_problem(
 
 
 @remembered
-def step_call(found, scale, qk_l2norm, state_layout) -> Problem:
+def step_call(found, scale, qk_l2norm, state_layout, lies=None) -> Problem:
     """Check such a call by the looks of its arrays: a problem without arrays."""
     q, k, v, beta, g, state, state_indices, out = found
     check = Checker("q", q)
@@ -153,23 +198,10 @@ def step_call(found, scale, qk_l2norm, state_layout) -> Problem:
         )
     check.sequences(None)
     options = options_of(check, scale, qk_l2norm, state_layout)
-    pool = options.pop("symbols").replace("N", "slots")
-    pool_dtypes = (np.float64,) if check.dtype.name == "float64" else POOL_DTYPES
-    check.array("state", state, pool, pool_dtypes)
-    slots, B = check.sizes["slots"], check.sizes["B"]
-    if state_indices is not None:
-        check.integers("state_indices", state_indices)
-        if state_indices.shape != (B,):
-            raise ValueError(
-                f"state_indices: expected (B,) = ({B},) like q, got {state_indices.shape}"
-            )
-    elif slots != B:
-        raise ValueError(
-            f"state: expected one slot per sequence, slots = B = {B}, or state_indices,"
-            f" got slots = {slots}"
-        )
+    symbols = options.pop("symbols")
+    options |= pool_of(check, symbols, state, lies, "B", state_indices=state_indices)
     check.output(out)
-    return _problem(check, **options, pool_dtype=state.dtype)
+    return _problem(check, **options)
 
 
 def backward_arrays(problem: Problem, do, dfinal_state) -> None:
@@ -263,6 +295,15 @@ def check_chunk_axis(call: Call, chunk: int) -> None:
         )
 
 
+def check_checkpoints(call: Call, chunk: int) -> None:
+    """Check `checkpoint_every` once the chunk size is settled."""
+    if call.checkpoint_every is not None and call.checkpoint_every % chunk:
+        raise ValueError(
+            f"checkpoint_every: expected a multiple of chunk_size = {chunk},"
+            f" got {call.checkpoint_every}"
+        )
+
+
 def instance(name: str, x, cls: type, wanted: str) -> None:
     """Check that an argument is one of the library's own objects."""
     if not isinstance(x, cls):
@@ -333,30 +374,47 @@ def _check_gates(g) -> None:
         )
 
 
-def _check_slots(indices, slots: int) -> None:
-    """Check the values of `state_indices` where they lie on the host."""
-    if not isinstance(indices, np.ndarray):
+def _check_slots(problem: Problem) -> None:
+    """Check indices of slots where they lie on the host.
+
+    Slots may be read by several sequences, if others are written.
+    """
+    read, written, slots = problem.state_indices, problem.output_state_indices, problem.pool_slots
+    name, targets = "state_indices", read
+    for one, indices in (("state_indices", read), ("output_state_indices", written)):
+        if isinstance(indices, np.ndarray) and np.any(indices >= slots):
+            raise ValueError(
+                f"{one}: expected indices below slots = {slots} (negative: padding),"
+                f" got {int(indices.max())}"
+            )
+    if written is not None:
+        name, targets = "output_state_indices", written
+    if not isinstance(targets, np.ndarray):
         return
-    if np.any(indices >= slots):
-        raise ValueError(
-            f"state_indices: expected indices below slots = {slots} (negative: padding),"
-            f" got {int(indices.max())}"
-        )
-    used, counts = np.unique(indices[indices >= 0], return_counts=True)
+    used, counts = np.unique(targets[targets >= 0], return_counts=True)
     if np.any(counts > 1):
         raise ValueError(
-            "state_indices: expected each slot at most once,"
-            f" got slot {used[counts > 1][0]} repeatedly"
+            f"{name}: expected each slot at most once, got slot {used[counts > 1][0]} repeatedly"
+        )
+    read = np.arange(len(targets)) if read is None else read
+    if written is None or not isinstance(read, np.ndarray):
+        return
+    foreign = np.isin(read, used) & (read != written)
+    if isinstance(problem.fresh, np.ndarray):
+        foreign &= ~problem.fresh
+    if foreign.any():
+        raise ValueError(
+            f"{name}: expected no slot that another sequence reads, got slot {read[foreign][0]}"
         )
 
 
-_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "state_indices", "state")
+_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", *ON_POOL)
 
 
 def _check_written(problem: Problem, name: str) -> None:
     """Check that "out" or "state" can be written whole without touching what is read."""
     x, on_host = getattr(problem, name), problem.kind == "numpy"
-    if not x.flags.c_contiguous:
+    if name != "state" and not x.flags.c_contiguous:
         raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
     if on_host and not x.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")

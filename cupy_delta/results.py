@@ -9,11 +9,27 @@ from . import problem as checks
 from .typing import AnyArray, Backend
 
 
-class DeltaRuleOutput(NamedTuple):
-    """Outputs ``o`` (B, T, HV, V) and the state after the last token of each sequence."""
-
+class _Output(NamedTuple):
     o: Any
     final_state: Any
+
+
+class DeltaRuleOutput(_Output):
+    """Outputs ``o`` (B, T, HV, V) and the state after the last token of each sequence.
+
+    Attributes
+    ----------
+    checkpoints : array or None
+        States on the way, if `chunk_delta_rule` was asked for them; no element of the tuple, so
+        that it unpacks alike with and without.
+    """
+
+    checkpoints: Any = None
+
+    def __new__(cls, o: Any, final_state: Any, checkpoints: Any = None) -> DeltaRuleOutput:
+        self = super().__new__(cls, o, final_state)
+        self.checkpoints = checkpoints
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,9 +30,10 @@ FUNCTIONS = [*OPERATORS, *BUILDING_BLOCKS]
 METHODS = ["Transfer.apply", "Transfer.then"]
 
 OPERATOR_OPTIONS = "scale initial_state cu_seqlens qk_l2norm chunk_size state_layout out"
+POOL_OPTIONS = " state state_indices output_state_indices fresh checkpoint_every"
 # positional arguments | keyword-only arguments
 SIGNATURES = {
-    "chunk_delta_rule": ("q k v beta g", OPERATOR_OPTIONS),
+    "chunk_delta_rule": ("q k v beta g", OPERATOR_OPTIONS + POOL_OPTIONS),
     "recurrent_delta_rule": ("q k v beta g", OPERATOR_OPTIONS.replace(" chunk_size", "")),
     "chunk_delta_rule_fwd": ("q k v beta g", OPERATOR_OPTIONS),
     "delta_rule_step": ("q k v beta g", "state state_indices scale qk_l2norm state_layout out"),
@@ -53,7 +54,11 @@ DEFAULTS = {
     "chunk_size": None,
     "state_layout": "kv",
     "out": None,
+    "state": None,
     "state_indices": None,
+    "output_state_indices": None,
+    "fresh": None,
+    "checkpoint_every": None,
     "dfinal_state": None,
 }
 SECTIONS = ["Parameters", "Returns", "Raises", "Notes", "References", "Examples"]

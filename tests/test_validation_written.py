@@ -36,7 +36,11 @@ STRIDED = {
 def test_strided_memory_is_not_written(function, name, how):
     arguments = good(function)
     arguments[name] = STRIDED[how](arguments[name])
-    message = f"{name}: expected a C-contiguous array, got strides {arguments[name].strides}"
+    wanted = {
+        "out": "a C-contiguous array",
+        "state": "slots that are C-contiguous, one after the other",
+    }
+    message = f"{name}: expected {wanted[name]}, got strides {arguments[name].strides}"
     refuse(function, arguments, ValueError, message)
 
 

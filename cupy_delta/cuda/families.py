@@ -99,6 +99,22 @@ LIMITS = (
         " a scalar gate (B, T, HV) is, and NumPy arrays support both",
     ),
     Limit(
+        ("forward",),
+        lambda call: call.pool_dtype is not None,
+        "state: a pool of states is not supported by chunk_delta_rule on CuPy arrays;"
+        " initial_state is, and NumPy arrays support both",
+    ),
+    Limit(
+        ("forward",),
+        lambda call: call.checkpoint_every is not None,
+        "checkpoint_every: states on the way are not supported on CuPy arrays",
+    ),
+    Limit(
+        ("step",),
+        lambda call: call.pool_stride > call.HV * call.K * call.V,
+        "state: slots that lie apart are not supported by delta_rule_step on CuPy arrays",
+    ),
+    Limit(
         CHUNKED,
         lambda call: call.dtype.name == "float64",
         "float64: the chunked operators on CuPy arrays take float32, float16 and bfloat16;"

@@ -26,11 +26,11 @@ def device_by_index(index: int) -> Device:
 
 
 def chunk_delta_rule(problem: Problem):
-    """Return (o, final_state)."""
+    """Return (o, final_state, checkpoints), the last None if none are asked for."""
     with device_of(problem.v) as device:
         plan = plans.plan("forward", problem, device.facts)
         results = execute(plan, vars(problem), device, {"o": problem.out})
-    return _results(problem, results)
+    return *_results(problem, results), None
 
 
 def chunk_delta_rule_fwd(problem: Problem):

@@ -77,16 +77,16 @@ def launches_of(
         V=V,
         gate="scalar" if gate else None,
         varlen=varlen,
-        pool_slots=N,
         scale=K**-0.5,
         qk_l2norm=qk_l2norm,
         chunk_size=chunk_size,
         state_layout=state_layout,
     )
-    call = replace(call, pool_dtype=call.state_dtype)
     calls = dict.fromkeys(PASSES, call)
     # One sequence per batch row: a step knows no cu_seqlens. Building blocks have one layout.
-    calls |= dict(step=replace(call, B=N, varlen=False), blocks=replace(call, state_layout="kv"))
+    on_pool = replace(call, pool_slots=N, pool_dtype=call.state_dtype, pool_stride=HV * K * V)
+    calls["step"] = replace(on_pool, B=N, varlen=False)
+    calls["blocks"] = replace(call, state_layout="kv")
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]
     ]

@@ -116,10 +116,11 @@ class Trace:
         self.N = np.empty_like(block.v)
 
 
-def forward_block(block: Block, S, o=None, trace: Trace | None = None):
+def forward_block(block: Block, S, o=None, trace: Trace | None = None, leave=None):
     """Walk the chunks of a block from state S; return the state after the last.
 
-    Writes the outputs to `o` (h, G, n, C, V), and what the backward needs to `trace`, if given.
+    Writes the outputs to `o` (h, G, n, C, V), and what the backward needs to `trace`, if given;
+    calls `leave` with every chunk's number and the state after it.
     """
     for i in range(block.k.shape[2]):
         R = np.empty_like(block.v[:, :, i]) if trace is None else trace.R[:, :, i]
@@ -135,6 +136,8 @@ def forward_block(block: Block, S, o=None, trace: Trace | None = None):
         written = transpose(block.k_write[:, :, i]) @ N
         written += block.decay.carry(S, i)
         S = written
+        if leave is not None:
+            leave(i, S)
     return S
 
 

@@ -82,9 +82,10 @@ class Item:
     heads: slice
     groups: int
 
-    def states(self, x, dtype):
-        """Load (N, HV, ., .) states as (h, G, ., .)."""
-        x = np.array(x[self.index, self.heads], dtype, order="C")
+    def states(self, x, dtype, index: int | None = None):
+        """Load (N, HV, ., .) states as (h, G, ., .), those of the sequence or of another place."""
+        index = self.index if index is None else index
+        x = np.array(x[index, self.heads], dtype, order="C")
         return x.reshape(-1, self.groups, *x.shape[1:])
 
 

@@ -64,7 +64,9 @@ def test_what_the_table_refuses_raises_and_what_it_names_is_planned():
 def test_every_limit_names_what_it_is_about():
     for limit in LIMITS:
         message = limit.message.format(call=CALL)
-        assert re.match(r"(T|K|V|g|float64|chunk_size)( = \d+| = None)?: ", message)
+        assert re.match(
+            r"(T|K|V|g|state|checkpoint_every|float64|chunk_size)( = \d+| = None)?: ", message
+        )
 
 
 # ---- one place for each thing --------------------------------------------------------------------
