@@ -40,7 +40,7 @@ class Ours:
 
     @staticmethod
     def refusal(row: Row, passes: str) -> str | None:
-        return None if row.D <= 256 else "head sizes up to 256"
+        return None if max(row.K, row.V) <= 256 else "head sizes up to 256"
 
     def forward(self):
         return self.library.chunk_delta_rule(*self.arrays, **self.options).o
@@ -49,7 +49,8 @@ class Ours:
         self.residuals = self.library.chunk_delta_rule_fwd(*self.arrays, **self.options).residuals
 
     def backward(self):
-        return self.library.chunk_delta_rule_bwd(self.residuals, self.do)[:4]
+        gradients = self.library.chunk_delta_rule_bwd(self.residuals, self.do)
+        return gradients[: 4 + (self.arrays[4] is not None)]
 
     @staticmethod
     def graph(copies: list, passes: str, stream):
@@ -83,7 +84,7 @@ class Ours:
 
     @classmethod
     def gradients_host(cls, gradients, row: Row) -> list[np.ndarray]:
-        """Of q, k, v and beta."""
+        """Of q, k, v, beta and, where there is one, the gate."""
         return [cls.host(x) for x in gradients]
 
     @staticmethod
@@ -94,7 +95,7 @@ class Ours:
 
 
 class TorchContestant:
-    """What contestants on PyTorch share; gradients by autograd, of q, k, v and beta."""
+    """What contestants on PyTorch share; gradients by autograd, of q, k, v, beta and gates."""
 
     backward_too = True
     widths: tuple[int, ...] | None = None
@@ -128,7 +129,7 @@ class TorchContestant:
             return "no backward"
         if row.gated and not cls.takes_gates:
             return "no gate"
-        if cls.widths and row.D not in cls.widths:
+        if cls.widths and not {row.K, row.V} <= set(cls.widths):
             return "head sizes " + ", ".join(map(str, cls.widths)) + " only"
         return None
 
@@ -141,7 +142,10 @@ class TorchContestant:
 
     def prepare_backward(self) -> None:
         self.leaves = [x.detach().requires_grad_() for x in self.plain]
+        if self.row.gated:
+            self.g = self.g.detach().requires_grad_()
         self.o = self.call(self.leaves, False)
+        self.leaves += [self.g] * self.row.gated
 
     def backward(self):
         return self.torch.autograd.grad(self.o, self.leaves, self.do, retain_graph=True)
@@ -169,10 +173,10 @@ class TorchContestant:
 
     @classmethod
     def gradients_host(cls, gradients, row: Row) -> list[np.ndarray]:
-        """Of q, k, v and beta; where keys were repeated, summed over the group."""
+        """Of q, k, v, beta and a row's gate; where keys were repeated, summed over the group."""
         found = [cls.host(x) for x in gradients]
         if cls.repeats_keys and row.HV > row.H:
-            found[:2] = [x.reshape(*x.shape[:2], row.H, -1, row.D).sum(axis=3) for x in found[:2]]
+            found[:2] = [x.reshape(*x.shape[:2], row.H, -1, row.K).sum(axis=3) for x in found[:2]]
         return found
 
     @staticmethod
@@ -266,7 +270,7 @@ class FlashInfer(TorchContestant):
             "max_seqlen": max(row.lengths),
             "output": torch.empty_like(self.plain[2]),
             "output_state": torch.empty(
-                (len(row.lengths), row.HV, row.D, row.D), dtype=torch.float32, device="cuda"
+                (len(row.lengths), row.HV, row.V, row.K), dtype=torch.float32, device="cuda"
             ),
         }
 
@@ -279,7 +283,7 @@ class FlashInfer(TorchContestant):
     def call(self, tensors, final_state: bool):
         q, k, v, beta = tensors
         o, _ = self.rule(q, k, v, self.decays, beta, output_final_state=True, **self.given)
-        return o.reshape(*self.row.batch, self.row.HV, self.row.D)
+        return o.reshape(*self.row.batch, self.row.HV, self.row.V)
 
 
 CONTESTANTS = {c.name: c for c in (Ours, Fla, FlaGated, FlashQla, FlashInfer)}

@@ -20,26 +20,34 @@ BYTES_PER_SECOND = 4.3e12
 """Assumption: a device-to-device copy on an H200, read and written bytes together."""
 FLOOR_CHUNK = 64
 BYTES = 2  # of one bfloat16
-MEAN_DECAY = 0.1  # of the logarithms of gates
+MEAN_DECAY = 0.1
+"""Of the logarithms of gates, where a row says nothing else."""
 
 PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One shape: H heads of q and k, HV of v, beta and o, K = V = D; which group it belongs to.
+    """One shape: H heads of q and k, HV of v, beta and o; which group it belongs to.
 
-    `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens. A
-    `gated` row has one log decay per token and value head.
+    `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens.
+    Where `decay` is not 0 there is a log decay per token and value head, exponentially distributed
+    with this mean. beta is uniform between 0 and `largest_beta`.
     """
 
     group: str
     lengths: tuple[int, ...]
     H: int
     HV: int
-    D: int = 128
+    K: int = 128
+    V: int = 128
     ragged: bool = False
-    gated: bool = False
+    decay: float = 0.0
+    largest_beta: float = 1.0
+
+    @property
+    def gated(self) -> bool:
+        return self.decay != 0
 
     @property
     def name(self) -> str:
@@ -48,8 +56,16 @@ class Row:
             parts = "+".join(str(x) for x in self.lengths)
             few = len(self.lengths) <= 2
             tokens = parts if few else f"{len(self.lengths)} ragged, {self.tokens}"
-        width = "" if self.D == 128 else f" d{self.D}"
-        return f"{tokens} h{self.H}/{self.HV}{width}{' gated' * self.gated}"
+        parts = [tokens, f"h{self.H}/{self.HV}"]
+        if self.K != self.V:
+            parts.append(f"k{self.K} v{self.V}")
+        elif self.K != 128:
+            parts.append(f"d{self.K}")
+        if self.gated:
+            parts.append("gated" if self.decay == MEAN_DECAY else f"gated {self.decay:g}")
+        if self.largest_beta != 1:
+            parts.append(f"beta {self.largest_beta:g}")
+        return " ".join(parts)
 
     @property
     def tokens(self) -> int:
@@ -64,7 +80,7 @@ class Row:
     def input_bytes(self) -> int:
         """Bytes of q, k, v, beta and g."""
         columns = 4 * (1 + self.gated)
-        return self.tokens * (2 * self.H * self.D * BYTES + self.HV * (self.D * BYTES + columns))
+        return self.tokens * (2 * self.H * self.K * BYTES + self.HV * (self.V * BYTES + columns))
 
     def shortened(self) -> Row:
         """The same heads and width with at most 512 tokens, for the float64 check."""
@@ -78,18 +94,18 @@ def tiny(row: Row) -> Row:
     What every contestant is tried on, and what the host's time per call is taken with: heads of its
     own would have everything compiled and tuned once more.
     """
-    return Row("tiny", (128,), row.H, row.HV, row.D, gated=row.gated)
+    return replace(row, group="tiny", lengths=(128,), ragged=False)
 
 
 def _rows() -> tuple[Row, ...]:
-    def several(group, *shapes, D=128):
-        return [Row(group, (T,) * B, H, HV, D) for B, T, H, HV in shapes]
+    def several(group, *shapes, D=128, **options):
+        return [Row(group, (T,) * B, H, HV, D, D, **options) for B, T, H, HV in shapes]
 
-    gated = several("gated", (4, 8192, 16, 64), (1, 32768, 16, 64), (8, 4096, 16, 32))
-    gated += several("gated", (8, 1024, 16, 64), (1, 8192, 16, 64), (1, 32768, 8, 32))
-    gated += several("gated", (1, 32768, 2, 8), (1, 8192, 2, 8))
-    gated += several("gated", (4, 8192, 32, 32), (1, 32768, 16, 32))
+    def gated(*shapes, group="gated", decay=MEAN_DECAY, **options):
+        return several(group, *shapes, decay=decay, **options)
+
     tail = (12345, 77, 8191, 1, 513, 4096, 6001, 1544)
+    wide = Row("gated_more", (8192,) * 4, 30, 30, 96, 192, decay=MEAN_DECAY, largest_beta=2.0)
     return (
         *several("gva", *((1, 32768, *heads) for heads in ((2, 8), (4, 16), (8, 32), (16, 64)))),
         *several("gva", (4, 8192, 16, 64), (1, 8192, 2, 8), (1, 8192, 8, 32), (1, 8192, 16, 64)),
@@ -106,7 +122,14 @@ def _rows() -> tuple[Row, ...]:
         *several("length", *((1, T, 16, 16) for T in (512, 2048, 8192, 131072))),
         *several("gva", (1, 32768, 8, 24), (1, 32768, 16, 48), (2, 16384, 16, 64)),
         *several("gva", (4, 8192, 8, 32), (8, 4096, 4, 16)),
-        *(replace(row, gated=True) for row in gated),
+        *gated((4, 8192, 16, 64), (1, 32768, 16, 64), (8, 4096, 16, 32), (8, 1024, 16, 64)),
+        *gated((1, 8192, 16, 64), (1, 32768, 8, 32), (1, 32768, 2, 8), (1, 8192, 2, 8)),
+        *gated((4, 8192, 32, 32), (1, 32768, 16, 32)),
+        *gated((1, 32768, 32, 32), D=64, group="gated_more"),
+        wide,
+        replace(wide, lengths=(32768,)),
+        Row("gated_more", tail, 16, 64, ragged=True, decay=MEAN_DECAY),
+        *(gated((4, 8192, 16, 64), group="gated_more", decay=x)[0] for x in (1.0, 2.0, 5.0)),
     )
 
 
@@ -121,26 +144,26 @@ def chosen(patterns: list[str]) -> list[Row]:
 
 def flops(row: Row, passes: str, chunk: int = FLOOR_CHUNK) -> float:
     """Floating point operations of the whole row."""
-    D, G = row.D, row.HV / row.H
+    K, V, G = row.K, row.V, row.HV / row.H
     if passes == "forward":
         # K S, Q S, K^T N; triangles of K K^T and Q K^T (shared), of T R and P N; the inverse.
-        each = 6 * D * D + 2 * chunk * D / G + 2 * (chunk + 1) * D + chunk**2 / 3
+        each = 6 * K * V + 2 * chunk * K / G + 2 * (chunk + 1) * V + chunk**2 / 3
     else:
         # Seven products with a state. Of the chunk's products five of ten triangles are sums over
-        # the group or products of q and k alone.
-        each = 14 * D * D + 5 * chunk * D / G + 5 * chunk * D
+        # the group or products of q and k alone; the other five have columns of values.
+        each = 14 * K * V + 5 * chunk * K / G + 5 * chunk * V
     return each * row.tokens * row.HV
 
 
 def traffic(row: Row, passes: str, states: int = 1) -> float:
     """Bytes: every input read once, every output written once; `states` float32 ones per head."""
-    D, G = row.D, row.HV / row.H
+    K, V, G = row.K, row.V, row.HV / row.H
     columns = 1 + row.gated
     if passes == "forward":  # q, k | v, o | beta, g
-        each = 2 * D * BYTES / G + 2 * D * BYTES + 4 * columns
-        ends = states * len(row.lengths) * row.HV * D * D * 4
+        each = 2 * K * BYTES / G + 2 * V * BYTES + 4 * columns
+        ends = states * len(row.lengths) * row.HV * K * V * 4
     else:  # q, k, dq, dk | v, do, dv | beta, dbeta, g, dg
-        each, ends = 4 * D * BYTES / G + 3 * D * BYTES + 8 * columns, 0
+        each, ends = 4 * K * BYTES / G + 3 * V * BYTES + 8 * columns, 0
     return each * row.tokens * row.HV + ends
 
 
@@ -182,17 +205,19 @@ def draw(row: Row, xp, seed: int = 0, dtype: str = "bfloat16") -> Inputs:
 
         dtype = ml_dtypes.bfloat16
     rng = xp.random.default_rng(seed)
-    (B, T), D = row.batch, row.D
+    B, T = row.batch
 
-    def normal(heads: int, unit: bool):
-        x = rng.standard_normal((B, T, heads, D), xp.float32)
+    def normal(heads: int, size: int, unit: bool):
+        x = rng.standard_normal((B, T, heads, size), xp.float32)
         if unit:
             x /= xp.sqrt((x * x).sum(-1, keepdims=True))
         return x.astype(dtype)
 
-    q, k = normal(row.H, True), normal(row.H, True)
-    v, do = normal(row.HV, False), normal(row.HV, False)
-    beta = rng.random((B, T, row.HV), xp.float32)
+    q, k = normal(row.H, row.K, True), normal(row.H, row.K, True)
+    v, do = normal(row.HV, row.V, False), normal(row.HV, row.V, False)
+    beta = rng.random((B, T, row.HV), xp.float32) * xp.float32(row.largest_beta)
     ends = xp.asarray([0, *accumulate(row.lengths)], xp.int64) if row.ragged else None
-    g = -MEAN_DECAY * rng.standard_exponential((B, T, row.HV), xp.float32) if row.gated else None
+    g = None
+    if row.gated:
+        g = rng.standard_exponential((B, T, row.HV), xp.float32) * xp.float32(-row.decay)
     return Inputs(row, q, k, v, beta, do, ends, g)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -211,9 +211,9 @@ class Errors:
         self.exact: dict[tuple, list[np.ndarray]] = {}
 
     def of(self, contestant, row: Row, passes: str) -> float:
-        """The error of o, or the largest of those of the gradients of q, k, v and beta."""
+        """The error of o, or the largest of those of the gradients of q, k, v, beta and gates."""
         short = row.shortened()
-        shape = (short.lengths, short.H, short.HV, short.D, short.gated, passes)
+        shape = (replace(short, group=""), passes)
         key = (contestant.name, *shape)
         if key not in self.known:
             inputs = draw(short, np, seed=1)
@@ -233,14 +233,15 @@ class Errors:
 
 
 def float64_results(inputs: Inputs, passes: str) -> list[np.ndarray]:
-    """What the reference computes: o, or the gradients of q, k, v and beta."""
+    """What the reference computes: o, or the gradients of q, k, v, beta and, if any, gates."""
     import cupy_delta
 
     arrays = (inputs.q, inputs.k, inputs.v, inputs.beta, inputs.g)
     forward = cupy_delta.chunk_delta_rule_fwd(*arrays, cu_seqlens=inputs.cu_seqlens)
     if passes == "forward":
         return [forward.o]
-    return list(cupy_delta.chunk_delta_rule_bwd(forward.residuals, inputs.do)[:4])
+    gradients = cupy_delta.chunk_delta_rule_bwd(forward.residuals, inputs.do)
+    return list(gradients[: 4 + inputs.row.gated])
 
 
 def try_out(gpu, contestants, row: Row, passes) -> tuple[list, dict[str, str]]:

@@ -23,7 +23,7 @@ import cupy_delta
     ],
 )
 def test_flops_per_token_and_head(D, chunk, forward, backward):
-    row = rows.Row("", (1,), 1, 1, D)
+    row = rows.Row("", (1,), 1, 1, D, D)
     assert rows.flops(row, "forward", chunk) == pytest.approx(forward * 1e3, abs=60)
     assert rows.flops(row, "backward", chunk) == pytest.approx(backward * 1e3, abs=60)
 
@@ -33,7 +33,7 @@ def test_flops_per_token_and_head(D, chunk, forward, backward):
     [(64, 1, 516, 904), (128, 1, 1028, 1800), (128, 4, 644, 1032), (128, 2, 772, 1288)],
 )
 def test_bytes_per_token_and_head(D, G, forward, backward):
-    row = rows.Row("", (1,), 1, G, D)
+    row = rows.Row("", (1,), 1, G, D, D)
     assert rows.traffic(row, "forward", states=0) == forward * G
     assert rows.traffic(row, "backward") == backward * G
 
@@ -47,11 +47,23 @@ def test_floor_is_the_slower_of_products_and_bytes():
     assert rows.floor_ms(equal, "forward") == pytest.approx(nbytes / 4.3e9)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_inputs_are_copied_until_the_cache_is_exceeded_three_times(gated):
-    row = rows.Row("", (2048,), 2, 8, gated=gated)
+def test_a_row_is_named_by_what_it_is():
+    named = [rows.Row("", (64,), 1, 2, 96, 192, decay=0.1, largest_beta=2.0)]
+    named += [rows.Row("", (64,) * 3, 2, 2, 64, 64, decay=5.0), rows.Row("", (3, 5), 1, 1)]
+    names = ["1x64 h1/2 k96 v192 gated beta 2", "3x64 h2/2 d64 gated 5", "2x3 h1/1"]
+    assert [row.name for row in named] == names
+    drawn = rows.draw(named[0], np)
+    assert (drawn.q.shape[-1], drawn.v.shape[-1]) == (96, 192)
+    assert 1 < drawn.beta.max() <= 2
+    assert rows.draw(named[1], np).g.mean() == pytest.approx(-5, rel=0.2)
+    assert len({row.name for row in rows.ROWS}) == len(rows.ROWS)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_inputs_are_copied_until_the_cache_is_exceeded_three_times(decay):
+    row = rows.Row("", (2048,), 2, 8, 96, 192, decay=decay)
     inputs = rows.draw(row, np)
-    given = (inputs.q, inputs.k, inputs.v, inputs.beta, *([inputs.g] if gated else []))
+    given = (inputs.q, inputs.k, inputs.v, inputs.beta, *([inputs.g] if decay else []))
     size = sum(x.nbytes for x in given)
     assert row.input_bytes == size
     copies = rows.copies_past_cache(row, 60 << 20)
@@ -162,7 +174,10 @@ class NoGpu:
 @pytest.fixture(scope="module")
 def report():
     saved = []
-    few = [rows.Row("gva", (70,), 1, 2, 16), rows.Row("ragged", (5, 64, 30), 1, 2, 16, True)]
+    few = [
+        rows.Row("gva", (70,), 1, 2, 16, 16),
+        rows.Row("ragged", (5, 64, 30), 1, 2, 16, 16, True),
+    ]
     args = compare.arguments(["--repeats", "2"])
     field = [OnNumpy, ForwardOnly, Absent]
     with pytest.MonkeyPatch.context() as patch:
@@ -206,7 +221,7 @@ def test_first_calls_find_empty_caches_then_warm_ones(tmp_path):
 
 def test_a_contestant_that_leaves_out_the_gate_is_seen():
     args = compare.arguments(["--repeats", "1", "--passes", "forward"])
-    gated = [rows.Row("gated", (70,), 1, 2, 16, gated=True)]
+    gated = [rows.Row("gated", (70,), 1, 2, 16, 16, decay=0.1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "driver", lambda: "none")
         report = compare.run(NoGpu, [OnNumpy, WithoutGate], gated, args, lambda r: None)
@@ -226,7 +241,7 @@ def test_one_that_refuses_every_row_is_tried_all_the_same():
         refusal = Refuses.refusal
 
     args = compare.arguments(["--repeats", "1", "--passes", "forward"])
-    gated = [rows.Row("gated", (70,), 1, 2, 16, gated=True)]
+    gated = [rows.Row("gated", (70,), 1, 2, 16, 16, decay=0.1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "driver", lambda: "none")
         report = compare.run(NoGpu, [OnNumpy, Refuses, AbsentToo], gated, args, lambda r: None)
@@ -236,7 +251,7 @@ def test_one_that_refuses_every_row_is_tried_all_the_same():
 
 
 def test_who_takes_no_gate_says_so():
-    row = rows.Row("gated", (70,), 1, 2, 128, gated=True)
+    row = rows.Row("gated", (70,), 1, 2, decay=0.1)
     assert contestants.Fla.refusal(row, "forward") == "no gate"
     assert contestants.Ours.refusal(row, "backward") is None
     for contestant in (contestants.Ours, contestants.FlashQla, contestants.FlashInfer):
@@ -245,7 +260,7 @@ def test_who_takes_no_gate_says_so():
 
 def test_nothing_is_started_after_the_budget():
     args = compare.arguments(["--budget", "-1"])
-    few = [rows.Row("gva", (70,), 1, 2, 16)]
+    few = [rows.Row("gva", (70,), 1, 2, 16, 16)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "driver", lambda: "none")
         report = compare.run(NoGpu, [OnNumpy], few, args, lambda r: None)
