@@ -77,8 +77,8 @@ def markdown(report: dict) -> str:
         "",
         f"Driver {report['driver']}; {versions}. bfloat16, beta in float32, K = V = 128 unless a "
         "row says d64, d256 or k96 v192, beta in (0, 1) or up to what the row says; h16/64: 16 "
-        "heads of q and k, 64 of v; gated: with a log decay per token and value head, exponentially "
-        f"distributed with mean {-MEAN_DECAY} or, negative, what the row says. Milliseconds, "
+        "heads of q and k, 64 of v; gated: with a log decay per token and value head, exponential "
+        f"in distribution, with mean {-MEAN_DECAY} or, negative, what the row says. Milliseconds, "
         f"medians over {report['repeats']} repeats in which the "
         "contestants took turns, of CUDA graph replays (e: eager calls, where no graph could be "
         "captured), on inputs that together are three times as large as the L2 cache.",
