@@ -37,6 +37,8 @@ def arguments(option, T):
     shape = {"scalar": v.shape[:3], "channel": k.shape}.get(asked.get("gate"))
     g = None if shape is None else -rng.uniform(0, 1, shape).astype(dtype)
     options = {n: asked[n] for n in ("qk_l2norm", "chunk_size", "state_layout") if n in asked}
+    if "pool_slots" in asked:
+        options["state"] = np.zeros((1, 2, K, V), asked["pool_dtype"])
     if asked.get("varlen"):
         options["cu_seqlens"] = np.array([0, 3, T])
     return (q.astype(dtype), k.astype(dtype), v.astype(dtype), beta.astype(dtype), g), options
@@ -62,7 +64,8 @@ def call(operation, args, options):
         size = k.shape[3], v.shape[3]
         size = size[::-1] if options.get("state_layout") == "vk" else size
         real = np.float64 if v.dtype == np.float64 else np.float32
-        return cd.delta_rule_step(*args, state=np.zeros((1, 2, *size), real), **options)
+        options = {"state": np.zeros((1, 2, *size), real)} | options
+        return cd.delta_rule_step(*args, **options)
     if operation == "transfer":
         return cd.sequence_transfer(k, v, beta, g, **normed).p
     factors = cd.wy_factors(k, v, beta, g, **normed)

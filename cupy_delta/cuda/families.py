@@ -100,12 +100,6 @@ LIMITS = (
     ),
     Limit(
         ("forward",),
-        lambda call: call.pool_dtype is not None,
-        "state: a pool of states is not supported by chunk_delta_rule on CuPy arrays;"
-        " initial_state is, and NumPy arrays support both",
-    ),
-    Limit(
-        ("forward",),
         lambda call: call.checkpoint_every is not None,
         "checkpoint_every: states on the way are not supported on CuPy arrays",
     ),
@@ -158,6 +152,9 @@ OPTIONS: dict[str, dict] = {
     "g of (B, T, HV, K)": dict(gate="channel"),
     "beta of (B, T, HV, V)": dict(beta_per_value=True),
     "cu_seqlens": dict(varlen=True),
+    "state, a pool": dict(
+        pool_slots=8, pool_dtype=FLOAT_DTYPES["bfloat16"], pool_stride=8 * 128**2
+    ),
     "qk_l2norm": dict(qk_l2norm=True),
     'state_layout="vk"': dict(state_layout="vk"),
     "chunk_size of 16 or 32": dict(chunk_size=16),
@@ -171,6 +168,7 @@ SIZED = ("forward", "training", "backward", *PIECES)
 TAKEN_BY = {
     "beta of (B, T, HV, V)": ("recurrent",),
     "cu_seqlens": (*CHUNKED, "recurrent"),
+    "state, a pool": ("forward", "step"),
     'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
     "chunk_size of 16 or 32": SIZED,
     "chunk_size of 64": SIZED,

@@ -29,8 +29,10 @@ def chunk_delta_rule(problem: Problem):
     """Return (o, final_state, checkpoints), the last None if none are asked for."""
     with device_of(problem.v) as device:
         plan = plans.plan("forward", problem, device.facts)
-        results = execute(plan, vars(problem), device, {"o": problem.out})
-    return *_results(problem, results), None
+        targets = {"o": problem.out, "state": problem.state}
+        results = execute(plan, vars(problem), device, targets)
+    o, final_state = _results(problem, results)
+    return o, final_state if problem.state is None else problem.state, results.get("checkpoints")
 
 
 def chunk_delta_rule_fwd(problem: Problem):

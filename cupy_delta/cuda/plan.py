@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..call import Call
 from .families import family_for
 from .spec import DeviceFacts, Plan
+from .tokens.pool import on_pool
 from .tokens.units import in_units
 
 
@@ -27,6 +28,8 @@ def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
                 f" {launch.shared} bytes of shared memory per block, this GPU has"
                 f" {facts.shared_bytes}; a smaller chunk_size works"
             )
+    if operation == "forward":
+        return on_pool(found, call)
     float16 = operation == "backward" and call.dtype.name == "float16"
     return in_units(found, call) if float16 else found
 

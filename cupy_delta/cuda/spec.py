@@ -12,6 +12,8 @@ from ..call import Call
 
 # The dtype in which the chunked kernels read beta and g.
 SUMS = np.dtype(np.float32)
+# Arrays that kernels read as integers of 64 bits.
+INTEGERS = ("cu_seqlens", "state_indices", "output_state_indices")
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -104,8 +106,8 @@ class Plan:
     def read(self) -> tuple[tuple[str, np.dtype | None], ...]:
         """The arrays that have to be there: name, and dtype to read it in if not its own."""
         names = set().union(*(launch.arrays() for launch in self.launches))
-        integers = np.dtype(np.int64)
-        dtypes = dict(beta=self.sums, g=self.sums, cu_seqlens=integers, state_indices=integers)
+        dtypes = dict.fromkeys(INTEGERS, np.dtype(np.int64))
+        dtypes |= dict(beta=self.sums, g=self.sums)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 

@@ -15,6 +15,7 @@ from .spec import Compiler, DeviceFacts, Launch
 # What is computed in each pass, in the order in which it is refused.
 OPERATIONS = {
     "forward": ("forward",),
+    "prefill": ("forward",),
     "backward": ("backward", "training"),
     "recurrent": ("recurrent",),
     "step": ("step",),
@@ -45,10 +46,10 @@ def launches_of(
     Parameters
     ----------
     facts : DeviceFacts
-    passes : tuple of {"forward", "backward", "recurrent", "step", "blocks"}
-        "blocks" are the WY building blocks.
+    passes : tuple of {"forward", "prefill", "backward", "recurrent", "step", "blocks"}
+        "prefill" is the forward on a pool of states, "blocks" are the WY building blocks.
     dtype : str
-        Of q, k and v; beta and g count as float32, decoding pools as float32 (or float64).
+        Of q, k and v; beta and g count as float32, pools as float32 (or float64).
     K, V, B, T, H, HV
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
     chunk_size, gate, varlen, qk_l2norm, state_layout
@@ -85,7 +86,7 @@ def launches_of(
     calls = dict.fromkeys(PASSES, call)
     # One sequence per batch row: a step knows no cu_seqlens. Building blocks have one layout.
     on_pool = replace(call, pool_slots=N, pool_dtype=call.state_dtype, pool_stride=HV * K * V)
-    calls["step"] = replace(on_pool, B=N, varlen=False)
+    calls["prefill"], calls["step"] = on_pool, replace(on_pool, B=N, varlen=False)
     calls["blocks"] = replace(call, state_layout="kv")
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]

@@ -33,7 +33,7 @@ ARCHITECTURES = {name: architectures.ARCHITECTURES[name] for name in NAMES}
 ALL = ("forward", "backward", "recurrent", "step", "blocks")
 CALLS = (
     dict(dtype="bfloat16", K=128, V=128, H=8, passes=ALL),
-    dict(dtype="bfloat16", K=128, V=128, H=64, passes=("forward", "backward")),
+    dict(dtype="bfloat16", K=128, V=128, H=64, passes=("forward", "backward", "prefill")),
     dict(dtype="bfloat16", K=128, V=128, B=4, H=64, varlen=True, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, B=4, H=64, passes=("forward",)),
     dict(dtype="float16", K=128, V=128, B=4, H=64, state_layout="vk", passes=("forward",)),

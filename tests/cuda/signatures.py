@@ -11,7 +11,7 @@ from cupy_delta.cuda.sm90.segments import Part
 from cupy_delta.cuda.spec import C_TYPES, Launch, Plan, TensorBox
 
 # The dtypes of NumPy that C types stand for; those of 16 bits by their names in the kernels.
-DTYPES = {"int": "int32", "int64_t": "int64", "float2": "float32"} | {
+DTYPES = {"int": "int32", "int64_t": "int64", "float2": "float32", "bool": "bool"} | {
     c: name for name, c in C_TYPES.items()
 }
 # What enters a backward, as it is given or in units.
@@ -46,11 +46,12 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         h=("segment_h",),
     ),
     "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
+    "pool_states": dict(states=("initial_state", "final_state")),
     "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
 }
 KEYWORDS = {"d_o": "do"}
 # Sizes that a call has no name for.
-COUNTS = {"rows", "slots", "pairs", *Part._fields}
+COUNTS = {"rows", "slots", "pairs", "size", *Part._fields}
 
 
 class Parameter(NamedTuple):

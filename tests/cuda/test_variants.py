@@ -68,6 +68,9 @@ CASES = [
 def run(passes, args, kw, **options):
     if passes == "forward":
         cd.chunk_delta_rule(*args, **kw, **options)
+    elif passes == "prefill":
+        kw = kw | dict(state=kw["initial_state"], initial_state=None)
+        cd.chunk_delta_rule(*args, **kw, **options)
     elif passes == "recurrent":
         cd.recurrent_delta_rule(*args, **kw, **options)
     else:
@@ -78,10 +81,10 @@ def run(passes, args, kw, **options):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("qk_l2norm", [False, True])
-@pytest.mark.parametrize("passes", ["forward", "backward", "recurrent"])
+@pytest.mark.parametrize("passes", ["forward", "prefill", "backward", "recurrent"])
 def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2norm, passes):
     device, sizes = recorder(architecture), dict(H=2, G=1, K=64, V=64) | case
-    args, kw = make_inputs(**sizes)
+    args, kw = make_inputs(**sizes | dict(initial=passes == "prefill" or "initial" in case))
     cu = sizes.get("cu_seqlens")
     options = dict(
         dtype=sizes["dtype"].name,

@@ -241,6 +241,13 @@ def copy_in(x: np.ndarray, name: str = "array") -> np.ndarray:
     return y
 
 
+def span_of(x, module=np):
+    """Return the memory of an array from its first element to its last; no stride is negative."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.strides, strict=True))
+    size = x.dtype.itemsize
+    return module.lib.stride_tricks.as_strided(x, (last // size + 1,), (size,))
+
+
 class EmulatorDevice:
     """The device interface of the CUDA backend, over emulated memory and kernels.
 
@@ -267,12 +274,14 @@ class EmulatorDevice:
         self.run, self.sm, self.leg = run, sm, leg
         self.facts = DeviceFacts(sm_count, shared_bytes, capability=(sm // 10, sm % 10))
         self.launches: list = []
+        self._spans: list = []
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        pass
+        for there, memory in self._spans:
+            there[...] = memory
 
     def empty(self, shape, dtype, name):
         return empty(shape, dtype, name)
@@ -285,7 +294,16 @@ class EmulatorDevice:
 
     def target(self, x, name):
         # An output of the caller starts unwritten; a state that is updated does not.
-        return copy_in(x, name) if name == "state" else empty(x.shape, x.dtype, name)
+        if name != "state":
+            return empty(x.shape, x.dtype, name)
+        if x.flags.c_contiguous:
+            return copy_in(x, name)
+        # Slots apart: what lies between comes along, and goes back, so that a kernel may be seen to
+        # have written there.
+        there = span_of(x)
+        memory = copy_in(there, name)
+        self._spans.append((there, memory))
+        return np.lib.stride_tricks.as_strided(memory, x.shape, x.strides)
 
     def prepare(self, launches):
         for launch in launches:

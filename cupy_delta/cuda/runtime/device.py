@@ -83,8 +83,11 @@ class CupyDevice:
         return y
 
     def target(self, x, name: str):
-        """Return an array that kernels may write in place of `x`, to be copied back to it."""
-        return x if x.data.ptr % 16 == 0 else x.copy()
+        """Return an array that kernels may write in place of `x`, to be copied back to it.
+
+        Slots of a pool that lie apart are written where they are: what lies between is not theirs.
+        """
+        return x if x.data.ptr % 16 == 0 or not x.flags.c_contiguous else x.copy()
 
     def prepare(self, launches: tuple[Launch, ...]) -> None:
         """Compile all kernels of some launches, or find them in CuPy's cache."""
