@@ -1,7 +1,9 @@
-"""Decoding on a GPU: one `delta_rule_step` over a pool of states beside a copy of the same pool.
+"""Decoding on a GPU: `delta_rule_step` over a pool of states, beside a copy and beside FlashInfer.
 
-A step reads every state once and writes it once, as a copy does: the table gives the bytes per
-second of both, and their ratio. Times are of CUDA graph replays, medians; K = V = 128.
+A step reads every state once and writes it once, as a copy of the states does; a verification, with
+0 tokens accepted, only reads. Times are of CUDA graph replays, medians over turns, of enough calls
+on other slots each that no state is still in the L2 cache. Every contestant's outputs are compared
+with the float64 token loop. K = V = 128, 16 key heads and 32 value heads, inputs of bfloat16.
 
     python benchmarks/decode.py -o benchmarks/results/DATE-GPU-decode.json
 """
@@ -9,28 +11,68 @@ second of both, and their ratio. Times are of CUDA graph replays, medians; K = V
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
+import time
+from typing import NamedTuple
 
 import cupy
 import ml_dtypes
 import numpy as np
+from comparison import decoding
 
 import cupy_delta
 from cupy_delta.commands.console import print_table
 from cupy_delta.commands.output import write_json
 
-D = 128
-CALLS = 10
-HEADS = 32
+H, HV, D = decoding.H, decoding.HV, decoding.D
+BATCHES, TOKENS = (1, 2, 4, 8, 16, 64, 256), (1, 4)
+L2_BYTES = 50e6
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def graph_of(call, stream):
-    """Capture a run of calls; the first one, outside, compiles and allocates."""
-    call()
+class Row(NamedTuple):
+    """A batch of sequences with so many new tokens each, and what their pool is like."""
+
+    B: int
+    T: int
+    pool: str
+    layout: str
+    gate: str
+    what: str  # "step", or "verify" with 0 tokens accepted
+
+    @property
+    def state_bytes(self) -> int:
+        return self.B * HV * D * D * DTYPES[self.pool].itemsize
+
+    @property
+    def calls(self) -> int:
+        """Calls of a graph, each on slots of its own."""
+        return min(64, max(4, math.ceil(2 * L2_BYTES / self.state_bytes)))
+
+
+def rows(args) -> list[Row]:
+    found = []
+    for pool in args.pools:
+        for layout in args.layouts:
+            for B in args.batches:
+                for T in args.tokens:
+                    found.append(Row(B, T, pool, layout, "scalar", "step"))
+                    if T > 1:
+                        found.append(Row(B, T, pool, layout, "scalar", "verify"))
+            for gate in args.gates:
+                found += [Row(64, T, pool, layout, gate, "step") for T in args.tokens]
+    return found
+
+
+def graph_of(calls, stream):
+    """Capture a run of calls; the first run, outside, compiles and allocates."""
+    for call in calls:
+        call()
     stream.synchronize()
     stream.begin_capture()
-    for _ in range(CALLS):
+    for call in calls:
         call()
     return stream.end_capture()
 
@@ -41,62 +83,87 @@ def milliseconds(graph, stream) -> float:
     graph.launch(stream)
     stop.record(stream)
     stop.synchronize()
-    return cupy.cuda.get_elapsed_time(start, stop) / CALLS
+    return cupy.cuda.get_elapsed_time(start, stop)
 
 
-def measure(states: int, dtype, layout: str, repeats: int) -> dict:
-    rng = cupy.random.default_rng(0)
-    B = states // HEADS
-    draw = [rng.standard_normal((B, 1, HEADS, D), cupy.float32) for _ in range(3)]
-    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in draw)
-    beta = rng.random((B, 1, HEADS), cupy.float32)
-    pool = cupy.zeros((B, HEADS, D, D), dtype)
-    copy, out = cupy.empty_like(pool), cupy.empty_like(v)
-    stream, workspace = cupy.cuda.Stream(non_blocking=True), cupy_delta.Workspace()
-    options = dict(state=pool, qk_l2norm=True, state_layout=layout, out=out)
+def measure(row: Row, repeats: int, peers: bool) -> dict:
+    """Time everybody on a row, in turns."""
+    inputs = decoding.draw(row, DTYPES[row.pool])
+    stream = cupy.cuda.Stream(non_blocking=True)
+    graphs, errors, failed = {}, {}, {}
     cupy.cuda.Device().synchronize()
-    with stream, workspace:
-        graphs = {
-            "copy": graph_of(lambda: cupy.copyto(copy, pool), stream),
-            "step": graph_of(lambda: cupy_delta.delta_rule_step(q, k, v, beta, **options), stream),
-        }
+    with stream:
+        aside = cupy.empty_like(inputs.pool[: row.B])
+        parts = [inputs.pool[i * row.B : (i + 1) * row.B] for i in range(row.calls)]
+        graphs["copy"] = graph_of([lambda x=x: cupy.copyto(aside, x) for x in parts], stream)
+        for contestant in [decoding.Ours] + [decoding.FlashInfer] * peers:
+            try:
+                one = contestant(row, inputs)
+                errors[one.name] = decoding.error(row, inputs, one)
+                graphs[one.name] = one.graph(graph_of, stream)
+            except Exception as error:
+                failed[contestant.name] = f"{type(error).__name__}: {error}"[:200]
         times = {name: [] for name in graphs}
         for _ in range(repeats):
             for name, graph in graphs.items():
-                times[name].append(milliseconds(graph, stream))
-    ms = {name: statistics.median(t) for name, t in times.items()}
-    bytes_ = {"copy": 2 * pool.nbytes, "step": 2 * pool.nbytes + 4 * q.nbytes + beta.nbytes}
-    return {
-        "states": states,
-        "dtype": np.dtype(dtype).name,
-        "layout": layout,
-        "ms": ms,
-        "bytes_per_s": {name: bytes_[name] / ms[name] * 1e3 for name in ms},
-    }
+                times[name].append(milliseconds(graph, stream) / row.calls)
+    us = {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    inputs = None
+    cupy.get_default_memory_pool().free_all_blocks()
+    return row._asdict() | dict(us=us, errors=errors, failed=failed, state_bytes=row.state_bytes)
+
+
+def line(found: dict) -> list[str]:
+    us, errors = found["us"], found["errors"]
+    copy = us["copy"] * (0.5 if found["what"] == "verify" else 1)
+    cells = [str(found[name]) for name in ("B", "T", "pool", "layout", "gate", "what")]
+    ours, theirs = us.get("cupy_delta"), us.get("flashinfer")
+    cells += [f"{us['copy']:.1f}", "" if ours is None else f"{ours:.1f}"]
+    cells += ["" if ours is None else f"{copy / ours:.2f}"]
+    cells += ["" if theirs is None else f"{theirs:.1f}"]
+    return cells + [f"{e:.1e}" for e in errors.values()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--pools", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--layouts", nargs="+", choices=("kv", "vk"), default=["kv", "vk"])
+    parser.add_argument("--gates", nargs="*", default=["none", "channel"])
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for starting rows")
+    parser.add_argument("--alone", action="store_true", help="no peers")
     parser.add_argument("-o", "--output", help="JSON file")
     args = parser.parse_args()
-    rows = [
-        measure(states, dtype, layout, args.repeats)
-        for states in (2048, 8192)
-        for dtype in (np.float32, ml_dtypes.bfloat16)
-        for layout in ("kv", "vk")
-    ]
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    print(f"{gpu}, one token per state, K = V = {D}")
-    table = []
-    for row in rows:
-        step, copy = row["bytes_per_s"]["step"], row["bytes_per_s"]["copy"]
-        cells = [row["states"], row["dtype"], row["layout"], f"{row['ms']['step'] * 1e3:.1f}"]
-        table.append([*cells, f"{step / 1e12:.2f}", f"{copy / 1e12:.2f}", f"{step / copy:.2f}"])
-    print_table(["states", "dtype", "layout", "step us", "step TB/s", "copy TB/s", "ratio"], table)
+    peers = not args.alone and decoding.FlashInfer.there()
+    print(f"{gpu}, h{H}/{HV}, K = V = {D}; FlashInfer {'there' if peers else 'not there'}")
+    start, report = time.perf_counter(), []
+    for row in rows(args):
+        if time.perf_counter() - start > args.budget:
+            print("out of time")
+            break
+        report.append(measure(row, args.repeats, peers))
+    header = [
+        "B",
+        "T",
+        "pool",
+        "layout",
+        "gate",
+        "what",
+        "copy us",
+        "us",
+        "copy / us",
+        "FlashInfer",
+    ]
+    print_table([*header, "errors"], [line(found)[: len(header) + 1] for found in report])
+    for found in report:
+        for name, why in found["failed"].items():
+            print(*(found[x] for x in Row._fields), name, why)
     if args.output:
-        report = {"gpu": gpu, "cupy_delta": cupy_delta.__version__, "rows": rows}
-        write_json(args.output, report)
+        version = cupy_delta.__version__
+        write_json(args.output, {"gpu": gpu, "cupy_delta": version, "rows": report})
     return 0
 
 

@@ -23,7 +23,8 @@ class Call:
     to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given.
     A pool has `pool_slots` states of `pool_dtype`, `pool_stride` elements from one to the next, at
     addresses that are multiples of `pool_alignment` bytes; without a pool `pool_dtype` is None.
-    `kept` holds what was derived from all this, plans for example.
+    `accepting`: the states of a step take up only the tokens that are accepted. `kept` holds what
+    was derived from all this, plans for example.
     """
 
     dtype: np.dtype
@@ -43,6 +44,7 @@ class Call:
     pool_stride: int = 0
     pool_alignment: int = POOL_ALIGNMENT
     checkpoint_every: int | None = None
+    accepting: bool = False
     scale: float = 1.0
     qk_l2norm: bool = False
     chunk_size: int | None = None

@@ -27,12 +27,12 @@ def remembered(check):
     kept = lru_cache(KEPT_CALLS, typed=True)(check)
 
     @wraps(check)
-    def recall(*arguments):
+    def recall(*arguments, **options):
         try:
-            return kept(*arguments)
+            return kept(*arguments, **options)
         except TypeError:
             pass  # from the check, or of an option that has no hash: it has the better message
-        return check(*arguments)
+        return check(*arguments, **options)
 
     return recall
 
@@ -58,6 +58,8 @@ class Checker:
             raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
         self.dtype = FLOAT_DTYPES[name]
         self.state_dtype = FLOAT_DTYPES["float64" if name == "float64" else "float32"]
+        # Of states that are given.
+        self.state_dtypes = (self.state_dtype,) if name == "float64" else POOL_DTYPES
 
     def array(
         self, name: str, x: Look | type | None, shapes: str | tuple[str, ...], dtypes: tuple
@@ -218,10 +220,7 @@ def pool_of(
     `symbols` are those of the states of all sequences, `sequences` is the symbol of their number.
     Without strides it is dense.
     """
-    wide = check.dtype.name == "float64"
-    check.array(
-        "state", state, symbols.replace("N", "slots"), (np.float64,) if wide else POOL_DTYPES
-    )
+    check.array("state", state, symbols.replace("N", "slots"), check.state_dtypes)
     count, slots = check.sizes[sequences], check.sizes["slots"]
     for name, x in indices.items():
         if x is not None:

@@ -53,8 +53,8 @@ def chunk_delta_rule(
     scale : float, optional
         Factor on the outputs, ``K ** -0.5`` by default.
     initial_state : array, (N, HV, K, V), optional
-        State before the first token of each sequence, zero by default; float32, or float64 with
-        float64 inputs.
+        State before the first token of each sequence, zero by default; float32, float16 or
+        bfloat16, or float64 with float64 inputs.
     cu_seqlens : integer array, (N + 1,), optional
         Sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]`` of the only batch row
         (B = 1); int32 or int64, nondecreasing from 0 to T. Empty sequences are legal.
@@ -250,25 +250,39 @@ def delta_rule_step(
     *,
     state: Array,
     state_indices: Array | None = None,
+    output_state_indices: Array | None = None,
+    cu_seqlens: Array | None = None,
+    accepted: Array | None = None,
     scale: Real | None = None,
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
     out: Array | None = None,
 ) -> AnyArray:
-    """Advance a pool of states by one to eight new tokens per sequence, in place.
+    """Advance a pool of states by the new tokens of every sequence, in place.
 
     Parameters
     ----------
     q, k, v, beta, g, scale, qk_l2norm, state_layout, out
-        As in `chunk_delta_rule`, with T at most 8. Each batch row is one sequence.
+        As in `chunk_delta_rule`, with T at most 32. Each batch row is one sequence.
     state : array, (slots, HV, K, V)
         The pool, updated in place. float32, or bfloat16 / float16, which are rounded to nearest
         once a call; float64 with float64 inputs. Slots are C-contiguous and may lie apart, as in
-        ``pages[:, layer]``; ``slots = B`` unless `state_indices` is given. With
+        ``pages[:, layer]``; there are as many as sequences unless `state_indices` is given. With
         ``state_layout="vk"`` it is (slots, HV, V, K).
-    state_indices : integer array, (B,), optional
-        Slot of each sequence; int32 or int64, each slot at most once. A negative index is
-        padding: nothing is read or written for that sequence and its output is zero.
+    state_indices : integer array, (N,), optional
+        Slot of each sequence; int32 or int64, each slot at most once unless others are written. A
+        negative index is padding: nothing is read or written for that sequence and its output is
+        zero.
+    output_state_indices : integer array, (N,), optional
+        Slot that each sequence's new state goes to, by default the one that it comes from; each at
+        most once, and none that another sequence reads. Negative: it goes nowhere, while the
+        outputs are as ever.
+    cu_seqlens : integer array, (N + 1,), optional
+        Sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]`` of the only batch row, each
+        of 0 to 32 tokens; without it N = B.
+    accepted : integer array, (N,), optional
+        How many of each sequence's tokens its new state takes up, 0 to all of them, by default
+        all. All tokens have their outputs. With 0, a slot that is its own is left as it is.
 
     Returns
     -------
@@ -282,9 +296,15 @@ def delta_rule_step(
 
     Notes
     -----
-    The arithmetic is that of `recurrent_delta_rule`: float32 (float64 for float64 inputs).
-    Values of `state_indices` in device memory are not read back; an index past the pool is
-    treated as padding there, and a repeated one gives undefined numbers in its slot.
+    The arithmetic is that of `recurrent_delta_rule`: float32 (float64 for float64 inputs). A token
+    has the same bits whatever comes with it in the call, so several tokens equal as many calls of
+    one, to the bit where the pool is float32 or float64; one of 16 bits is rounded once a call
+    instead of once a token.
+
+    Values of index arrays, `cu_seqlens` and `accepted` in device memory are not read back. There a
+    state index past the pool is padding, an output index past it goes nowhere, lengths and
+    `accepted` are clamped, and slots that are written twice, or written by one sequence and read by
+    another, get undefined numbers. No other slot is touched.
 
     References
     ----------
@@ -313,6 +333,9 @@ def delta_rule_step(
         g,
         state=state,
         state_indices=state_indices,
+        output_state_indices=output_state_indices,
+        cu_seqlens=cu_seqlens,
+        accepted=accepted,
         scale=scale,
         qk_l2norm=qk_l2norm,
         state_layout=state_layout,

@@ -28,11 +28,12 @@ from .checker import (
     scale_of,
 )
 
-MAX_STEP_TOKENS = 8
+MAX_STEP_TOKENS = 32  # sixteen drafts, after as many tokens that were accepted before
 SIZES = ("B", "T", "N", "H", "HV", "K", "V")
 # A pool of states, and what there is of each sequence.
 ON_POOL = ("state", "state_indices", "output_state_indices", "fresh")
 NO_POOL = ((None,) * len(ON_POOL), None)
+STEPPED = ("state_indices", "output_state_indices", "cu_seqlens", "accepted")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +60,7 @@ class Problem(Call):
     state_indices: Any = None
     output_state_indices: Any = None
     fresh: Any = None
+    accepted: Any = None
 
     # Two problems that are alike still have different arrays.
     __eq__ = object.__eq__
@@ -132,10 +134,12 @@ def operator_call(
     chunk_size,
     checkpoint_every=None,
     pool=NO_POOL,
+    wide_states=False,
 ) -> Problem:
     """Check such a call by the looks of its arrays: a problem without arrays.
 
-    `pool` are the looks of `ON_POOL`, and how the pool lies in memory.
+    `pool` are the looks of `ON_POOL`, and how the pool lies in memory. `wide_states`: initial
+    states are to be of the dtype of sums.
     """
     q, k, v, beta, g, initial_state, cu_seqlens, out = found
     check = Checker("q", q)
@@ -144,7 +148,8 @@ def operator_call(
     options = options_of(check, scale, qk_l2norm, state_layout)
     symbols = options.pop("symbols")
     if initial_state is not None:
-        check.array("initial_state", initial_state, symbols, (check.state_dtype,))
+        dtypes = (check.state_dtype,) if wide_states else check.state_dtypes
+        check.array("initial_state", initial_state, symbols, dtypes)
     options |= _pool_of_sequences(check, symbols, initial_state, *pool)
     options["checkpoint_every"] = chunk_size_of(checkpoint_every, "checkpoint_every")
     check.output(out)
@@ -168,16 +173,37 @@ def _pool_of_sequences(check: Checker, symbols: str, initial_state, found, lies)
 
 
 def step_problem(
-    q, k, v, beta, g, *, state, state_indices, scale, qk_l2norm, state_layout, out
+    q,
+    k,
+    v,
+    beta,
+    g,
+    *,
+    state,
+    state_indices,
+    scale,
+    qk_l2norm,
+    state_layout,
+    out,
+    output_state_indices=None,
+    cu_seqlens=None,
+    accepted=None,
 ) -> Problem:
     """Check a decoding step."""
-    found = looks(q, k, v, beta, g, state, state_indices, out)
+    named = (state_indices, output_state_indices, cu_seqlens, accepted)
+    found = looks(q, k, v, beta, g, out, state, *named)
     alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
-    problem = alike.of(
-        dict(q=q, k=k, v=v, beta=beta, g=g, state=state, state_indices=state_indices, out=out)
-    )
-    _check_gates(g)
-    _check_slots(problem)
+    arrays = dict(q=q, k=k, v=v, beta=beta, g=g, state=state, out=out)
+    arrays |= zip(STEPPED, named, strict=True)
+    problem = alike.of(arrays)
+    if cu_seqlens is None:
+        _check_gates(g)
+    else:
+        _check_lengths(_with_values(problem))
+    if accepted is not None:
+        _check_accepted(problem)
+    if state_indices is not None or output_state_indices is not None:
+        _check_slots(problem, _idle(problem))
     _check_written(problem, "state")
     if out is not None:
         _check_written(problem, "out")
@@ -187,21 +213,24 @@ def step_problem(
 @remembered
 def step_call(found, scale, qk_l2norm, state_layout, lies=None) -> Problem:
     """Check such a call by the looks of its arrays: a problem without arrays."""
-    q, k, v, beta, g, state, state_indices, out = found
+    q, k, v, beta, g, out, state, state_indices, output_state_indices, cu_seqlens, accepted = found
     check = Checker("q", q)
     check.q_k_v_beta_g(q, k, v, beta, g)
     T = check.sizes["T"]
-    if T > MAX_STEP_TOKENS:
+    if cu_seqlens is None and T > MAX_STEP_TOKENS:
         raise ValueError(
             f"q: expected T of at most {MAX_STEP_TOKENS} new tokens, got T = {T};"
             " chunk_delta_rule takes any number"
         )
-    check.sequences(None)
+    check.sequences(cu_seqlens)
     options = options_of(check, scale, qk_l2norm, state_layout)
     symbols = options.pop("symbols")
-    options |= pool_of(check, symbols, state, lies, "B", state_indices=state_indices)
+    indices = dict(state_indices=state_indices, output_state_indices=output_state_indices)
+    of_sequences = indices if accepted is None else indices | {"accepted": accepted}
+    count = "B" if cu_seqlens is None else "N"
+    options |= pool_of(check, symbols, state, lies, count, **of_sequences)
     check.output(out)
-    return _problem(check, **options)
+    return _problem(check, **options, accepting=accepted is not None)
 
 
 def backward_arrays(problem: Problem, do, dfinal_state) -> None:
@@ -359,6 +388,47 @@ def _with_values(problem: Problem) -> Problem:
     return problem
 
 
+def _check_lengths(problem: Problem) -> None:
+    """Check that no sequence of a step is long, where `cu_seqlens` lies on the host."""
+    ends = problem.cu_seqlens
+    if not isinstance(ends, np.ndarray) or len(ends) == 1:
+        return
+    longest = int((ends[1:] - ends[:-1]).max())
+    if longest > MAX_STEP_TOKENS:
+        raise ValueError(
+            f"cu_seqlens: expected at most {MAX_STEP_TOKENS} new tokens per sequence,"
+            f" got {longest}; chunk_delta_rule takes any number"
+        )
+
+
+def _check_accepted(problem: Problem) -> None:
+    """Check how many tokens are accepted, where that lies on the host."""
+    accepted, ends = problem.accepted, problem.cu_seqlens
+    if not isinstance(accepted, np.ndarray):
+        return
+    tokens: Any = problem.T
+    if ends is not None:
+        tokens = ends[1:] - ends[:-1] if isinstance(ends, np.ndarray) else MAX_STEP_TOKENS
+    wrong = np.flatnonzero((accepted < 0) | (accepted > tokens))
+    if len(wrong):
+        n = int(wrong[0])
+        most = np.broadcast_to(tokens, accepted.shape)[n]
+        raise ValueError(
+            f"accepted: expected 0 to {most} of the tokens of sequence {n}, got {accepted[n]}"
+        )
+
+
+def _idle(problem: Problem) -> np.ndarray | None:
+    """Mask sequences of a step that write nothing: padding, and slots that stay as they are."""
+    read, written, accepted = (
+        getattr(problem, name) for name in ("state_indices", "output_state_indices", "accepted")
+    )
+    idle = read < 0 if isinstance(read, np.ndarray) else None
+    if isinstance(accepted, np.ndarray) and (written is None or written is read):
+        idle = accepted == 0 if idle is None else idle | (accepted == 0)
+    return idle
+
+
 def _check_gates(g) -> None:
     """Check that gates on the host decay; NaN goes where the arithmetic takes it.
 
@@ -374,10 +444,11 @@ def _check_gates(g) -> None:
         )
 
 
-def _check_slots(problem: Problem) -> None:
+def _check_slots(problem: Problem, idle: np.ndarray | None = None) -> None:
     """Check indices of slots where they lie on the host.
 
-    Slots may be read by several sequences, if others are written.
+    Slots may be read by several sequences, if others are written. `idle` masks sequences that are
+    known to write nothing.
     """
     read, written, slots = problem.state_indices, problem.output_state_indices, problem.pool_slots
     name, targets = "state_indices", read
@@ -391,15 +462,17 @@ def _check_slots(problem: Problem) -> None:
         name, targets = "output_state_indices", written
     if not isinstance(targets, np.ndarray):
         return
+    if idle is not None:
+        targets = np.where(idle, -1, targets)
     used, counts = np.unique(targets[targets >= 0], return_counts=True)
     if np.any(counts > 1):
         raise ValueError(
             f"{name}: expected each slot at most once, got slot {used[counts > 1][0]} repeatedly"
         )
     read = np.arange(len(targets)) if read is None else read
-    if written is None or not isinstance(read, np.ndarray):
+    if not isinstance(read, np.ndarray):
         return
-    foreign = np.isin(read, used) & (read != written)
+    foreign = np.isin(read, used) & (read != targets)
     if isinstance(problem.fresh, np.ndarray):
         foreign &= ~problem.fresh
     if foreign.any():
@@ -408,7 +481,7 @@ def _check_slots(problem: Problem) -> None:
         )
 
 
-_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", *ON_POOL)
+_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "accepted", *ON_POOL)
 
 
 def _check_written(problem: Problem, name: str) -> None:

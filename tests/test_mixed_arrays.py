@@ -25,7 +25,7 @@ class FakeArray:
     def __init__(self, like, device=0):
         self.shape, self.ndim, self.dtype = like.shape, like.ndim, like.dtype
         self.flags, self.strides, self.size = like.flags, like.strides, like.size
-        self.device = FakeDevice(device)
+        self.device, self.data = FakeDevice(device), types.SimpleNamespace(ptr=0)
 
 
 FakeArray.__module__, FakeArray.__qualname__, FakeArray.__name__ = "cupy", "ndarray", "ndarray"

@@ -31,12 +31,14 @@ METHODS = ["Transfer.apply", "Transfer.then"]
 
 OPERATOR_OPTIONS = "scale initial_state cu_seqlens qk_l2norm chunk_size state_layout out"
 POOL_OPTIONS = " state state_indices output_state_indices fresh checkpoint_every"
+STEP_OPTIONS = "state state_indices output_state_indices cu_seqlens accepted scale qk_l2norm"
+STEP_OPTIONS += " state_layout out"
 # positional arguments | keyword-only arguments
 SIGNATURES = {
     "chunk_delta_rule": ("q k v beta g", OPERATOR_OPTIONS + POOL_OPTIONS),
     "recurrent_delta_rule": ("q k v beta g", OPERATOR_OPTIONS.replace(" chunk_size", "")),
     "chunk_delta_rule_fwd": ("q k v beta g", OPERATOR_OPTIONS),
-    "delta_rule_step": ("q k v beta g", "state state_indices scale qk_l2norm state_layout out"),
+    "delta_rule_step": ("q k v beta g", STEP_OPTIONS),
     "chunk_delta_rule_bwd": ("residuals do dfinal_state", ""),
     "wy_factors": ("k v beta g", "qk_l2norm chunk_size cu_seqlens"),
     "state_pass": ("k w u g", "initial_state qk_l2norm chunk_size cu_seqlens"),
@@ -58,6 +60,7 @@ DEFAULTS = {
     "state_indices": None,
     "output_state_indices": None,
     "fresh": None,
+    "accepted": None,
     "checkpoint_every": None,
     "dfinal_state": None,
 }

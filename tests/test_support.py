@@ -41,6 +41,8 @@ def arguments(option, T):
         options["state"] = np.zeros((1, 2, K, V), asked["pool_dtype"])
     if asked.get("varlen"):
         options["cu_seqlens"] = np.array([0, 3, T])
+    if asked.get("accepting"):
+        options["accepted"] = np.array([1])
     return (q.astype(dtype), k.astype(dtype), v.astype(dtype), beta.astype(dtype), g), options
 
 
@@ -64,7 +66,8 @@ def call(operation, args, options):
         size = k.shape[3], v.shape[3]
         size = size[::-1] if options.get("state_layout") == "vk" else size
         real = np.float64 if v.dtype == np.float64 else np.float32
-        options = {"state": np.zeros((1, 2, *size), real)} | options
+        N = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
+        options = {"state": np.zeros((N, 2, *size), real)} | options
         return cd.delta_rule_step(*args, **options)
     if operation == "transfer":
         return cd.sequence_transfer(k, v, beta, g, **normed).p

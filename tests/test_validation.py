@@ -9,6 +9,7 @@ import pytest
 from calls import (
     ARRAYS,
     EVERY_ARRAY,
+    OPERATORS,
     OPTIONAL,
     SIZES,
     STATES,
@@ -72,11 +73,15 @@ def test_wrong_kind(function, name, wrong):
     refuse(function, arguments, TypeError, message)
 
 
+# States that may be kept in 16 bits.
+HALF_STATES = {("state", "delta_rule_step")} | {("initial_state", f) for f in OPERATORS}
+
+
 def expected_dtype(function, name):
     """What a message wants of an argument when all the others are float32."""
     if name == first_of(function):
         return "float64, float32, float16 or bfloat16"
-    if name == "state" and function == "delta_rule_step":
+    if (name, function) in HALF_STATES:
         return "float32, float16 or bfloat16"
     return "float32" if name in ("beta", "g") else f"float32 like {first_of(function)}"
 
@@ -95,8 +100,8 @@ def test_wrong_dtype(function, name, dtype):
 def test_dtypes_do_not_mix(function, name, dtype):
     arguments = good(function)
     arguments[name] = arguments[name].astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    if name == "state" and function == "delta_rule_step" and dtype != "float64":
-        call(function, arguments)  # a pool may be kept in 16 bits
+    if (name, function) in HALF_STATES and dtype != "float64":
+        call(function, arguments)
         return
     if name == first_of(function):  # then the next argument is the one that differs
         name = list(ARRAYS[function])[1]
@@ -118,12 +123,11 @@ HALF_ROWS = {
         {"g": "bfloat16"},
         "float16 or float32",
     ),
-    "states are never 16 bits wide": (
-        "chunk_delta_rule_fwd",
-        {"initial_state": "float16"},
-        "float32",
+    "no wide state": (
+        "chunk_delta_rule",
+        {"initial_state": "float64"},
+        "float32, float16 or bfloat16",
     ),
-    "no wide state either": ("chunk_delta_rule", {"initial_state": "float64"}, "float32"),
     "states between chunks": ("chunk_output", {"states": "float16"}, "float32"),
     "out has the dtype of v": ("chunk_delta_rule", {"out": "float32"}, "float16 like q"),
     "out of a step": ("delta_rule_step", {"out": "bfloat16"}, "float16 like q"),

@@ -93,7 +93,7 @@ LIMITS = (
         f"V = {{call.V}}: CuPy arrays support head sizes up to {MAX_HEAD}; NumPy arrays any",
     ),
     Limit(
-        (*CHUNKED, *TOKENS),
+        CHUNKED,
         lambda call: call.gate == "channel",
         "g: a gate per key channel, (B, T, HV, K), is not supported on CuPy arrays;"
         " a scalar gate (B, T, HV) is, and NumPy arrays support both",
@@ -102,11 +102,6 @@ LIMITS = (
         ("forward",),
         lambda call: call.checkpoint_every is not None,
         "checkpoint_every: states on the way are not supported on CuPy arrays",
-    ),
-    Limit(
-        ("step",),
-        lambda call: call.pool_stride > call.HV * call.K * call.V,
-        "state: slots that lie apart are not supported by delta_rule_step on CuPy arrays",
     ),
     Limit(
         CHUNKED,
@@ -155,6 +150,7 @@ OPTIONS: dict[str, dict] = {
     "state, a pool": dict(
         pool_slots=8, pool_dtype=FLOAT_DTYPES["bfloat16"], pool_stride=8 * 128**2
     ),
+    "accepted": dict(accepting=True),
     "qk_l2norm": dict(qk_l2norm=True),
     'state_layout="vk"': dict(state_layout="vk"),
     "chunk_size of 16 or 32": dict(chunk_size=16),
@@ -167,7 +163,8 @@ PIECES = ("wy_factors", "state_pass", "chunk_output")
 SIZED = ("forward", "training", "backward", *PIECES)
 TAKEN_BY = {
     "beta of (B, T, HV, V)": ("recurrent",),
-    "cu_seqlens": (*CHUNKED, "recurrent"),
+    "cu_seqlens": (*CHUNKED, *TOKENS),
+    "accepted": ("step",),
     "state, a pool": ("forward", "step"),
     'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
     "chunk_size of 16 or 32": SIZED,

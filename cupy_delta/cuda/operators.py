@@ -55,7 +55,8 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         plan = plans.plan("backward", problem, device.facts)
         gradients = {"do": do, "dfinal_state": dfinal_state}
         results = execute(plan, gradients, device, ready=residuals.saved)
-        for name, x in (("dbeta", problem.beta), ("dg", problem.g)):
+        inputs = dict(dbeta=problem.beta, dg=problem.g, dinitial_state=problem.initial_state)
+        for name, x in inputs.items():
             if x is not None and results[name].dtype != x.dtype:
                 results[name] = device.bring(results[name], name, x.dtype)
     dg = None if problem.g is None else results["dg"]

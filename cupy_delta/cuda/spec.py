@@ -13,7 +13,9 @@ from ..call import Call
 # The dtype in which the chunked kernels read beta and g.
 SUMS = np.dtype(np.float32)
 # Arrays that kernels read as integers of 64 bits.
-INTEGERS = ("cu_seqlens", "state_indices", "output_state_indices")
+INTEGERS = ("cu_seqlens", "state_indices", "output_state_indices", "accepted")
+# What HAS_GATE says of a gate, by its place.
+GATES = (None, "scalar", "channel")
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -107,7 +109,7 @@ class Plan:
         """The arrays that have to be there: name, and dtype to read it in if not its own."""
         names = set().union(*(launch.arrays() for launch in self.launches))
         dtypes = dict.fromkeys(INTEGERS, np.dtype(np.int64))
-        dtypes |= dict(beta=self.sums, g=self.sums)
+        dtypes |= dict(beta=self.sums, g=self.sums, initial_state=self.sums)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 

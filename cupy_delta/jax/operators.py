@@ -157,12 +157,12 @@ def delta_rule_step(
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
 ) -> tuple[jax.Array, jax.Array]:
-    """Advance a pool of states by one to eight new tokens per sequence.
+    """Advance a pool of states by up to 32 new tokens per sequence.
 
     Parameters
     ----------
     q, k, v, beta, g, scale, qk_l2norm, state_layout
-        As in `chunk_delta_rule`, with T at most 8. Each batch row is one sequence.
+        As in `chunk_delta_rule`, with T at most 32. Each batch row is one sequence.
     state : jax.Array, (slots, HV, K, V)
         The pool, as in `cupy_delta.delta_rule_step`. Inside `jax.jit`, a pool that is donated
         (``donate_argnames="state"``) or used no more is updated in place; else it is copied first.

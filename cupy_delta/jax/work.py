@@ -53,11 +53,11 @@ def described(function: str, options: Options, arrays: Mapping[str, Any]) -> Cal
     inputs = [looks.get(name) for name in ("q", "k", "v", "beta", "g")]
     chosen = options.scale, options.qk_l2norm, options.state_layout
     if function == STEP:
-        found = (*inputs, looks["state"], looks.get("state_indices"), None)
+        found = (*inputs, None, looks["state"], looks.get("state_indices"), None, None, None)
         return checks.step_call(found, *chosen)
     shapes = ("B T HV", "B T HV V") if function == RECURRENT else ("B T HV",)
     found = (*inputs, looks.get("initial_state"), looks.get("cu_seqlens"), None)
-    return checks.operator_call(found, shapes, *chosen, options.chunk_size)
+    return checks.operator_call(found, shapes, *chosen, options.chunk_size, wide_states=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,7 @@ def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.P
             " by its values what they send"
         )
     option = (options[name] for name in ("scale", "qk_l2norm", "state_layout", "chunk_size"))
-    call = checks.operator_call(found, ("B T HV",), *option)
+    call = checks.operator_call(found, ("B T HV",), *option, wide_states=True)
     _check_tokens(tokens, rank, size, call.T)
     if states_on not in ("ends", "all"):
         raise ValueError(f'states_on: expected "ends" or "all", got {states_on!r}')

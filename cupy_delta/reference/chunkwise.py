@@ -61,7 +61,9 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         _state_out(problem, item, dinitial, item.index, D)
 
     walk_all(problem, walk)
-    return dq, dk, dv, dbeta, dg, None if problem.initial_state is None else dinitial
+    if problem.initial_state is None:
+        return dq, dk, dv, dbeta, dg, None
+    return dq, dk, dv, dbeta, dg, dinitial.astype(native(problem.initial_state), copy=False)
 
 
 def chunk_of(problem: Problem) -> int:

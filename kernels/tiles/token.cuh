@@ -6,6 +6,9 @@ PRIM float root(float x) { return rsqrtf(x); }
 PRIM double root(double x) { return rsqrt(x); }
 PRIM float power(float x) { return expf(x); }
 PRIM double power(double x) { return exp(x); }
+// x y + z, rounded once: written out where variants of a kernel are to agree to the bit.
+PRIM float fused(float x, float y, float z) { return fmaf(x, y, z); }
+PRIM double fused(double x, double y, double z) { return fma(x, y, z); }
 
 // Rows whose squares overflow are taken in a unit of a power of two: of their up to 256 elements one is at least 2^60
 // (2^508 in double), so that in the unit no square overflows and the eps is nothing beside them.

@@ -1,4 +1,4 @@
-// The delta rule token by token, in the order of the definition:
+// The delta rule token by token, in the order of the definition, with e^g of the head or of each key channel:
 //
 //   S <- e^g S,   r = v - S^T k,   S <- S + k (beta r)^T,   o = scale S^T q
 //
@@ -6,10 +6,11 @@
 // and then over PARTS threads in a fixed tree. q and k are normalised in the same precision with L2NORM, rows whose
 // squares overflow in a smaller unit.
 //
-// Macros: DTYPE, HEAD_K, HEAD_V, HAS_GATE, VARLEN, STATE_VK, L2NORM, BETA_PER_VALUE, PARTS (threads that share a value
-// channel's keys, a power of two up to 32), CHANNELS (value channels per block; CHANNELS * PARTS is a multiple of 32).
-// Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS * PARTS threads, one value channel each.
-// Shared memory: q and k of a token, HEAD_K values each, twice (one set is read while the other is written).
+// Macros: DTYPE, HEAD_K, HEAD_V, HAS_GATE (1 per head, 2 per key channel), VARLEN, STATE_VK, L2NORM, BETA_PER_VALUE,
+// PARTS (threads that share a value channel's keys, a power of two up to 32), CHANNELS (value channels per block;
+// CHANNELS * PARTS is a multiple of 32). Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS * PARTS threads, one
+// value channel each. Shared memory: q, k and decays per channel of a token, HEAD_K values each, twice (one set is read
+// while the other is written).
 #include "tiles/sequence.cuh"
 #include "tiles/token.cuh"
 
@@ -17,6 +18,8 @@ typedef Sum<DTYPE>::type real;
 constexpr int THREADS = CHANNELS * PARTS;
 constexpr int SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 constexpr int KEYS = (HEAD_K + PARTS - 1) / PARTS;
+constexpr bool PER_CHANNEL = HAS_GATE == 2;
+constexpr int ROWS = PER_CHANNEL ? 3 : 2;  // of a token in shared memory
 
 PRIM real sum_over_parts(real x) {
 #pragma unroll
@@ -34,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int n = blockIdx.x / (SLICES * HV), h = hv / (HV / H);
   const bool live = channel < HEAD_V, writes_o = live && part == 0;
   DynSmem smem;
-  real* rows = smem.take<real>(4 * HEAD_K, "q and k");  // two sets of q and k
+  real* rows = smem.take<real>(2 * ROWS * HEAD_K, "rows");
   smem.all_taken(SHARED_BYTES);
 
   const Sequence sequence = find_sequence<1>(cu_seqlens, n, T);
@@ -58,15 +61,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
     const real strength = beta[row];
 #endif
-#if HAS_GATE
-    const real decay = power(g[row]);
-#else
-    const real decay = 1;
-#endif
-    real *token_q = rows + t % 2 * 2 * HEAD_K, *token_k = token_q + HEAD_K;
+    const real decay = HAS_GATE == 1 ? power(g[row]) : (real)1;
+    real *token_q = rows + t % 2 * ROWS * HEAD_K, *token_k = token_q + HEAD_K, *token_decay = token_k + HEAD_K;
     for (int c = thread; c < HEAD_K; c += THREADS) {
       token_q[c] = widen(q[key_row + c]);
       token_k[c] = widen(k[key_row + c]);
+      if (PER_CHANNEL) token_decay[c] = power(g[row * HEAD_K + c]);
     }
     __syncthreads();
 
@@ -88,9 +88,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     real recalled = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {
-      const real k_c = key(i) < HEAD_K ? token_k[key(i)] * k_norm.unit : (real)0;
-      S[i] *= decay;
-      recalled += S[i] * k_c;
+      const int c = key(i);
+      if (c >= HEAD_K) continue;
+      S[i] *= PER_CHANNEL ? token_decay[c] : decay;
+      recalled += S[i] * (token_k[c] * k_norm.unit);
     }
     const real written = strength * (value - k_norm.r * sum_over_parts(recalled)) * k_norm.r;
     real out = 0;

@@ -205,7 +205,7 @@ def test_normalised_keys(emulated, on_reference, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
-@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 @pytest.mark.parametrize("per_value", [False, True])
 def test_recurrent(emulated, on_reference, dtype, gate, per_value):
     varlen = per_value == (gate is None)

@@ -136,9 +136,9 @@ def test_every_launch_names_arrays_that_exist():
 def test_a_plan_says_what_it_reads():
     f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
     p = problem(B=1, cu_seqlens=[0, 70], gate="scalar", initial=True)
-    own = dict.fromkeys(("q", "k", "v", "initial_state"))
+    own = dict.fromkeys(("q", "k", "v"))
     read = dict(plans.plan("forward", p, H200).read)
-    assert read == own | dict(beta=f32, g=f32, cu_seqlens=i64)
+    assert read == own | dict(beta=f32, g=f32, initial_state=f32, cu_seqlens=i64)
     args, kw = make_inputs(2, B=3, dtype=np.float64, initial=True)
     state = dict(state=kw["initial_state"], state_indices=np.arange(3))
     options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)

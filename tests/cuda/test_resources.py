@@ -65,7 +65,8 @@ def test_decoding_16_bit_states_leaves_registers_for_many_threads(arch, layout):
     options = dict(scale=None, qk_l2norm=True, state_layout=layout, out=None)
     launch = decode_launch(step_problem(*args, **state, **options))
     measured = resources.compiled(variant_source(launch.file, launch.macros), arch)
-    assert measured.registers <= 72
+    per_thread = -(-measured.registers // 8) * 8
+    assert 65536 // (per_thread * launch.block) * launch.block >= 768
     assert measured.spilled == 0
 
 

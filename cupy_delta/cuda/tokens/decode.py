@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ...call import Call
-from ..spec import C_TYPES, DeviceFacts, Launch, Plan, i32
+from ..spec import C_TYPES, GATES, DeviceFacts, Launch, Plan, i32
 
 # The fastest of those measured (docs/performance.md). Bytes of a thread's part of a state in the
 # type of its sums, and for (K, V) by bytes per element of the state.
@@ -16,7 +16,6 @@ TILE_BYTES, KV_TILE_BYTES = 128, {4: 256}
 PIECE_BYTES, KV_PIECE_BYTES = 64, {2: 128, 4: 256}
 # Threads per block of warps that share nothing.
 THREADS = 128
-VECTOR_BYTES = 16
 WARP, MOST_WARPS = 32, 16
 
 
@@ -45,8 +44,9 @@ def step_tile(call: Call) -> dict:
     its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
     K, V, itemsize = call.K, call.V, pool_dtype(call).itemsize
+    longest = call.pool_alignment // itemsize
     if call.state_layout == "vk":
-        vector = math.gcd(K, VECTOR_BYTES // itemsize)
+        vector = math.gcd(K, longest)
         parts = min(WARP, power_of_two(K // vector))
         keys = -(-K // (parts * vector)) * vector
         tile = TILE_BYTES // call.compute_dtype.itemsize
@@ -54,7 +54,7 @@ def step_tile(call: Call) -> dict:
         values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
         per_warp = WARP // parts * values
     else:
-        values = vector = math.gcd(V, VECTOR_BYTES // itemsize)
+        values = vector = math.gcd(V, longest)
         widest = min(WARP, power_of_two(V // vector))
         piece = KV_PIECE_BYTES.get(itemsize, PIECE_BYTES) // itemsize
         across = min(widest, max(1, piece // vector))
@@ -84,12 +84,13 @@ def decode_launch(call: Call) -> Launch:
         HEAD_K=call.K,
         HEAD_V=call.V,
         GROUP=call.groups,
-        HAS_GATE=int(call.gate is not None),
+        HAS_GATE=GATES.index(call.gate),
+        VARLEN=int(call.varlen),
         STATE_VK=int(call.state_layout == "vk"),
         L2NORM=int(call.qk_l2norm),
-        ONE_TOKEN=int(call.T == 1),
+        ONE_TOKEN=int(call.T == 1 and not call.varlen and not call.accepting),
     )
-    # As decode.cu's Passed: per warp two sums of each channel and three more, and what is written.
+    # As its Passed: per warp two sums of each channel and three more, and what is written.
     passed = (2 * tile["WARPS"] + 1) * tile["CHANNELS"] + 3 * tile["WARPS"]
     shared = passed * real.itemsize if tile["WARPS"] > 1 else 0
     threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
@@ -97,7 +98,7 @@ def decode_launch(call: Call) -> Launch:
         "tokens/decode.cu",
         "decode",
         tuple((defines | tile).items()),
-        call.N * call.HV * -(-call.V // tile["CHANNELS"]) if call.T else 0,
+        call.N * call.HV * -(-call.V // tile["CHANNELS"]),
         threads,
         shared,
         (
@@ -106,12 +107,16 @@ def decode_launch(call: Call) -> Launch:
             "v",
             "beta",
             "g",
+            "cu_seqlens",
             "state_indices",
+            "output_state_indices",
+            "accepted",
             "state",
             "o",
             real.type(call.scale),
             i32(call.T),
             i32(call.HV),
             i32(call.pool_slots),
+            np.int64(call.pool_stride),
         ),
     )

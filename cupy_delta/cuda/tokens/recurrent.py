@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...call import Call
-from ..spec import C_TYPES, DeviceFacts, Launch, Plan, i32
+from ..spec import C_TYPES, GATES, DeviceFacts, Launch, Plan, i32
 
 # Threads per block, and key channels per thread.
 THREADS = 128
@@ -28,11 +28,12 @@ def recurrent_launch(call: Call) -> Launch:
         parts *= 2
     per_warp = 32 // parts
     channels = min(THREADS // parts, -(-call.V // per_warp) * per_warp)
+    rows = 3 if call.gate == "channel" else 2
     defines = dict(
         DTYPE=C_TYPES[call.dtype.name],
         HEAD_K=call.K,
         HEAD_V=call.V,
-        HAS_GATE=int(call.gate is not None),
+        HAS_GATE=GATES.index(call.gate),
         VARLEN=int(call.varlen),
         STATE_VK=int(call.state_layout == "vk"),
         L2NORM=int(call.qk_l2norm),
@@ -46,7 +47,7 @@ def recurrent_launch(call: Call) -> Launch:
         tuple(defines.items()),
         call.N * call.HV * -(-call.V // channels),
         channels * parts,
-        4 * call.K * real.itemsize,
+        2 * rows * call.K * real.itemsize,
         (
             "q",
             "k",

@@ -1,0 +1,87 @@
+"""Steps of several tokens under the emulator: what is accepted, ragged lengths, gates, slots."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import deviation, make_inputs
+
+import cupy_delta as cd
+
+BF16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
+ENDS = np.array([0, 3, 3, 5, 6])
+READ, WRITTEN, ACCEPTED = np.array([3, 1, -1, 0]), np.array([3, 2, 4, 0]), np.array([2, 0, 1, 0])
+
+
+def token(args, t):
+    return [None if x is None else x[:, t : t + 1] for x in args]
+
+
+def one_by_one(args, pool, layout):
+    """Outputs and new slots of that ragged step, made by steps of single tokens."""
+    after, outputs = pool.copy(), []
+    for n, (start, stop) in enumerate(itertools.pairwise(ENDS)):
+        state = pool[READ[n] : READ[n] + 1].copy() if READ[n] >= 0 else None
+        for t in range(start, stop):
+            if state is None:
+                outputs.append(np.zeros_like(args[2][:, :1]))
+                continue
+            if t - start == ACCEPTED[n]:
+                after[WRITTEN[n]] = state[0]
+            one = token(args, t)
+            outputs.append(cd.delta_rule_step(*one, state=state, state_layout=layout))
+        if state is not None and ACCEPTED[n] == stop - start:
+            after[WRITTEN[n]] = state[0]
+    return np.concatenate(outputs, axis=1), after
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+@pytest.mark.parametrize("sizes", [(40, 24), (128, 12)])
+def test_a_ragged_step_is_its_tokens_one_by_one(emulated, layout, gate, sizes):
+    """To the bit: outputs, slots that take up what is accepted, and all others."""
+    sizes = dict(zip("KV", sizes, strict=True)) | dict(H=1, G=2)
+    args, _ = make_inputs(6, gate=gate, dtype=F32, layout=layout, **sizes)
+    shape = (2, sizes["K"], sizes["V"]) if layout == "kv" else (2, sizes["V"], sizes["K"])
+    pool = np.random.default_rng(0).standard_normal((5, *shape)).astype(F32)
+    expected, after = one_by_one(args, pool, layout)
+    slots = dict(state_indices=READ, output_state_indices=WRITTEN, cu_seqlens=ENDS)
+    o = cd.delta_rule_step(*args, state=pool, accepted=ACCEPTED, state_layout=layout, **slots)
+    assert np.array_equal(o, expected)
+    assert np.array_equal(pool, after)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_gates_per_channel(emulated, on_reference, dtype, layout, T):
+    """Channels that forget all of it, hardly, and strongly."""
+    options = dict(B=2, H=2, G=2, K=40, V=24, gate="channel", layout=layout, initial=True)
+    args, kw = make_inputs(T, dtype=dtype, **options)
+    args[4] = args[4].astype(F64 if dtype == F64 else F32)
+    args[4][..., ::7], args[4][..., 3::7], args[4][..., 5] = -np.inf, -20, 0
+    states = [kw["initial_state"].copy() for _ in range(2)]
+    step = dict(state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=states[0], **step)
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], **step)
+    bound = 1e-14 if dtype == F64 else 1e-6
+    assert deviation(o, expected) < (1e-2 if dtype == BF16 else bound)
+    assert deviation(*states) < bound
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_verify_and_commit(emulated, layout):
+    """Nothing is written with 0 accepted; the same call with what was accepted is the state."""
+    args, kw = make_inputs(
+        4, B=2, K=40, V=24, gate="scalar", dtype=F32, layout=layout, initial=True
+    )
+    pool, options = kw["initial_state"].copy(), dict(state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=pool, accepted=np.zeros(2, np.int32), **options)
+    assert np.array_equal(pool, kw["initial_state"])
+    again = cd.delta_rule_step(*args, state=pool, accepted=np.array([3, 0], np.int32), **options)
+    assert np.array_equal(o, again)
+    alone = kw["initial_state"].copy()
+    cd.delta_rule_step(*(x[:, :3] for x in args), state=alone, **options)
+    assert np.array_equal(pool[0], alone[0])
+    assert np.array_equal(pool[1], kw["initial_state"][1])
