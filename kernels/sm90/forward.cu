@@ -1,16 +1,16 @@
 // The walk over the chunks of 64 tokens of a sequence, factors included, on compute capability 9.0. Per chunk, with S
 // the state, b = beta, tokens as rows:
 //
-//   A = diag(b) tril(K K^T, -1)     T = (I + A)^-1 diag(b)     Pqk = tril(Q K^T)
-//   R = V - K S                     N = T R                    O = scale (Q S + Pqk N)
+//   A = diag(b) tril(K K^T, -1)     X = (I + A)^-1     Pqk = tril(Q K^T)
+//   R = V - K S                     N = X (b R)        O = scale (Q S + Pqk N)
 //   S' = S + K^T N
 //
-// N in two halves, so that only 32 x 32 inverses are needed: N1 = T11 R1, N2 = T22 (R2 - M21 N1), where M21 is
-// A21 without b. M21 counts to twice the digits of DTYPE, so that R2 sees what N1 does to the state.
+// N in two halves, so that only 32 x 32 inverses are needed: N1 = X11 (b R1), N2 = X22 (b (R2 - M21 N1)), where
+// M21 is A21 without b. M21 counts to twice the digits of DTYPE, so that R2 sees what N1 does to the state.
 //
 // With a gate the same products: rows of tokens and the state are in units of their own, so that V is scaled on its way
 // in, O on its way out, and S once per chunk (sm90/tokens.cuh). Where a chunk forgets more than these units have room
-// for, T, Pqk and what is read and written hold decays.
+// for, X, Pqk and what is read and written hold decays.
 //
 // What portable/factors.cu and portable/forward.cu compute in two kernels is one here: nothing but inputs and results
 // touches global memory.
@@ -18,23 +18,23 @@
 // A long sequence of few heads is cut into segments, of which a launch walks `walked` from `first` on. One with
 // TRANSFER leaves what each does to a state: H, from zero, and in slices of its own P, from the identity and without V.
 // With JOINS each of several starts from the state that sm90/join.cuh makes of those before it; the last one's is
-// left. With KEPT a transfer leaves T of its chunks, too, so that the walk need not solve them a second time.
+// left. With KEPT a transfer leaves X of its chunks, too, so that the walk need not solve them a second time.
 //
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead, and what is known of each token. The next MATH warpgroups
 // hold 64 value channels of S^T each in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain
-// from state to state passes nothing through shared memory. The last SOLVERS warpgroups take turns to make T11, M21,
-// T22 and Pqk, a chunk or more ahead. mbarriers hand tiles over; every warp says for itself that it is done with one.
-// With CLUSTER > 1 the blocks of a cluster, slices of one head, solve the chunks in turn and send each other T.
+// from state to state passes nothing through shared memory. The last SOLVERS warpgroups take turns to make X11, M21,
+// X22 and Pqk, a chunk or more ahead. mbarriers hand tiles over; every warp says for itself that it is done with one.
+// With CLUSTER > 1 the blocks of a cluster, slices of one head, solve the chunks in turn and send each other X.
 //
-// Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, R, N, Pqk and what T
-// has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh.
+// Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, b R, N, Pqk and
+// what X has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
 // them), PAIRED (with a gate: which blocks walk, see forward/shared.cuh), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1
 // without TRANSFER), PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES.
 // Grid: N * walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared
-// memory: rings of K and Q with what is known of tokens, of V, of T and Pqk, and of A; O on its way out; see
+// memory: rings of K and Q with what is known of tokens, of V, of X and Pqk, and of A; O on its way out; see
 // cupy_delta/cuda/sm90/forward.py and, for the roles, sm90/forward/.
 #include "sm90/forward/factors.cuh"
 #include "sm90/join.cuh"
@@ -101,7 +101,7 @@ PRIM bool meets_pairs(const Work& work, int* found) {
 
 // ---- roles of warpgroups ----------------------------------------------------------------------------------------
 
-// One warp loads; the others invert, or take T that is kept, or send it.
+// One warp loads; the others invert, or take X that is kept, or send it.
 PRIM void supply(const Shared& s, const Work& work, const Maps& maps, TokenLoader tokens, const TensorMap* kept,
                  uint64_t* joined, int warp) {
   fewer_registers<LOADER_REGISTERS>();
@@ -160,7 +160,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
                    const __grid_constant__ TensorMap p_map, float* h, float* decays,
 #endif
 #if KEPT
-                   const __grid_constant__ TensorMap t_map,
+                   const __grid_constant__ TensorMap x_map,
 #endif
                    const float* beta, const float* token_factors, const float* initial_state, const int64_t* cu_seqlens,
                    DTYPE* o, float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
@@ -171,7 +171,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const States states = {initial_state, final_state};
 #endif
 #if KEPT
-  const TensorMap* kept = &t_map;
+  const TensorMap* kept = &x_map;
 #else
   const TensorMap* kept = nullptr;
 #endif

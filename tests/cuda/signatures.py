@@ -30,7 +30,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         p_map=("segment_p",),
         h=("segment_h",),
         decays=("segment_decays",),
-        t_map=("segment_t",),
+        x_map=("segment_x",),
         initial_state=("initial_state", "after_first"),
         final_state=("final_state", "after_first"),
     ),

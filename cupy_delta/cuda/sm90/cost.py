@@ -21,7 +21,7 @@ class Rates(NamedTuple):
     """Microseconds per chunk, by tiles of 64 value channels per block.
 
     Of a walk on all multiprocessors, and of a transfer. Where walks may run beside transfers or be
-    given T by them: of a walk beside transfers, and of one with one tile that is given T.
+    given X by them: of a walk beside transfers, and of one with one tile that is given X.
     """
 
     walk: dict[int, float]
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     Tiles of 64 value channels per block, segments per sequence, and tiles per block of a transfer.
     With `concurrent` the first segment, whose state is known, is walked beside the transfers of
     others, with so many tiles per block, and has `first_percent` of the others' length. With
-    `reuse_t` the walk is given T by the transfers, but for the last segment, which has
+    `reuse_x` the walk is given X by the transfers, but for the last segment, which has
     `last_percent`.
     """
 
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     transfer_tiles: int = 1
     concurrent: int = 0
     first_percent: int = 100
-    reuse_t: bool = False
+    reuse_x: bool = False
     last_percent: int = 100
 
 
@@ -83,11 +83,11 @@ def choices(call: Call, rates: Rates) -> Iterator[Choice]:
         yield Choice(tiles)
         for segments, transfer in product(SEGMENTS[1:], widths):
             choice = Choice(tiles, segments, transfer)
-            # Walks with two tiles do not wait for their solver: to be given T costs them time.
-            given = rates.given_walk and takes_t(call)
+            # Walks with two tiles do not wait for their solver: to be given X costs them time.
+            given = rates.given_walk and takes_x(call)
             if given and tiles == 1 and transfer_cluster(call, transfer) > 1:
                 percent = round(100 * rates.given_walk / rates.walk[1])
-                choice = choice._replace(reuse_t=True, last_percent=percent)
+                choice = choice._replace(reuse_x=True, last_percent=percent)
             yield choice
             if rates.concurrent_walk and segments > 2:
                 for first in widths:
@@ -95,8 +95,8 @@ def choices(call: Call, rates: Rates) -> Iterator[Choice]:
                     yield choice._replace(concurrent=first, first_percent=percent)
 
 
-def takes_t(call: Call) -> bool:
-    """Return whether a walk has room for T of its transfers: not if all its chunks are paired."""
+def takes_x(call: Call) -> bool:
+    """Return whether a walk has room for X of its transfers: not if all its chunks are paired."""
     return call.gate is None or call.dtype.name != "float16"
 
 
@@ -110,7 +110,7 @@ def cost(choice: Choice, call: Call, facts: DeviceFacts, rates: Rates, least: fl
 
     walked = choice.segments - (choice.concurrent > 0)
     blocks = pairs * walked * slices_of(call.V, choice.value_tiles)
-    rate = rates.given_walk if choice.reuse_t else rates.walk[choice.value_tiles]
+    rate = rates.given_walk if choice.reuse_x else rates.walk[choice.value_tiles]
     if choice.segments == 1:
         return max(least, rounds(blocks) * chunks * rate)
     lengths = 100 * (choice.segments - 2) + choice.first_percent + choice.last_percent

@@ -29,7 +29,7 @@ from .tiles import (
 )
 
 A_STAGES = 2
-# Buffers of K and Q, of V, of T and P, by tiles per block. All fit the 227 KiB of these GPUs.
+# Buffers of K and Q, of V, of X and P, by tiles per block. All fit the 227 KiB of these GPUs.
 STAGES = {1: (3, 3, 3), 2: (3, 3, 3)}
 GATED_STAGES = {1: (3, 3, 3), 2: (3, 2, 3)}
 # Of a transfer whose blocks solve chunks for each other.
@@ -52,7 +52,7 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
 
 def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
-    tiles, segments, reuse_t = choice.value_tiles, choice.segments, choice.reuse_t
+    tiles, segments, reuse_x = choice.value_tiles, choice.segments, choice.reuse_x
     if segments == 1:
         return forward_hopper_launches(call, tiles), {}
     head, workspace, initial = [], {}, "initial_state"
@@ -64,9 +64,9 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
         part = part._replace(first=1, walked=segments - 1)
         width = choice.concurrent
         head = forward_hopper_launches(call, width, first, final=initial, concurrent=True)
-    workspace |= segment_arrays(call, part.walked - 1, reuse_t)
-    transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_t)
-    walks = forward_hopper_launches(call, tiles, part, initial=initial, reuse_t=reuse_t)
+    workspace |= segment_arrays(call, part.walked - 1, reuse_x)
+    transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x)
+    walks = forward_hopper_launches(call, tiles, part, initial=initial, reuse_x=reuse_x)
     return [*head[:1], transfer, *head[1:], *walks], workspace
 
 
@@ -75,12 +75,12 @@ def forward_hopper_launches(
 ) -> list[Launch]:
     """A walk with output; with a gate two launches, of blocks without and with paired chunks.
 
-    All gated chunks of float16 are paired. Blocks with such chunks make T again that transfers have
+    All gated chunks of float16 are paired. Blocks with such chunks make X again that transfers have
     kept: it would take registers that they need.
     """
     if call.gate is None:
         return [forward_hopper_launch(call, tiles, part, concurrent=concurrent, **given)]
-    of_pairs = given | dict(reuse_t=False)
+    of_pairs = given | dict(reuse_x=False)
     if call.dtype.name == "float16":
         return [forward_hopper_launch(call, 1, part, concurrent=concurrent, **of_pairs)]
     return [
@@ -89,11 +89,11 @@ def forward_hopper_launches(
     ]
 
 
-def transfer_launch(call: Call, tiles: int, walked: Part, reuse_t: bool = False) -> Launch:
+def transfer_launch(call: Call, tiles: int, walked: Part, reuse_x: bool = False) -> Launch:
     """What all segments but the last of those that are to be walked do to a state."""
     part = walked._replace(walked=walked.walked - 1)
     given: dict[str, Any] = dict(transfer=True, initial=None, final=None)
-    return forward_hopper_launch(call, tiles, part, **given, reuse_t=reuse_t)
+    return forward_hopper_launch(call, tiles, part, **given, reuse_x=reuse_x)
 
 
 def forward_hopper_launch(
@@ -105,14 +105,14 @@ def forward_hopper_launch(
     initial: str | None = "initial_state",
     final: str | None = "final_state",
     concurrent: bool = False,
-    reuse_t: bool = False,
+    reuse_x: bool = False,
     paired: int = 2,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
     `tiles` is the number of tiles of 64 value channels per block. With `transfer`, from zero and
     from the identity; else from `initial` and, after the first segment of those walked, through
-    what transfers have left; T is kept by these with `reuse_t`. A launch that is `concurrent` with
+    what transfers have left; X is kept by these with `reuse_x`. A launch that is `concurrent` with
     transfers is placed in pairs like them: else it would leave them single multiprocessors, which
     clusters cannot use. With `paired` 0 and 1 only blocks without or with paired chunks walk
     (sm90/tokens.cuh), else all of them.
@@ -133,7 +133,7 @@ def forward_hopper_launch(
         STATE_VK=int(p.state_layout == "vk"),
         TRANSFER=int(transfer),
         JOINS=int(joins),
-        KEPT=int(reuse_t),
+        KEPT=int(reuse_x),
         MATH=tiles,
         SOLVERS=solvers,
         CLUSTER=cluster,
@@ -148,7 +148,7 @@ def forward_hopper_launch(
     if transfer or joins:
         decays = "segment_decays" if gate else None
         transfers = transfer_box(p, part.walked - joins), "segment_h", decays
-    if reuse_t:
+    if reuse_x:
         transfers += (kept_box(p),)
     arguments = (
         box(normal(p, "q"), keys),

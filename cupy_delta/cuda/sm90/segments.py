@@ -22,8 +22,8 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def segment_arrays(call: Call, transferred: int, keeps_t: bool = False) -> dict:
-    """What transfers leave, as sm90/join.cuh has it: H, P and decays; T if it is kept."""
+def segment_arrays(call: Call, transferred: int, keeps_x: bool = False) -> dict:
+    """What transfers leave, as sm90/join.cuh has it: H, P and decays; X if it is kept."""
     keys, values = (-(-size // BOX) * BOX for size in (call.K, call.V))
     arrays = {
         "segment_h": ((call.N, transferred, call.HV, values, keys), call.state_dtype),
@@ -31,8 +31,8 @@ def segment_arrays(call: Call, transferred: int, keeps_t: bool = False) -> dict:
     }
     if call.gate is not None:
         arrays["segment_decays"] = ((call.N * transferred, call.HV), call.state_dtype)
-    if keeps_t:
-        arrays["segment_t"] = ((slots(call, CHUNK), call.HV, CHUNK, CHUNK), call.dtype)
+    if keeps_x:
+        arrays["segment_x"] = ((slots(call, CHUNK), call.HV, CHUNK, CHUNK), call.dtype)
     return arrays
 
 
@@ -43,9 +43,9 @@ def transfer_box(call: Call, transferred: int) -> TensorBox:
 
 
 def kept_box(call: Call) -> TensorBox:
-    """T of one chunk and value head."""
-    shape, _ = segment_arrays(call, 0, keeps_t=True)["segment_t"]
-    return TensorBox("segment_t", shape, (1, 1, CHUNK, CHUNK))
+    """X of one chunk and value head."""
+    shape, _ = segment_arrays(call, 0, keeps_x=True)["segment_x"]
+    return TensorBox("segment_x", shape, (1, 1, CHUNK, CHUNK))
 
 
 def record_array(call: Call) -> dict:

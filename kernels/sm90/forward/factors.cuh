@@ -1,6 +1,7 @@
-// The solvers of sm90/forward.cu: T11, M21, T22 and P of each chunk, or P alone where T is given.
+// The solvers of sm90/forward.cu: X11, M21, X22 and P of each chunk, or P alone where X is given.
 //
-// A tile of T holds T11 and T22 less diag(b) on its diagonal, M21 below it and what rounding has left out of M21 above.
+// A tile of X holds X11 and X22 less their diagonals of ones, M21 below them and what rounding has left out of M21
+// above.
 #pragma once
 #include "sm90/forward/tokens.cuh"
 
@@ -40,30 +41,43 @@ PRIM void keep_rest(float (&d)[4]) {
   for (int i = 0; i < 4; i++) d[i] -= widen(narrow<DTYPE>(d[i]));
 }
 
-// T - diag(b) = L diag(b) for a 16 x 16 block of L at (row, column).
-PRIM void write_t(DTYPE* t, float (&x)[2][4], const float* b, int row, int column, int lane) {
+// 16 x 16 entries of X, rounded so that rows keep their sums: what rounding leaves out of an entry goes to the one
+// before it among a thread's own, and what a row's four threads are left with to its first one. Keys that are alike
+// have the same entries along a diagonal, off by the same, and a chunk would sum that up: with beta near 2, where X
+// stays large, it would be up to six times as far off as plain rounded products. An entry takes a small part of itself
+// at most: it may be what a decay has left of it, for a token whose values are as large, and a later token's is zero.
+PRIM void round_rows(float (&x)[2][4], int lane) {
+  auto take = [](float entry, float rest) { return fabsf(rest) < 0.03125f * fabsf(entry) ? entry + rest : entry; };
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const float2 f = factor_pair(b, column + sum_column(lane, j, 0));
-    x[j][0] *= f.x, x[j][1] *= f.y, x[j][2] *= f.x, x[j][3] *= f.y;
+  for (int h = 0; h < 2; h++) {
+    float rest = 0.0f;
+#pragma unroll
+    for (int i = 3; i >= 0; i--) {
+      float& entry = x[i / 2][2 * h + i % 2];
+      const float rounded = widen(narrow<DTYPE>(take(entry, rest)));
+      rest += entry - rounded;
+      entry = rounded;
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) rest += __shfl_xor_sync(~0u, rest, distance);
+    if (lane % 4 == 0) x[0][2 * h] = take(x[0][2 * h], rest);
   }
-  write_box(t, x[0], x[1], row, column, lane);
 }
 
-// T - diag(b) for 32 tokens from `row` on, from A at `a`, by one warp.
-PRIM void make_t(DTYPE* t, float* a, const float* b, int row, int lane) {
+// X - I for 32 tokens from `row` on, from A at `a`, by one warp.
+PRIM void make_x(DTYPE* tile, float* a, int row, int lane) {
   invert_diagonal_blocks(a, a, Ones(), lane);
-  float x[2][4];
-  merge_diagonal_blocks<DTYPE>(x, a, a, Ones(), lane);
-  write_t(t, x, b, row + 16, row, lane);
+  float x[3][2][4];
+  merge_diagonal_blocks<DTYPE>(x[1], a, a, Ones(), lane);
+  load_block(x[0], a, lane);
+  load_block(x[2], a + 16 * (INVERSE_PITCH + 1), lane);
 #pragma unroll
-  for (int block = 0; block < 32; block += 16) {
-    load_block(x, a + block * (INVERSE_PITCH + 1), lane);
-    write_t(t, x, b, row + block, row + block, lane);
-  }
+  for (int i = 0; i < 3; i++) round_rows(x[i], lane);
+#pragma unroll
+  for (int i = 0; i < 3; i++) write_box(tile, x[i][0], x[i][1], row + (i + 1) / 2 * 16, row + i / 2 * 16, lane);
 }
 
-// T of this block's chunks to the others of the cluster, by one thread, and to `kept`: (chunk slots, HV, 64, 64) in
+// X of this block's chunks to the others of the cluster, by one thread, and to `kept`: (chunk slots, HV, 64, 64) in
 // DTYPE, as it lies here.
 PRIM void send(const Shared& s, const TensorMap* kept, const Work& work) {
   for (int c = work.rank; c < work.chunks; c += CLUSTER) {
@@ -72,12 +86,12 @@ PRIM void send(const Shared& s, const TensorMap* kept, const Work& work) {
     mbarrier_wait(full, c / FACTOR_STAGES % 2);
     for (int i = 1; i < CLUSTER; i++) {
       const int rank = (work.rank + i) % CLUSTER;
-      DTYPE* t = s.t + stage * TILE;
+      DTYPE* x = s.x + stage * TILE;
       mbarrier_arrive_expect_remote(full, TILE * 2, rank);
-      cluster_send(t, t, TILE * 2, full, rank);
+      cluster_send(x, x, TILE * 2, full, rank);
     }
     if (KEPT && work.keeps) {
-      tma_store(kept, s.t + stage * TILE, 0, 0, work.hv, (int)work.sequence.slot + c);
+      tma_store(kept, s.x + stage * TILE, 0, 0, work.hv, (int)work.sequence.slot + c);
       tma_store_commit();
       tma_store_wait_read<0>();
       mbarrier_arrive(s.factors_free + stage);
@@ -85,7 +99,7 @@ PRIM void send(const Shared& s, const TensorMap* kept, const Work& work) {
   }
 }
 
-// T11 and T22 of the chunks that this block solves, by INVERTERS warps in turn.
+// X11 and X22 of the chunks that this block solves, by INVERTERS warps in turn.
 PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_warp) {
   for (int job = inverter;; job += INVERTERS) {
     const int solved = job / 2, c = work.rank + CLUSTER * solved, half = job % 2, lane = opaque(lane_in_warp);
@@ -93,8 +107,7 @@ PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_wa
     const int a_stage = solved % A_STAGES, stage = c % FACTOR_STAGES;
     mbarrier_wait(s.factors_free + stage, c / FACTOR_STAGES % 2 ^ 1);
     mbarrier_wait(s.a_full + a_stage, solved / A_STAGES % 2);
-    make_t(s.t + stage * TILE, s.a + (a_stage * CHUNK + half * 32) * INVERSE_PITCH,
-           tokens_of(s, c % KEY_STAGES) + BETA_AT, half * 32, lane);
+    make_x(s.x + stage * TILE, s.a + (a_stage * CHUNK + half * 32) * INVERSE_PITCH, half * 32, lane);
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) {
@@ -104,14 +117,14 @@ PRIM void invert(const Shared& s, const Work& work, int inverter, int lane_in_wa
   }
 }
 
-// T as a transfer kept it, by one thread.
+// X as a transfer kept it, by one thread.
 PRIM void load_kept(const Shared& s, const TensorMap* kept, const Work& work) {
   Ring<FACTOR_STAGES> factors;
   for (int c = 0; c < work.chunks; c++) {
     uint64_t* full = s.factors_full + factors.stage;
     mbarrier_wait(s.factors_free + factors.stage, factors.parity ^ 1);
     mbarrier_arrive_expect(full, TILE * 2);
-    tma_load(s.t + factors.stage * TILE, kept, full, 0, 0, work.hv, (int)work.sequence.slot + c);
+    tma_load(s.x + factors.stage * TILE, kept, full, 0, 0, work.hv, (int)work.sequence.slot + c);
     factors.advance();
   }
 }
@@ -141,15 +154,15 @@ struct Solver {
   }
   // M21, by the warps that have it, and what rounding has left out of it.
   template <int TILES>
-  PRIM void write_m21(DTYPE* t, float (&M)[TILES][4]) const {
+  PRIM void write_m21(DTYPE* tile, float (&M)[TILES][4]) const {
     if (warp < 2) return;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       if (HAS_GATE && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
-      write_box(t, M[j], M[j + 1], warp * 16, j * 8, lane);
+      write_box(tile, M[j], M[j + 1], warp * 16, j * 8, lane);
       keep_rest(M[j]);
       keep_rest(M[j + 1]);
-      write_box(t, M[j], M[j + 1], warp * 16 - 32, j * 8 + 32, lane);
+      write_box(tile, M[j], M[j + 1], warp * 16 - 32, j * 8 + 32, lane);
     }
   }
   // P from its transposed, tiles FIRST and next of the products.
@@ -201,7 +214,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     const int row = warp * 16 + lane / 4;
     const Solver mine = {is_paired(tokens) ? tokens + REFERENCE_AT : nullptr, tokens[BETA_AT + factor_place(row)],
                          tokens[BETA_AT + factor_place(row + 8)], warp, lane};
-    DTYPE* t = s.t + factors.stage * TILE;
+    DTYPE* x = s.x + factors.stage * TILE;
     float* a = s.a + stages.stage * CHUNK * INVERSE_PITCH;
     wgmma_wait<0>();
     pin(products);
@@ -214,17 +227,16 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
         __syncwarp();
         if (lane == 0) mbarrier_arrive(s.a_full + stages.stage);
       }
-      mine.write_m21(t, products);
+      mine.write_m21(x, products);
     }
     if constexpr (WITH_OUTPUT) mine.write_p<M_TILES>(s.p + factors.stage * TILE, products);
     if constexpr (INVERTS) {
       named_barrier(id, 128);  // A is there
-      if (warp < 2) make_t(t, a + warp * 32 * INVERSE_PITCH, tokens + BETA_AT, warp * 32, lane);
+      if (warp < 2) make_x(x, a + warp * 32 * INVERSE_PITCH, warp * 32, lane);
     }
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) {
-      // A solver that reads no more has left the keys, but not beta: walkers free that, too, after these factors.
       if (reads_more) mbarrier_arrive(s.keys_free + keys.stage);
       mbarrier_arrive(s.factors_full + factors.stage);
     }

@@ -6,7 +6,7 @@
 #include "tiles/unit_inverse.cuh"
 
 #define WITH_OUTPUT (!TRANSFER)
-// T that transfers have kept is given to all but the last segment, which has no transfer.
+// X that transfers have kept is given to all but the last segment, which has no transfer.
 #define WITH_GIVEN (JOINS && KEPT)
 // A walk with output has no registers to spare for paired chunks (sm90/tokens.cuh), so there are two launches: with
 // PAIRED 0 blocks that would meet one leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
@@ -57,7 +57,7 @@ static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
 constexpr int TOKEN_WORDS = HAS_GATE ? RECORD_WORDS : FACTOR_WORDS;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
-static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is T and its columns");
+static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is X");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");
 static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
@@ -67,7 +67,7 @@ static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 
 struct Shared {
-  DTYPE *k, *q, *v, *o, *t, *p;
+  DTYPE *k, *q, *v, *o, *x, *p;
   float *a, *tokens;
   uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
 };
@@ -81,7 +81,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.p = smem.take<DTYPE>(FACTOR_STAGES * TILE, "p", 1024);
 #endif
   s.v = smem.take<DTYPE>(VALUE_STAGES * MATH * TILE, "v", 1024);
-  s.t = smem.take<DTYPE>(FACTOR_STAGES * TILE, "t", 1024);
+  s.x = smem.take<DTYPE>(FACTOR_STAGES * TILE, "x", 1024);
   s.a = smem.take<float>(A_STAGES * CHUNK * INVERSE_PITCH, "a");
   s.tokens = smem.take<float>(KEY_STAGES * TOKEN_WORDS, "tokens");
   auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
@@ -97,10 +97,10 @@ PRIM Shared take_shared(DynSmem& smem) {
   return s;
 }
 
-// Zeros where T and P have zeros in every chunk.
+// Zeros where X and P have zeros in every chunk.
 PRIM void clear_factors(const Shared& s, int thread) {
   for (int i = thread; i < FACTOR_STAGES * TILE / 8; i += THREADS) {
-    *(uint4*)&s.t[i * 8] = {};
+    *(uint4*)&s.x[i * 8] = {};
 #if WITH_OUTPUT
     *(uint4*)&s.p[i * 8] = {};
 #endif
@@ -113,7 +113,7 @@ struct Work {
   Sequence sequence;
   int chunks, channel, h, hv, HV, batch;  // channel: the block's first one
   bool values;                            // or P
-  bool keeps, given;                      // T: stored for the walk that follows; stored by the transfer before
+  bool keeps, given;                      // X: stored for the walk that follows; stored by the transfer before
   int start;                              // coordinate of its first token in the tensor maps
   int rank;                               // in its cluster: it solves chunks rank, rank + CLUSTER, ...
   int first_chunk;                        // its slot

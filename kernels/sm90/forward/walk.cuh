@@ -1,6 +1,6 @@
 // The walkers of sm90/forward.cu: a warpgroup holds 64 value channels of S^T in accumulators and takes them from chunk
-// to chunk. correct: R = V - K S, what the state got wrong. write: N = T R. update: S += K^T N, and O = Q S + P N. Rows
-// of tokens are in units of 2^(G - F), see tokens.cuh, so a chunk that is not paired has no decay in its products.
+// to chunk. correct: R = V - K S, what the state got wrong. write: N = X (b R). update: S += K^T N, and O = Q S + P N.
+// Rows of tokens are in units of 2^(G - F), see tokens.cuh, so a chunk that is not paired has no decay in its products.
 #pragma once
 #include "sm90/forward/tokens.cuh"
 #include "sm90/sums.cuh"
@@ -62,7 +62,7 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], uint64_t L, ui
 // Where a token's half of the 16 value channels of a warp lies in its box: rows of 32 bytes, swizzled.
 PRIM int staged(int token, int half) { return token * 16 + (half ^ token / 4 % 2) * 8; }
 
-// In bytes, from T11 to M21 and to what rounding left out of that; to the second half of a chunk's keys, too.
+// In bytes, from X11 to M21 and to what rounding left out of that; to the second half of a chunk's keys, too.
 constexpr int BELOW = 32 * BOX * sizeof(DTYPE), BESIDE = 32 * sizeof(DTYPE);
 
 struct Walker {
@@ -199,27 +199,27 @@ struct Walker {
     }
   }
 
-  // N = T R, by halves; T's diagonal in float. A sum of its own for R2, whose registers are otherwise R's.
+  // N = X Y, by halves; X's diagonal in float. A sum of its own for R2, whose registers are otherwise R's.
   PRIM void write() {
-    const uint64_t T = tile_descriptor(s.t + factors.stage * TILE, 16, 1024);
-    float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
+    const uint64_t X = tile_descriptor(s.x + factors.stage * TILE, 16, 1024);
+    float N1[4][4], N2[4][4], R2[4][4];
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) N1[j][i] = R1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
+      for (int i = 0; i < 4; i++) N1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) scale_tiles(N1[j], N1[j + 1], beta[j / 2]);
-    multiply_half<EARLY_OUTPUT, 0>(N1, R1, T, a[0], a[1], [&] { read_ahead(1); });
+    multiply_half<EARLY_OUTPUT, 0>(N1, N1, X, a[0], a[1], [&] { read_ahead(1); });
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    multiply_half<EARLY_OUTPUT, BESIDE - BELOW>(R2, N1, further(T, BELOW), a[0], a[1], [&] { read_ahead(2); });
+    multiply_half<EARLY_OUTPUT, BESIDE - BELOW>(R2, N1, further(X, BELOW), a[0], a[1], [&] { read_ahead(2); });
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
 #pragma unroll
     for (int j = 0; j < 4; j += 2) scale_tiles(N2[j], N2[j + 1], beta[2 + j / 2]);
-    multiply_half<EARLY_OUTPUT, 0>(N2, R2, further(T, BELOW + BESIDE), a[2], a[3], [&] { read_ahead(3); });
+    multiply_half<EARLY_OUTPUT, 0>(N2, N2, further(X, BELOW + BESIDE), a[2], a[3], [&] { read_ahead(3); });
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
   }
@@ -289,7 +289,7 @@ struct Walker {
     keys.advance(), values.advance(), factors.advance();
   }
   PRIM void write_paired() {
-    const uint64_t T = tile_descriptor(s.t + factors.stage * TILE, 16, 1024);
+    const uint64_t X = tile_descriptor(s.x + factors.stage * TILE, 16, 1024);
     float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
     auto times_beta = [&](float (&N)[4][4], const float (&d)[4][4], int first) {
 #pragma unroll
@@ -303,13 +303,13 @@ struct Walker {
     auto nothing = [] {};
     correct_half(R1, 0);
     times_beta(N1, R1, 0);
-    multiply_half<0, 0>(N1, R1, T, a[0], a[1], nothing);
+    multiply_half<0, 0>(N1, N1, X, a[0], a[1], nothing);
     round_half(a[0], N1, 0);
     round_half(a[1], N1, 1);
     correct_half(R2, 1);
-    multiply_rounded<0, BESIDE - BELOW>(R2, further(T, BELOW), a[0], a[1], nothing);
+    multiply_rounded<0, BESIDE - BELOW>(R2, further(X, BELOW), a[0], a[1], nothing);
     times_beta(N2, R2, 2);
-    multiply_half<0, 0>(N2, R2, further(T, BELOW + BESIDE), a[2], a[3], nothing);
+    multiply_half<0, 0>(N2, N2, further(X, BELOW + BESIDE), a[2], a[3], nothing);
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
   }

@@ -25,7 +25,7 @@ def divided(monkeypatch, emulated):
     """Return a function that fixes how a walk is divided, on a Hopper device.
 
     With `first` the first of the segments is walked beside transfers, and has so many percent.
-    With `last` T is kept for all but the last segment, which has so many percent. Transfers have
+    With `last` X is kept for all but the last segment, which has so many percent. Transfers have
     slices of their own width with `transfer`.
     """
 
@@ -34,7 +34,7 @@ def divided(monkeypatch, emulated):
         if first is not None:
             fixed = fixed._replace(concurrent=math, first_percent=first)
         if last is not None:
-            fixed = fixed._replace(reuse_t=True, last_percent=last)
+            fixed = fixed._replace(reuse_x=True, last_percent=last)
         monkeypatch.setattr(cost, "choose_forward", lambda *args: fixed)
         monkeypatch.setattr(plans, "plan", plans.made)
         emulated(run, **HOPPER)
@@ -106,7 +106,7 @@ def test_lengths_of_sequences_make_no_other_kernels():
 
 @pytest.mark.parametrize("K", [64, 128])
 @pytest.mark.parametrize("V", [64, 128, 192])
-def test_t_is_kept_by_clusters_for_walks_of_one_slice(K, V):
+def test_x_is_kept_by_clusters_for_walks_of_one_slice(K, V):
     launches = launched(H200, dtype="bfloat16", K=K, V=V, T=32768, H=8)
     macros = [dict(x.defines) for x in launches]
     keep = [x for x in macros if x["TRANSFER"] and x["KEPT"]]
@@ -225,7 +225,7 @@ def test_segments(divided, math, K, first, last, cu_seqlens):
 
 @pytest.mark.parametrize(("cu_seqlens", "gate"), [(None, None), ([0, 3, 290, 390], "scalar")])
 def test_segments_of_one_slice_after_transfers_of_two(divided, cu_seqlens, gate):
-    """As few heads are divided: T that a cluster of wide blocks keeps, in narrow ones."""
+    """As few heads are divided: X that a cluster of wide blocks keeps, in narrow ones."""
     divided(1, 4, first=95, last=77, transfer=2)
     options = dict(K=128, V=128, gate=gate, dtype=BF16, cu_seqlens=cu_seqlens, initial=True)
     args, kw = make_inputs(390, G=2, **options)
@@ -251,7 +251,7 @@ def test_nine_segments(divided, gate, first):
 
 
 @pytest.mark.parametrize("gate", [None, "scalar"])
-def test_t_that_is_given_has_the_bits_of_t_that_is_solved(divided, gate):
+def test_x_that_is_given_has_the_bits_of_x_that_is_solved(divided, gate):
     args, kw = make_inputs(300, K=128, V=72, gate=gate, dtype=BF16, initial=True, beta=(0, 2))
     results = []
     for last in (None, 100):
@@ -315,6 +315,16 @@ def test_hard_keys(divided, dtype, correlation, beta):
     args, kw = make_inputs(
         200, K=64, V=64, dtype=dtype, correlation=correlation, beta=beta, initial=True
     )
+    check(divided, args, kw)
+
+
+@pytest.mark.parametrize("beta", [1.7, 1.9])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_keys_that_are_nearly_the_same(divided, dtype, beta):
+    """Rows of X are alike, and so are their errors; of four heads, lest a plain one be lucky."""
+    divided(2)
+    options = dict(correlation=0.9999, beta=(beta, beta), initial=True)
+    args, kw = make_inputs(128, H=4, K=64, V=64, dtype=dtype, **options)
     check(divided, args, kw)
 
 
