@@ -17,6 +17,7 @@ from .operators import (
     delta_rule_step,
     recurrent_delta_rule,
 )
+from .raw import BetaGradients, GateGradients, SigmoidBeta, SigmoidGate, SoftplusGate
 from .results import (
     DeltaRuleForward,
     DeltaRuleGradients,
@@ -29,9 +30,14 @@ from .version import __version__
 from .workspace import Workspace
 
 __all__ = [
+    "BetaGradients",
     "DeltaRuleForward",
     "DeltaRuleGradients",
     "DeltaRuleOutput",
+    "GateGradients",
+    "SigmoidBeta",
+    "SigmoidGate",
+    "SoftplusGate",
     "StatePass",
     "Transfer",
     "WYFactors",

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from .raw import BETAS, GATES
+
 FLOAT_DTYPES = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -27,19 +29,33 @@ class Look(NamedTuple):
     device: int | None
 
 
+class RawLook(NamedTuple):
+    """What tells one gate or strength of raw parameters from another."""
+
+    cls: type
+    arrays: tuple[Look | RawLook | type | None, ...]
+    number: float
+
+
+AnyLook = Look | RawLook | type | None
+
+
 @cache
 def dtype_name(dtype: np.dtype) -> str:
     """Name a dtype, of either byte order; NumPy takes a microsecond for it."""
     return dtype.name
 
 
-def looks(*arrays: Any) -> tuple[Look | type | None, ...]:
-    """Describe arrays: a `Look` each, None for None, and the class of anything else."""
+def looks(*arrays: Any) -> tuple[AnyLook, ...]:
+    """Describe arrays: a `Look` each, None for None, and the class of anything else.
+
+    What is in the place of `g` or `beta` has a `RawLook`.
+    """
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", ())
     # Their arithmetic differs from that of arrays. To name the second would import it, 10 ms.
     refused = (np.matrix, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
     new = tuple.__new__  # a named tuple's own constructor takes longer than all of this
-    found: list[Look | type | None] = []
+    found: list[AnyLook] = []
     for x in arrays:
         if x is None:
             found.append(None)
@@ -47,6 +63,10 @@ def looks(*arrays: Any) -> tuple[Look | type | None, ...]:
             found.append(new(Look, ("cupy", x.dtype, x.shape, x.device.id)))
         elif isinstance(x, np.ndarray) and not isinstance(x, refused):
             found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
+        elif isinstance(x, GATES):
+            found.append(RawLook(type(x), looks(x.a, x.A_log, x.dt_bias), x.bound))
+        elif isinstance(x, BETAS):
+            found.append(RawLook(type(x), looks(x.logits), x.scale))
         else:
             found.append(type(x))
     return tuple(found)

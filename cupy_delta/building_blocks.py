@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from . import problem as checks
 from .dispatch import backend_for
+from .raw import Gate, SigmoidBeta
 from .results import StatePass, Transfer, WYFactors
 from .typing import AnyArray, Array, Integer, Real
 
@@ -16,8 +17,8 @@ from .typing import AnyArray, Array, Integer, Real
 def wy_factors(
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     qk_l2norm: bool = False,
     chunk_size: Integer | None = None,
@@ -37,8 +38,8 @@ def wy_factors(
     ----------
     k : array, (B, T, H, K)
     v : array, (B, T, HV, V)
-    beta : array, (B, T, HV)
-    g : array, (B, T, HV) or (B, T, HV, K), optional
+    beta : array, (B, T, HV), or SigmoidBeta
+    g : array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
     qk_l2norm : bool, default False
         All as in `chunk_delta_rule`. A gate per key channel stands inside the sum over channels,
         and `qk_l2norm` normalises k.
@@ -88,7 +89,7 @@ def state_pass(
     k: Array,
     w: Array,
     u: Array,
-    g: Array | None = None,
+    g: Array | Gate | None = None,
     *,
     initial_state: Array | None = None,
     qk_l2norm: bool = False,
@@ -106,7 +107,7 @@ def state_pass(
     w : array, (B, T, HV, K)
     u : array, (B, T, HV, V)
         WY factors of the same chunks, all in one dtype.
-    g : array, (B, T, HV) or (B, T, HV, K), optional
+    g : array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
     qk_l2norm : bool, default False
         Those of `wy_factors`: a gate or norm that it had is needed here again.
     initial_state : array, (N, HV, K, V), optional
@@ -165,7 +166,7 @@ def chunk_output(
     k: Array,
     v_new: AnyArray,
     states: Array,
-    g: Array | None = None,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     qk_l2norm: bool = False,
@@ -183,7 +184,7 @@ def chunk_output(
     v_new : array, (B, T, HV, V)
     states : array, (B, chunks, HV, K, V)
         Both from `state_pass`, in its chunk numbering.
-    g : array, (B, T, HV) or (B, T, HV, K), optional
+    g : array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
         That of `state_pass`.
     qk_l2norm : bool, default False
         That of `state_pass`; normalises q too.
@@ -243,8 +244,8 @@ def chunk_output(
 def sequence_transfer(
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     qk_l2norm: bool = False,
     cu_seqlens: Array | None = None,
@@ -258,8 +259,8 @@ def sequence_transfer(
     ----------
     k : array, (B, T, H, K)
     v : array, (B, T, HV, V)
-    beta : array, (B, T, HV)
-    g : array, (B, T, HV) or (B, T, HV, K), optional
+    beta : array, (B, T, HV), or SigmoidBeta
+    g : array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
     qk_l2norm : bool, default False
     cu_seqlens : integer array, (N + 1,), optional
         All as in `chunk_delta_rule`; `qk_l2norm` normalises k.

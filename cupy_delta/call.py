@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from .arrays import FLOAT_DTYPES, dtype_name
+from .raw import RawBeta, RawGate
 from .typing import StateLayout
 
 Gate = Literal["scalar", "channel"]
@@ -19,7 +20,8 @@ class Call:
     """Sizes, dtypes and options of a call; hashable, and equal to any call that is alike.
 
     `dtype` is that of q, k and v. `gate` is that of g: None, "scalar" (B, T, HV) or "channel"
-    (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). With `varlen`, N sequences lie end
+    (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). `raw_gate` and `raw_beta` tell how
+    these are formed where parameters were given in their place. With `varlen`, N sequences lie end
     to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given.
     A pool has `pool_slots` states of `pool_dtype`, `pool_stride` elements from one to the next, at
     addresses that are multiples of `pool_alignment` bytes; without a pool `pool_dtype` is None.
@@ -37,6 +39,8 @@ class Call:
     V: int = 0
     gate: Gate | None = None
     beta_per_value: bool = False
+    raw_gate: RawGate | None = None
+    raw_beta: RawBeta | None = None
     varlen: bool = False
     chunks: int | None = None
     pool_slots: int = 0

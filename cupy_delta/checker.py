@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import FLOAT_DTYPES, Look, describe, dtype_name
+from .arrays import FLOAT_DTYPES, AnyLook, Look, RawLook, describe, dtype_name
 from .call import POOL_ALIGNMENT
+from .raw import BETAS, GATES, Bias, RawBeta, RawGate
 
 KEPT_CALLS = 256
+GATE_SHAPES = "B T HV", "B T HV K"
 POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
 
 
@@ -45,7 +47,7 @@ def _symbols(shapes: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 class Checker:
     """Checks looks of arrays one after the other; the first use of a symbol fixes its value."""
 
-    def __init__(self, first_name: str, first: Look | type | None):
+    def __init__(self, first_name: str, first: AnyLook):
         if not isinstance(first, Look):
             raise TypeError(f"{first_name}: expected a NumPy or CuPy array, got {_found(first)}")
         self.kind, self.device = first.kind, first.device
@@ -53,6 +55,8 @@ class Checker:
         self.sizes: dict[str, int] = {}
         self.source: dict[str, str] = {}
         self.axes: dict[str, tuple[str, ...]] = {}  # symbols of each array that was checked
+        self.raw_gate: RawGate | None = None
+        self.raw_beta: RawBeta | None = None
         name = dtype_name(first.dtype)
         if name not in FLOAT_DTYPES:
             raise TypeError(f"{first_name}: expected dtype {_one_of(FLOAT_DTYPES)}, got {name}")
@@ -61,9 +65,7 @@ class Checker:
         # Of states that are given.
         self.state_dtypes = (self.state_dtype,) if name == "float64" else POOL_DTYPES
 
-    def array(
-        self, name: str, x: Look | type | None, shapes: str | tuple[str, ...], dtypes: tuple
-    ) -> None:
+    def array(self, name: str, x: AnyLook, shapes: str | tuple[str, ...], dtypes: tuple) -> None:
         """Check kind, device, dtype, rank and shape of one array."""
         x = self.same_kind(name, x)
         if all(dtype_name(x.dtype) != dtype_name(np.dtype(d)) for d in dtypes):
@@ -72,7 +74,7 @@ class Checker:
             raise TypeError(f"{name}: expected dtype {_one_of(names)}{like}, got {x.dtype.name}")
         self.shape(name, x.shape, shapes)
 
-    def same_kind(self, name: str, x: Look | type | None) -> Look:
+    def same_kind(self, name: str, x: AnyLook) -> Look:
         """Return the look of an array that may be in one call with the first."""
         if not isinstance(x, Look):
             raise TypeError(f"{name}: expected a NumPy or CuPy array, got {_found(x)}")
@@ -88,7 +90,7 @@ class Checker:
             )
         return x
 
-    def integers(self, name: str, x: Look | type | None) -> None:
+    def integers(self, name: str, x: AnyLook) -> None:
         """Check an array of integers, which may lie on the host whatever the kind of the others."""
         if not isinstance(x, Look):
             raise TypeError(f"{name}: expected an integer array, got {_found(x)}")
@@ -120,16 +122,17 @@ class Checker:
         alternatives = _symbols(shapes)
         symbols = next((s for s in alternatives if len(s) == len(shape)), None)
         if symbols is None:
-            wanted = " or ".join(f"({', '.join(s)})" for s in alternatives)
+            wanted = " or ".join(_shown(s) for s in alternatives)
+            ranks = _one_of([str(len(s)) for s in alternatives])
             raise ValueError(
-                f"{name}: expected {wanted}, {_one_of([str(len(s)) for s in alternatives])}"
-                f" dimensions, got shape {shape}"
+                f"{name}: expected {wanted}, {ranks} dimension{'s' * (ranks != '1')},"
+                f" got shape {shape}"
             )
         for symbol, size in zip(symbols, shape, strict=True):
             if self.sizes.get(symbol, size) != size:
-                wanted = ", ".join(str(self.sizes.get(s, s)) for s in symbols)
+                wanted = _shown([str(self.sizes.get(s, s)) for s in symbols])
                 raise ValueError(
-                    f"{name}: expected ({', '.join(symbols)}) = ({wanted}) like"
+                    f"{name}: expected {_shown(symbols)} = {wanted} like"
                     f" {self.source[symbol]}, got {shape}{self.swapped(symbols, shape)}"
                 )
         self.axes[name] = symbols
@@ -139,10 +142,11 @@ class Checker:
 
     def swapped(self, symbols: tuple[str, ...], shape: tuple[int, ...]) -> str:
         """Say so when a state of the wrong shape would fit in the other layout."""
+        if sorted(symbols[-2:]) != ["K", "V"]:
+            return ""
         turned = (*shape[:-2], shape[-1], shape[-2])
         fits = all(self.sizes.get(s, n) == n for s, n in zip(symbols, turned, strict=True))
-        is_state = sorted(symbols[-2:]) == ["K", "V"]
-        return ": its last two axes are swapped" if is_state and fits else ""
+        return ": its last two axes are swapped" if fits else ""
 
     def fix(self, symbol: str, size: int, source: str) -> None:
         if symbol in ("H", "HV", "K", "V") and size < 1:
@@ -184,12 +188,37 @@ class Checker:
             self.array("q", q, "B T H K", (self.dtype,))
         self.array("k", k, "B T H K", (self.dtype,))
         self.array("v", v, "B T HV V", (self.dtype,))
-        self.array("beta", beta, beta_shapes, (self.dtype, np.float32))
+        self.beta(beta, beta_shapes)
         self.gate(g)
 
-    def gate(self, g: Look | None) -> None:
-        if g is not None:
-            self.array("g", g, ("B T HV", "B T HV K"), (self.dtype, np.float32))
+    def beta(self, beta: AnyLook, shapes: tuple[str, ...]) -> None:
+        """Check beta, or the logits of a `SigmoidBeta`."""
+        if isinstance(beta, RawLook) and beta.cls in BETAS:
+            self.parameter("beta.logits", beta.arrays[0], shapes)
+            self.axes["beta"] = self.axes["beta.logits"]
+            self.raw_beta = RawBeta(_float_dtype(beta.arrays[0]), beta.number)
+        else:
+            self.parameter("beta", beta, shapes)
+
+    def gate(self, g: AnyLook) -> None:
+        """Check g, or the logits and parameters of a `SoftplusGate` or `SigmoidGate`."""
+        if isinstance(g, RawLook) and g.cls in GATES:
+            a, A_log, dt_bias = g.arrays
+            self.parameter("g.a", a, GATE_SHAPES)
+            self.axes["g"] = self.axes["g.a"]
+            self.parameter("g.A_log", A_log, "HV")
+            bias: Bias | None = None
+            if dt_bias is not None:
+                per_channel = len(self.axes["g"]) == 4
+                self.parameter("g.dt_bias", dt_bias, ("HV", "HV K") if per_channel else "HV")
+                bias = "head" if len(self.axes["g.dt_bias"]) == 1 else "channel"
+            self.raw_gate = RawGate(g.cls.formula, _float_dtype(a), bias, g.number)
+        elif g is not None:
+            self.parameter("g", g, GATE_SHAPES)
+
+    def parameter(self, name: str, x: AnyLook, shapes: str | tuple[str, ...]) -> None:
+        """Check an array that may also be float32."""
+        self.array(name, x, shapes, (self.dtype, np.float32))
 
     def output(self, out: Look | None) -> None:
         if out is not None:
@@ -257,8 +286,20 @@ def _slot_stride(state: Look, strides: tuple[int, ...], size: int) -> int:
     return strides[0] if state.shape[0] > 1 else size
 
 
-def _found(look: type | None) -> str:
-    return describe(type(None) if look is None else look)
+def _float_dtype(x: AnyLook) -> np.dtype:
+    assert isinstance(x, Look)
+    return FLOAT_DTYPES[dtype_name(x.dtype)]
+
+
+def _found(look: AnyLook) -> str:
+    if isinstance(look, type):
+        return describe(look)
+    return describe(look.cls if isinstance(look, RawLook) else type(look))
+
+
+def _shown(axes) -> str:
+    """Write axes as Python writes a shape."""
+    return f"({', '.join(axes)}{',' * (len(axes) == 1)})"
 
 
 def _one_of(names) -> str:

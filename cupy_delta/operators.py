@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import problem as checks
 from .dispatch import backend_for
+from .raw import Gate, SigmoidBeta
 from .results import DeltaRuleForward, DeltaRuleGradients, DeltaRuleOutput, Residuals
 from .typing import AnyArray, Array, Integer, Real, StateLayout
 
@@ -12,8 +13,8 @@ def chunk_delta_rule(
     q: Array,
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     initial_state: Array | None = None,
@@ -43,13 +44,14 @@ def chunk_delta_rule(
         stable for keys of unit length, see `qk_l2norm`.
     v : array, (B, T, HV, V)
         Values. HV is a multiple of H; value head hv uses key head ``hv // (HV // H)``.
-    beta : array, (B, T, HV)
+    beta : array, (B, T, HV), or SigmoidBeta
         Writing strength, after any sigmoid; [0, 2] is the stable range for unit keys. Dtype of
-        `v` or float32.
-    g : array, (B, T, HV) or (B, T, HV, K), optional
+        `v` or float32. Of its logits it is formed by a `SigmoidBeta`.
+    g : array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
         Log decay, natural logarithm, at most 0, -inf to forget all: a scalar gate per head or one
         per key channel. Dtype of `v` or float32. Of a linear decay alpha it is ``log(alpha)``:
-        on the host, gates above 1e-3 are an error.
+        on the host, gates above 1e-3 are an error. Of a model's logits and parameters it is
+        formed by a `SoftplusGate` or a `SigmoidGate`.
     scale : float, optional
         Factor on the outputs, ``K ** -0.5`` by default.
     initial_state : array, (N, HV, K, V), optional
@@ -173,8 +175,8 @@ def recurrent_delta_rule(
     q: Array,
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     initial_state: Array | None = None,
@@ -245,8 +247,8 @@ def delta_rule_step(
     q: Array,
     k: Array,
     v: AnyArray,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     state: Array,
     state_indices: Array | None = None,
@@ -348,8 +350,8 @@ def chunk_delta_rule_fwd(
     q: Array,
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     initial_state: Array | None = None,
@@ -433,7 +435,8 @@ def chunk_delta_rule_bwd(
     -------
     DeltaRuleGradients
         Gradients of q, k, v, beta, g and initial_state in the shapes and dtypes of these inputs;
-        None for an input that was absent.
+        None for an input that was absent. Those of a raw gate or strength are a `GateGradients` or
+        `BetaGradients`, of the arrays it was given.
 
     Raises
     ------

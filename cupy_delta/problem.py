@@ -27,6 +27,7 @@ from .checker import (
     remembered,
     scale_of,
 )
+from .raw import by_name
 
 MAX_STEP_TOKENS = 32  # sixteen drafts, after as many tokens that were accepted before
 SIZES = ("B", "T", "N", "H", "HV", "K", "V")
@@ -49,6 +50,11 @@ class Problem(Call):
     v: Any = None
     beta: Any = None
     g: Any = None
+    # In the place of beta and g, where they are formed of these.
+    logits: Any = None
+    a: Any = None
+    A_log: Any = None
+    dt_bias: Any = None
     initial_state: Any = None
     cu_seqlens: Any = None
     out: Any = None
@@ -108,8 +114,8 @@ def operator_problem(
     found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
     options = scale, qk_l2norm, state_layout, chunk_size
     arrays = dict(
-        q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
-    )
+        q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
+    ) | by_name(beta, g)
     if checkpoint_every is None and all(x is None for x in on_pool.values()):
         problem = _with_values(operator_call(found, beta_shapes, *options).of(arrays))
     else:
@@ -118,9 +124,9 @@ def operator_problem(
         problem = _with_values(alike.of(arrays | on_pool))
         if problem.state is not None:
             _check_slots(problem)
-            _check_written(problem, "state")
+            check_written(problem, "state")
     if out is not None:
-        _check_written(problem, "out")
+        check_written(problem, "out")
     return problem
 
 
@@ -193,7 +199,7 @@ def step_problem(
     named = (state_indices, output_state_indices, cu_seqlens, accepted)
     found = looks(q, k, v, beta, g, out, state, *named)
     alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
-    arrays = dict(q=q, k=k, v=v, beta=beta, g=g, state=state, out=out)
+    arrays = dict(q=q, k=k, v=v, state=state, out=out) | by_name(beta, g)
     arrays |= zip(STEPPED, named, strict=True)
     problem = alike.of(arrays)
     if cu_seqlens is None:
@@ -204,9 +210,9 @@ def step_problem(
         _check_accepted(problem)
     if state_indices is not None or output_state_indices is not None:
         _check_slots(problem, _idle(problem))
-    _check_written(problem, "state")
+    check_written(problem, "state")
     if out is not None:
-        _check_written(problem, "out")
+        check_written(problem, "out")
     return problem
 
 
@@ -251,7 +257,7 @@ def backward_arrays(problem: Problem, do, dfinal_state) -> None:
 def factors_problem(k, v, beta, g, *, qk_l2norm, cu_seqlens, chunk_size=None) -> Problem:
     """Check a call of `wy_factors` or `sequence_transfer`."""
     alike = _factors(looks(k, v, beta, g, cu_seqlens), qk_l2norm, chunk_size)
-    return _with_values(alike.of(dict(k=k, v=v, beta=beta, g=g, cu_seqlens=cu_seqlens)))
+    return _with_values(alike.of(dict(k=k, v=v, cu_seqlens=cu_seqlens) | by_name(beta, g)))
 
 
 @remembered
@@ -266,8 +272,8 @@ def _factors(found, qk_l2norm, chunk_size) -> Problem:
 def state_pass_problem(k, w, u, g, *, initial_state, qk_l2norm, cu_seqlens, chunk_size) -> Problem:
     """Check a call of `state_pass`."""
     alike = _state_pass(looks(k, w, u, g, initial_state, cu_seqlens), qk_l2norm, chunk_size)
-    arrays = dict(k=k, w=w, u=u, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _with_values(alike.of(arrays))
+    arrays = dict(k=k, w=w, u=u, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return _with_values(alike.of(arrays | by_name(None, g)))
 
 
 @remembered
@@ -290,8 +296,8 @@ def chunk_output_problem(
     """Check a call of `chunk_output`; the backend checks the chunk axis of `states`."""
     found = looks(q, k, v_new, states, g, cu_seqlens)
     alike = _chunk_output(found, scale, qk_l2norm, chunk_size)
-    arrays = dict(q=q, k=k, v_new=v_new, states=states, g=g, cu_seqlens=cu_seqlens)
-    return _with_values(alike.of(arrays))
+    arrays = dict(q=q, k=k, v_new=v_new, states=states, cu_seqlens=cu_seqlens)
+    return _with_values(alike.of(arrays | by_name(None, g)))
 
 
 @remembered
@@ -363,6 +369,7 @@ def _problem(check: Checker, **options: Any) -> Problem:
     described["gate"] = {3: "scalar", 4: "channel"}.get(rank.get("g", 0))
     described["beta_per_value"] = rank.get("beta") == 4
     described["varlen"] = "cu_seqlens" in rank
+    described |= dict(raw_gate=check.raw_gate, raw_beta=check.raw_beta)
     return Problem(kind=check.kind, dtype=check.dtype, **described, **options)
 
 
@@ -481,10 +488,13 @@ def _check_slots(problem: Problem, idle: np.ndarray | None = None) -> None:
         )
 
 
-_READ = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "accepted", *ON_POOL)
+# What a call reads, by the names that callers know it by.
+_PLAIN = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "accepted", *ON_POOL)
+_RAW = {"logits": "beta.logits", "a": "g.a", "A_log": "g.A_log", "dt_bias": "g.dt_bias"}
+_READ = {name: name for name in _PLAIN} | _RAW
 
 
-def _check_written(problem: Problem, name: str) -> None:
+def check_written(problem: Problem, name: str) -> None:
     """Check that "out" or "state" can be written whole without touching what is read."""
     x, on_host = getattr(problem, name), problem.kind == "numpy"
     if name != "state" and not x.flags.c_contiguous:
@@ -494,9 +504,9 @@ def _check_written(problem: Problem, name: str) -> None:
     if on_host and not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
     shared = sharing(problem.kind)
-    for other in _READ:
+    for other, shown in _READ.items():
         y = getattr(problem, other)
         if y is None or other == name or isinstance(y, np.ndarray) != on_host:
             continue
         if shared(x, y):
-            raise ValueError(f"{name}: expected no memory in common with {other}")
+            raise ValueError(f"{name}: expected no memory in common with {shown}")

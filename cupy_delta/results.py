@@ -57,7 +57,10 @@ class DeltaRuleForward(NamedTuple):
 
 
 class DeltaRuleGradients(NamedTuple):
-    """Gradients with respect to each input; None where there was no input."""
+    """Gradients with respect to each input; None where there was no input.
+
+    That of a raw gate is a `GateGradients`, that of a raw strength a `BetaGradients`.
+    """
 
     q: Any
     k: Any

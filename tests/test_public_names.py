@@ -25,6 +25,13 @@ RESULTS = {
     "WYFactors": ["w", "u", "t"],
     "StatePass": ["states", "v_new", "final_state"],
     "Transfer": ["p", "h"],
+    "GateGradients": ["a", "A_log", "dt_bias"],
+    "BetaGradients": ["logits"],
+}
+RAW = {
+    "SoftplusGate": ["a", "A_log", "dt_bias"],
+    "SigmoidGate": ["a", "A_log", "dt_bias", "bound"],
+    "SigmoidBeta": ["logits", "scale"],
 }
 FUNCTIONS = [*OPERATORS, *BUILDING_BLOCKS]
 METHODS = ["Transfer.apply", "Transfer.then"]
@@ -90,7 +97,7 @@ def documented_parameters(body):
 
 
 def test_all_is_what_is_documented():
-    assert set(cupy_delta.__all__) == {*FUNCTIONS, *RESULTS, "Workspace", "__version__"}
+    assert set(cupy_delta.__all__) == {*FUNCTIONS, *RESULTS, *RAW, "Workspace", "__version__"}
     assert cupy_delta.__all__ == sorted(cupy_delta.__all__)
 
 
@@ -107,6 +114,14 @@ def test_the_version_is_one_that_package_indexes_take():
 @pytest.mark.parametrize("name", RESULTS)
 def test_fields_of_results(name):
     assert list(public(name)._fields) == RESULTS[name]
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_gates_and_strengths(name):
+    assert list(inspect.signature(public(name)).parameters) == RAW[name]
+    sections = sections_of(public(name).__doc__)
+    assert list(sections) == ["", "Attributes", "Notes", "Examples"]
+    assert documented_parameters(sections["Attributes"]) == RAW[name]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -142,7 +157,7 @@ def test_documented_parameters_are_those_of_the_signature(name):
     assert sorted(documented) == sorted(parameters)
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *RESULTS, "Workspace"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *RESULTS, *RAW, "Workspace"])
 def test_summaries_are_one_sentence(name):
     summary = inspect.cleandoc(public(name).__doc__).split("\n\n")[0]
     assert summary[0].isupper()
@@ -232,5 +247,5 @@ def test_importing_loads_no_backend():
         timeout=300,
     )
     loaded = {name.split(".")[1] for name in done.stdout.split()}
-    expected = "arrays building_blocks call checker dispatch forking operators problem results"
+    expected = "arrays building_blocks call checker dispatch forking operators problem raw results"
     assert loaded == {*expected.split(), "typing", "version", "workspace"}

@@ -36,6 +36,11 @@ def arguments(option, T):
     beta = rng.uniform(0, 1, v.shape if asked.get("beta_per_value") else v.shape[:3])
     shape = {"scalar": v.shape[:3], "channel": k.shape}.get(asked.get("gate"))
     g = None if shape is None else -rng.uniform(0, 1, shape).astype(dtype)
+    beta = beta.astype(dtype)
+    if "raw_gate" in asked:
+        g = cd.SoftplusGate(g, np.zeros(2, dtype), np.ones(2, dtype))
+    if "raw_beta" in asked:
+        beta = cd.SigmoidBeta(beta)
     options = {n: asked[n] for n in ("qk_l2norm", "chunk_size", "state_layout") if n in asked}
     if "pool_slots" in asked:
         options["state"] = np.zeros((1, 2, K, V), asked["pool_dtype"])
@@ -43,7 +48,7 @@ def arguments(option, T):
         options["cu_seqlens"] = np.array([0, 3, T])
     if asked.get("accepting"):
         options["accepted"] = np.array([1])
-    return (q.astype(dtype), k.astype(dtype), v.astype(dtype), beta.astype(dtype), g), options
+    return (q.astype(dtype), k.astype(dtype), v.astype(dtype), beta, g), options
 
 
 def pick(options, *names):

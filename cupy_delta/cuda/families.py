@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..arrays import FLOAT_DTYPES
 from ..call import Call
+from ..raw import RawBeta, RawGate
 from . import sm90
 from .architectures import ARCHITECTURES
 from .portable import backward, forward, pieces
@@ -145,6 +146,10 @@ OPTIONS: dict[str, dict] = {
     "float64": dict(dtype=FLOAT_DTYPES["float64"]),
     "g of (B, T, HV)": dict(gate="scalar"),
     "g of (B, T, HV, K)": dict(gate="channel"),
+    "SoftplusGate, SigmoidGate": dict(
+        gate="scalar", raw_gate=RawGate("softplus", FLOAT_DTYPES["bfloat16"], "head", 0.0)
+    ),
+    "SigmoidBeta": dict(raw_beta=RawBeta(FLOAT_DTYPES["bfloat16"], 1.0)),
     "beta of (B, T, HV, V)": dict(beta_per_value=True),
     "cu_seqlens": dict(varlen=True),
     "state, a pool": dict(
@@ -166,6 +171,7 @@ TAKEN_BY = {
     "cu_seqlens": (*CHUNKED, *TOKENS),
     "accepted": ("step",),
     "state, a pool": ("forward", "step"),
+    "SigmoidBeta": ("forward", "training", "backward", "wy_factors", "transfer", *TOKENS),
     'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
     "chunk_size of 16 or 32": SIZED,
     "chunk_size of 64": SIZED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..problem import Problem
+from ..raw import BetaGradients, GateGradients
 from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
@@ -55,13 +56,16 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         plan = plans.plan("backward", problem, device.facts)
         gradients = {"do": do, "dfinal_state": dfinal_state}
         results = execute(plan, gradients, device, ready=residuals.saved)
-        inputs = dict(dbeta=problem.beta, dg=problem.g, dinitial_state=problem.initial_state)
-        for name, x in inputs.items():
-            if x is not None and results[name].dtype != x.dtype:
-                results[name] = device.bring(results[name], name, x.dtype)
-    dg = None if problem.g is None else results["dg"]
+        for name in ("beta", "g", "logits", "a", "A_log", "dt_bias", "initial_state"):
+            x, d = getattr(problem, name), f"d{name}"
+            if x is not None and results[d].dtype != x.dtype:
+                results[d] = device.bring(results[d], d, x.dtype)
+    dbeta = results["dbeta"] if problem.raw_beta is None else BetaGradients(results["dlogits"])
+    dg = None if problem.gate is None else results["dg"]
+    if problem.raw_gate is not None:
+        dg = GateGradients(results["da"], results["dA_log"], results.get("ddt_bias"))
     dinitial = None if problem.initial_state is None else results["dinitial_state"]
-    return results["dq"], results["dk"], results["dv"], results["dbeta"], dg, dinitial
+    return results["dq"], results["dk"], results["dv"], dbeta, dg, dinitial
 
 
 def recurrent_delta_rule(problem: Problem):

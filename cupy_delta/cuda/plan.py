@@ -6,6 +6,7 @@ from ..call import Call
 from .families import family_for
 from .spec import DeviceFacts, Plan
 from .tokens.pool import on_pool
+from .tokens.raw import formed, through_raw
 from .tokens.units import in_units
 
 
@@ -29,9 +30,10 @@ def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
                 f" {facts.shared_bytes}; a smaller chunk_size works"
             )
     if operation == "forward":
-        return on_pool(found, call)
-    float16 = operation == "backward" and call.dtype.name == "float16"
-    return in_units(found, call) if float16 else found
+        found = on_pool(found, call)
+    if operation != "backward":
+        return formed(found, call)
+    return through_raw(in_units(found, call) if call.dtype.name == "float16" else found, call)
 
 
 def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str, ...]]:

@@ -85,7 +85,7 @@ class Launch:
 class Plan:
     """Launches in order, and the arrays to make for them: name -> (shape, dtype).
 
-    `sums` is the dtype in which kernels read beta and g.
+    `sums` is the dtype in which kernels read beta and g, and the parameters of a gate.
     """
 
     launches: tuple[Launch, ...]
@@ -109,7 +109,7 @@ class Plan:
         """The arrays that have to be there: name, and dtype to read it in if not its own."""
         names = set().union(*(launch.arrays() for launch in self.launches))
         dtypes = dict.fromkeys(INTEGERS, np.dtype(np.int64))
-        dtypes |= dict(beta=self.sums, g=self.sums, initial_state=self.sums)
+        dtypes |= dict.fromkeys(("beta", "g", "A_log", "dt_bias", "initial_state"), self.sums)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 

@@ -13,9 +13,10 @@ except ImportError as error:
         f"cupy_delta.jax needs JAX 0.5 or newer ({error}): {install_command(*EXTRAS['jax'])}"
     ) from error
 
-from . import platforms
+from . import platforms, raw
 from .operators import chunk_delta_rule, delta_rule_step, recurrent_delta_rule
 
 platforms.register()
+raw.register()
 
 __all__ = ["chunk_delta_rule", "delta_rule_step", "recurrent_delta_rule"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from .. import arrays as kinds
+from ..raw import SigmoidBeta, SigmoidGate, SoftplusGate
 from ..results import DeltaRuleOutput
 from ..typing import Integer, Real, StateLayout
 from . import transforms
+from .raw import as_jax, formed
 from .work import RECURRENT, STEP, WHOLE, Options, described
 
 Arrays = dict[str, Any]
@@ -21,8 +20,8 @@ def chunk_delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
-    g: jax.Array | None = None,
+    beta: jax.Array | SigmoidBeta,
+    g: jax.Array | SoftplusGate | SigmoidGate | None = None,
     *,
     scale: Real | None = None,
     initial_state: jax.Array | None = None,
@@ -37,12 +36,13 @@ def chunk_delta_rule(
     ----------
     q, k : jax.Array, (B, T, H, K)
     v : jax.Array, (B, T, HV, V)
-    beta : jax.Array, (B, T, HV)
-    g : jax.Array, (B, T, HV) or (B, T, HV, K), optional
+    beta : jax.Array, (B, T, HV), or SigmoidBeta
+    g : jax.Array, (B, T, HV) or (B, T, HV, K), or SoftplusGate or SigmoidGate, optional
     initial_state : jax.Array, (N, HV, K, V), optional
     cu_seqlens : jax.Array, (N + 1,), optional
         Arrays as in `cupy_delta.chunk_delta_rule`, traced or not. NumPy arrays are taken as JAX
-        takes them: 64-bit ones only with ``jax_enable_x64``.
+        takes them: 64-bit ones only with ``jax_enable_x64``. Raw gates and strengths are pytrees of
+        such arrays, and formed in the program.
     scale, qk_l2norm, chunk_size, state_layout
         As there; they must be static under `jax.jit`.
 
@@ -94,8 +94,8 @@ def recurrent_delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
-    g: jax.Array | None = None,
+    beta: jax.Array | SigmoidBeta,
+    g: jax.Array | SoftplusGate | SigmoidGate | None = None,
     *,
     scale: Real | None = None,
     initial_state: jax.Array | None = None,
@@ -148,8 +148,8 @@ def delta_rule_step(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    beta: jax.Array,
-    g: jax.Array | None = None,
+    beta: jax.Array | SigmoidBeta,
+    g: jax.Array | SoftplusGate | SigmoidGate | None = None,
     *,
     state: jax.Array,
     state_indices: jax.Array | None = None,
@@ -219,10 +219,7 @@ def checked_call(
 ) -> tuple[Arrays, Options]:
     """Check a call; return the arrays that are there, and options as meant: scale is a number."""
     found = {name: x for name, x in optional.items() if x is not None}
-    arrays = required | found
-    for name, x in arrays.items():
-        if not isinstance(x, jax.Array | np.ndarray):
-            raise TypeError(f"{name}: expected a JAX array, got {kinds.describe(type(x))}")
-    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    arrays = {name: as_jax(name, x) for name, x in (required | found).items()}
     call = described(function, options, arrays)
+    arrays = {name: formed(x, call.compute_dtype) for name, x in arrays.items()}
     return arrays, Options(call.scale, call.qk_l2norm, call.chunk_size, call.state_layout)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import problem as checks
-from ..arrays import FLOAT_DTYPES, Look
+from ..arrays import FLOAT_DTYPES, Look, RawLook
 from ..call import Call
+from ..raw import BETAS, GATES
 from ..typing import Integer, Real, StateLayout
 
 # The backward returns the gradient of input x as dx.
@@ -47,9 +48,18 @@ class Options(NamedTuple):
     state_layout: StateLayout = "kv"
 
 
+def look_of(x: Any) -> Look | RawLook | None:
+    """Describe what is an array or has some."""
+    if isinstance(x, GATES):
+        return RawLook(type(x), tuple(map(look_of, (x.a, x.A_log, x.dt_bias))), x.bound)
+    if isinstance(x, BETAS):
+        return RawLook(type(x), (look_of(x.logits),), x.scale)
+    return None if x is None else Look("jax", x.dtype, x.shape, None)
+
+
 def described(function: str, options: Options, arrays: Mapping[str, Any]) -> Call:
     """Check a call by the looks of its arrays, and return what is known of it."""
-    looks = {name: Look("jax", x.dtype, x.shape, None) for name, x in arrays.items()}
+    looks = {name: look_of(x) for name, x in arrays.items()}
     inputs = [looks.get(name) for name in ("q", "k", "v", "beta", "g")]
     chosen = options.scale, options.qk_l2norm, options.state_layout
     if function == STEP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import problem as checks
+from .. import raw
 from ..arrays import module_of
 from ..results import Transfer
 from .calls import StatesOn
@@ -12,8 +13,8 @@ from .transfers import Tokens, carried, collected, reads, state_after
 
 def tokens_of(call: checks.Problem) -> Tokens:
     """Return a rank's tokens with the options of the call."""
-    arrays = {name: getattr(call, name) for name in ("q", "k", "v", "beta", "g")}
-    return Tokens(**arrays, scale=call.scale, qk_l2norm=call.qk_l2norm, chunk_size=call.chunk_size)
+    arrays = (call.q, call.k, call.v, *raw.as_given(call))
+    return Tokens(*arrays, scale=call.scale, qk_l2norm=call.qk_l2norm, chunk_size=call.chunk_size)
 
 
 def entering_states(communicator, share: Tokens, call: checks.Problem, cut: Cut, p):

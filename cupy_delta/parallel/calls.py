@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import problem as checks
 from ..arrays import describe, looks
+from ..raw import by_name
 from .agreement import agree, agreed
 from .cut import Cut, cut_batch, cut_sequences
 
@@ -70,10 +71,10 @@ def _checked(arrays, states, options, tokens, states_on, rank, size) -> checks.P
     _check_tokens(tokens, rank, size, call.T)
     if states_on not in ("ends", "all"):
         raise ValueError(f'states_on: expected "ends" or "all", got {states_on!r}')
-    problem = call.of(arrays | states)
+    problem = call.of(arrays | states | by_name(beta, g))
     if out is not None:
         # Here, with the caller's own states: what a rank makes its call with are copies.
-        checks._check_written(problem, "out")
+        checks.check_written(problem, "out")
     return problem
 
 
@@ -113,8 +114,10 @@ def _note(call: checks.Problem, tokens, states_on, function: str) -> dict:
         "call": function,
         "arrays of": call.kind,
         "dtype of q, k and v": call.dtype.name,
-        "dtype of beta": np.dtype(call.beta.dtype).name,
-        "dtype of g": None if call.g is None else np.dtype(call.g.dtype).name,
+        "dtype of beta": _dtype(call.beta, call.raw_beta),
+        "dtype of g": _dtype(call.g, call.raw_gate),
+        "formula of beta": call.raw_beta and call.raw_beta.scale,
+        "formula of g": call.raw_gate and [str(x) for x in call.raw_gate],
         **{symbol: getattr(call, symbol) for symbol in ("B", "H", "HV", "K", "V", "N")},
         "gate": call.gate,
         "scale": call.scale,
@@ -130,6 +133,13 @@ def _note(call: checks.Problem, tokens, states_on, function: str) -> dict:
         "tokens": None if tokens is None else zlib.crc32(np.asarray(tokens, "<i8").tobytes()),
     }
     return {"tokens": call.T, "alike": alike}
+
+
+def _dtype(x, raw) -> str | None:
+    """Name the dtype of an array, or of the logits in its place."""
+    if raw is not None:
+        return raw.dtype.name
+    return None if x is None else np.dtype(x.dtype).name
 
 
 def _agrees_at_no_cost(x) -> bool:

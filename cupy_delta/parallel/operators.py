@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .. import operators
 from .. import problem as checks
 from ..arrays import module_of
+from ..raw import Gate, SigmoidBeta
 from ..results import DeltaRuleGradients, DeltaRuleOutput, Residuals
 from ..typing import Array, Integer, Real, StateLayout
 from .agreement import agree
@@ -52,8 +53,8 @@ def chunk_delta_rule(
     q: Array,
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     initial_state: Array | None = None,
@@ -152,8 +153,8 @@ def chunk_delta_rule_fwd(
     q: Array,
     k: Array,
     v: Array,
-    beta: Array,
-    g: Array | None = None,
+    beta: Array | SigmoidBeta,
+    g: Array | Gate | None = None,
     *,
     scale: Real | None = None,
     initial_state: Array | None = None,
@@ -234,6 +235,8 @@ def chunk_delta_rule_bwd(
     DeltaRuleGradients
         Gradients of this rank's q, k, v, beta and g, and that of ``initial_state`` (N, HV, K, V) on
         the first rank, or on all with ``states_on="all"``; None elsewhere, and for absent inputs.
+        Of the parameters of a raw gate they are what this rank's tokens add: to be summed over
+        ranks.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..arrays import FLOAT_DTYPES, dtype_name, module_of
 from ..operators import chunk_delta_rule
+from ..raw import tokens_of
 from ..results import Transfer
 from .communicators import Communicator
 from .products import outer_sum
@@ -41,7 +42,8 @@ class Tokens:
     def part(self, span: slice) -> Tokens:
         """Return some of the tokens."""
         arrays = {name: getattr(self, name) for name in ("q", "k", "v", "beta", "g")}
-        return replace(self, **{n: x[:, span] for n, x in arrays.items() if x is not None})
+        some = {n: tokens_of(x, span) for n, x in arrays.items() if x is not None}
+        return replace(self, **some)
 
     @property
     def state_dtype(self):

@@ -20,6 +20,7 @@ from scipy.linalg.blas import dtrsm, strsm
 
 from ..problem import Problem
 from .decay import Decay, NoDecay, lower_triangle, make_decay, sum_before, sum_from, transpose
+from .inputs import load_beta, load_gate
 from .tiles import Span, l2norm, l2norm_gradient
 
 
@@ -75,8 +76,14 @@ def load_rows(problem: Problem, span: Span, x):
 
 def load_decay(problem: Problem, span: Span):
     """Load what the gate does in each chunk of a span."""
-    g = None if problem.g is None else span.value_heads(problem.g, np.float64)
-    return make_decay(problem.gate, g, problem.compute_dtype)
+    dtype, g = problem.compute_dtype, None
+    if problem.gate is not None:
+        # Gates are summed in float64, and loaded in it where they come as they are.
+        loaded = dtype if problem.raw_gate else np.dtype(np.float64)
+        g = load_gate(
+            problem, lambda x: span.value_heads(x, loaded), lambda x: span.parameters(x, loaded)
+        )
+    return make_decay(problem.gate, g, dtype)
 
 
 def load_block(problem: Problem, span: Span) -> Block:
@@ -88,7 +95,7 @@ def load_block(problem: Problem, span: Span) -> Block:
         q, q_norm = load_rows(problem, span, problem.q)
         q = q * dtype.type(problem.scale)
     decay = load_decay(problem, span)
-    b = span.value_heads(problem.beta, dtype)[..., None]
+    b = load_beta(problem, lambda x: span.value_heads(x, dtype))[..., None]
     KK = decay.pairs(k, k)
     return Block(
         q=q,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..problem import Problem, check_checkpoints
 from .chunk import Trace, backward_block, forward_block, load_block
+from .inputs import beta_gradient, gate_gradient, native
 from .parallel import for_each
 from .tiles import DEFAULT_CHUNK, Item, Span, block_count, items
 
@@ -37,8 +38,7 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
     """Return the gradients of (q, k, v, beta, g, initial_state)."""
     problem, checkpoints = residuals.problem, residuals.saved["checkpoints"]
     dq, dk, dv = (np.empty(x.shape, problem.dtype) for x in (problem.q, problem.k, problem.v))
-    dbeta = np.empty(problem.beta.shape, native(problem.beta))
-    dg = None if problem.g is None else np.empty(problem.g.shape, native(problem.g))
+    dbeta, dg = beta_gradient(problem), gate_gradient(problem, len(checkpoints))
     dinitial = np.empty(problem.state_shape, problem.state_dtype)
     dtype = problem.compute_dtype
 
@@ -46,7 +46,8 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         D = _state_in(problem, item, dfinal_state, item.index)
         for j in reversed(range(len(item.spans))):
             span = item.spans[j]
-            S = checkpoints[item.first_block + j, item.heads]
+            number = item.first_block + j
+            S = checkpoints[number, item.heads]
             S = S.reshape(-1, item.groups, *S.shape[1:])
             block = load_block(problem, span)
             trace = Trace(block)
@@ -55,24 +56,21 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
             span.store_key_heads(dq, gradients.q)
             span.store_key_heads(dk, gradients.k)
             span.store_value_heads(dv, gradients.v)
-            span.store_value_heads(dbeta, gradients.beta)
+            dbeta.store(span, number, gradients.beta)
             if dg is not None:
-                span.store_value_heads(dg, gradients.g)
+                dg.store(span, number, gradients.g)
         _state_out(problem, item, dinitial, item.index, D)
 
     walk_all(problem, walk)
+    gradients = dq, dk, dv, dbeta.result, None if dg is None else dg.result
     if problem.initial_state is None:
-        return dq, dk, dv, dbeta, dg, None
-    return dq, dk, dv, dbeta, dg, dinitial.astype(native(problem.initial_state), copy=False)
+        return *gradients, None
+    return *gradients, dinitial.astype(native(problem.initial_state), copy=False)
 
 
 def chunk_of(problem: Problem) -> int:
     """The chunk size in force."""
     return problem.chunk_size or DEFAULT_CHUNK
-
-
-def native(x) -> np.dtype:
-    return x.dtype.newbyteorder("=")
 
 
 def _forward(problem: Problem, entering=None, checkpoints=None):

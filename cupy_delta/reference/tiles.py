@@ -46,9 +46,14 @@ class Span:
 
     def value_heads(self, x, dtype):
         """Load (B, T, HV, ...) as (h, G, n, C, ...)."""
-        x = x[self.b, self.start : self.stop, self._value_slice]
+        x = x[self.b, self.start : self.stop, self.value_slice]
         x = np.ascontiguousarray(x.swapaxes(0, 1), dtype)
         return x.reshape(self.last - self.first, self.groups, *self.stack, *x.shape[2:])
+
+    def parameters(self, x, dtype):
+        """Load (HV, ...), the same for all tokens, as (h, G, 1, 1, ...)."""
+        x = np.asarray(x[self.value_slice], dtype)
+        return x.reshape(self.last - self.first, self.groups, 1, 1, *x.shape[1:])
 
     def store_key_heads(self, out, x) -> None:
         """Store (h, n, C, ...) into (B, T, H, ...)."""
@@ -60,10 +65,10 @@ class Span:
         """Store (h, G, n, C, ...) into (B, T, HV, ...)."""
         tokens = self.stop - self.start
         x = x.reshape((self.last - self.first) * self.groups, tokens, *x.shape[4:])
-        out[self.b, self.start : self.stop, self._value_slice] = x.swapaxes(0, 1)
+        out[self.b, self.start : self.stop, self.value_slice] = x.swapaxes(0, 1)
 
     @property
-    def _value_slice(self) -> slice:
+    def value_slice(self) -> slice:
         return slice(self.first * self.groups, self.last * self.groups)
 
 

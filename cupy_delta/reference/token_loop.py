@@ -13,6 +13,7 @@ import numpy as np
 from scipy.linalg.blas import dger, sger
 
 from ..problem import Problem
+from .inputs import load_beta, load_gate
 from .parallel import for_each
 from .tiles import l2norm
 
@@ -87,14 +88,16 @@ def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
     def load(x):
         return np.ascontiguousarray(x[rows] if tokens is None else x[rows, tokens], dtype)
 
-    q, k, v, beta, g = load(problem.q), load(problem.k), load(problem.v), load(problem.beta), None
+    q, k, v, g = load(problem.q), load(problem.k), load(problem.v), None
+    beta = load_beta(problem, load)
     if problem.qk_l2norm:
         q, k = l2norm(q)[0], l2norm(k)[0]
     q = q * dtype.type(problem.scale)
     B, T = q.shape[:2]
-    if problem.g is not None:
+    if problem.gate is not None:
         channels = 1 if problem.gate == "scalar" else K
-        g = load(problem.g).reshape(B, T, H, G, channels, 1)
+        g = load_gate(problem, load, lambda x: np.asarray(x, dtype))
+        g = g.reshape(B, T, H, G, channels, 1)
     return TokenInputs(
         q.reshape(B, T, H, 1, 1, K),
         k.reshape(B, T, H, 1, 1, K),

@@ -21,10 +21,21 @@ import numpy as np
 import nvrtc
 from compile_cache import digest_of, kept
 
+from cupy_delta.arrays import FLOAT_DTYPES
+from cupy_delta.call import Call
 from cupy_delta.cuda import architectures
 from cupy_delta.cuda.runtime.sources import variant_source
+from cupy_delta.cuda.spec import SUMS, Plan
 from cupy_delta.cuda.tokens.affine import plan_affine
+from cupy_delta.cuda.tokens.raw import (
+    raw_beta_gradient_launch,
+    raw_beta_launch,
+    raw_gate_gradient_launch,
+    raw_gate_launch,
+    raw_gate_sums_launch,
+)
 from cupy_delta.cuda.variants import launches_of
+from cupy_delta.raw import RawBeta, RawGate
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"
 NAMES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -82,8 +93,26 @@ HOPPER_CALLS = (
 )
 
 
-# Of kernels that no operation is planned with: one plan each.
-OWN_PLANS = (plan_affine((1, 8, 128), 128, np.dtype(np.float32), True),)
+def raw_plan() -> Plan:
+    """Return what forms g and beta, and carries their gradients back."""
+    bf16 = FLOAT_DTYPES["bfloat16"]
+    raw = dict(raw_gate=RawGate("softplus", bf16, "channel", 0.0), raw_beta=RawBeta(bf16, 1.0))
+    sizes = dict(B=1, T=1024, N=1, H=8, HV=8, K=128, V=128)
+    call = Call(dtype=bf16, gate="channel", **sizes, **raw)
+    return Plan(
+        (
+            raw_gate_launch(call, SUMS),
+            raw_beta_launch(call, SUMS),
+            raw_gate_gradient_launch(call),
+            raw_gate_sums_launch(call),
+            raw_beta_gradient_launch(call),
+        ),
+        {},
+    )
+
+
+# Of kernels that no operation above is planned with: one plan each.
+OWN_PLANS = (plan_affine((1, 8, 128), 128, np.dtype(np.float32), True), raw_plan())
 
 
 class Resources(NamedTuple):

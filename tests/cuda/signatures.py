@@ -51,7 +51,9 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 KEYWORDS = {"d_o": "do"}
 # Sizes that a call has no name for.
-COUNTS = {"rows", "slots", "pairs", "size", *Part._fields}
+COUNTS = {"rows", "slots", "pairs", "elements", "tokens", "parts", "size", *Part._fields}
+# Numbers of what beta and g are formed of.
+COUNTS |= {"bound", "factor"}
 
 
 class Parameter(NamedTuple):

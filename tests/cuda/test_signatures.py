@@ -14,6 +14,7 @@ from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.sources import kernel_folder
 from cupy_delta.cuda.spec import DeviceFacts, Launch
 from cupy_delta.cuda.tokens.affine import plan_affine
+from cupy_delta.raw import RawBeta, RawGate
 
 pytestmark = pytest.mark.fast
 
@@ -39,6 +40,11 @@ def cases():
                     yield operation, replace(one, gate=gate), facts
     for facts, gate in itertools.product((A100, H200), (None, "scalar")):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
+    for bias in ("head", "channel", None):
+        raw = RawGate("sigmoid", bf16, bias, -5.0)
+        gated = dict(gate="scalar", raw_gate=raw, raw_beta=RawBeta(f32, 2.0))
+        for operation in ("forward", "backward", "recurrent"):
+            yield operation, replace(call, **gated), A100
     yield "forward", replace(call, dtype=f32), A100
     yield "recurrent", replace(call, dtype=FLOAT_DTYPES["float64"]), A100
 
@@ -48,6 +54,8 @@ def dtypes_of(call, plan):
     given = dict.fromkeys(("q", "k", "v", "w", "u", "v_new", "do", "states_in"), call.dtype)
     given |= dict(initial_state=call.state_dtype, dfinal_state=call.state_dtype)
     given |= dict(state=call.pool_dtype, states=None)
+    given |= dict(a=getattr(call.raw_gate, "dtype", None))
+    given |= dict(logits=getattr(call.raw_beta, "dtype", None))
     return given | {name: dtype for name, dtype in plan.read if dtype is not None}
 
 

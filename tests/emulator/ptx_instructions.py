@@ -186,6 +186,10 @@ class Instructions:
         if type_ == "pred" and op in ("and", "or", "xor", "not"):
             terms = [self.value(x, "pred") for x in a[1:]]
             return self.put(a[0], f"!{terms[0]}" if op == "not" else INFIX[op].join(terms), "pred")
+        if op == "add" and modifiers == ["rz"] and type_ == "f32":  # in log1pf
+            return self.put(
+                a[0], "add_to_zero({}, {})".format(*(self.value(x, type_) for x in a[1:])), type_
+            )
         if type_ not in TYPES or modifiers not in ([], ["lo"]):
             raise UnknownInstruction(f"{opcode} {', '.join(a)}")
         wrapping = op in ("add", "sub", "mul", "mad", "neg") and type_[0] == "s"

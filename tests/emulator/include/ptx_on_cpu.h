@@ -34,6 +34,11 @@ inline float fma_down(float a, float b, float c) {  // rounded towards minus inf
   float r = (float)exact;
   return (double)r > exact ? std::nextafter(r, -INFINITY) : r;
 }
+inline float add_to_zero(float a, float b) {  // rounded towards zero; of two floats of like size, as log1pf has
+  double exact = (double)a + b;
+  float r = (float)exact;
+  return std::abs((double)r) > std::abs(exact) ? std::nextafter(r, 0.0f) : r;
+}
 inline float saturate(float x) { return x > 0 ? min(x, 1.0f) : 0.0f; }
 inline uint32_t bit_field_insert(uint32_t a, uint32_t b, uint32_t position, uint32_t length) {
   uint32_t mask = (length >= 32 ? ~0u : (1u << length) - 1) << position;

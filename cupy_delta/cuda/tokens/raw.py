@@ -1,0 +1,215 @@
+"""g and beta formed of logits and parameters, and their gradients: `tokens/raw_*.cu`.
+
+Whatever the kernels of a plan are, these come before those of a forward and after those of a
+backward. A plan whose kernels read the logits themselves reads no g or beta, and is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...call import Call
+from ..spec import C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32
+
+THREADS = 256
+FORMULAS = {"softplus": 1, "sigmoid": 2}
+BIASES = {None: 0, "head": 1, "channel": 2}
+# Tokens whose gradients a block of raw_gate_gradient adds up.
+ROWS = 256
+SUM_THREADS = 1024
+
+
+def raw_macros(call: Call) -> dict[str, Any]:
+    """Return the macros of `tiles/raw.cuh`: how g is formed."""
+    raw = call.raw_gate
+    if raw is None:
+        return dict(RAW_GATE=0, BIAS=0)
+    return dict(RAW_GATE=FORMULAS[raw.formula], BIAS=BIASES[raw.bias])
+
+
+def gates_per_head(call: Call) -> int:
+    return call.K if call.gate == "channel" else 1
+
+
+def gate_shape(call: Call) -> tuple[int, ...]:
+    """Return the shape of g."""
+    return (*call.token_shape, call.K) if call.gate == "channel" else call.token_shape
+
+
+def beta_shape(call: Call) -> tuple[int, ...]:
+    return call.value_shape if call.beta_per_value else call.token_shape
+
+
+def formed(plan: Plan, call: Call) -> Plan:
+    """Return a plan that forms the g and beta that it reads, where logits are in their place."""
+    read = {name for name, _ in plan.read}
+    launches, workspace = [], {}
+    if call.raw_gate is not None and "g" in read:
+        launches.append(raw_gate_launch(call, plan.sums))
+        workspace["g"] = (gate_shape(call), plan.sums)
+    if call.raw_beta is not None and "beta" in read:
+        launches.append(raw_beta_launch(call, plan.sums))
+        workspace["beta"] = (beta_shape(call), plan.sums)
+    return replace(plan, launches=(*launches, *plan.launches), workspace=plan.workspace | workspace)
+
+
+def through_raw(plan: Plan, call: Call) -> Plan:
+    """Return the plan of a backward that carries dg and dbeta on to what these were formed of."""
+    launches: list[Launch] = []
+    outputs: ArraySpecs = dict(plan.outputs)
+    between: ArraySpecs = {}
+    if call.raw_gate is not None:
+        between["dg"] = outputs.pop("dg")
+        between["sums"] = ((gate_parts(call), call.HV, gates_per_head(call), 2), SUMS)
+        outputs["da"] = (gate_shape(call), call.raw_gate.dtype)
+        outputs["dA_log"] = ((call.HV,), SUMS)
+        if call.raw_gate.bias is not None:
+            channels = (call.K,) if call.raw_gate.bias == "channel" else ()
+            outputs["ddt_bias"] = ((call.HV, *channels), SUMS)
+        launches += [raw_gate_gradient_launch(call), raw_gate_sums_launch(call)]
+    if call.raw_beta is not None:
+        between["dbeta"] = outputs.pop("dbeta")
+        outputs["dlogits"] = (beta_shape(call), call.raw_beta.dtype)
+        launches.append(raw_beta_gradient_launch(call))
+    return replace(
+        plan,
+        launches=(*plan.launches, *launches),
+        outputs=outputs,
+        workspace=plan.workspace | between,
+    )
+
+
+def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
+    """Every g."""
+    assert call.raw_gate is not None
+    elements, channels = math.prod(gate_shape(call)), gates_per_head(call)
+    # So that a thread's neighbours are of one token.
+    vector = math.gcd(call.HV * channels, 16 // real.itemsize)
+    defines = dict(
+        A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
+        REAL=C_TYPES[real.name],
+        **raw_macros(call),
+        CHANNELS=channels,
+        VECTOR=vector,
+    )
+    return Launch(
+        "tokens/raw_gate.cu",
+        "raw_gate",
+        tuple(defines.items()),
+        -(-elements // (THREADS * vector)),
+        THREADS,
+        0,
+        (
+            "a",
+            "A_log",
+            "dt_bias" if call.raw_gate.bias else None,
+            "g",
+            real.type(call.raw_gate.bound),
+            np.int64(elements),
+            i32(call.HV),
+        ),
+    )
+
+
+def raw_beta_launch(call: Call, real: np.dtype) -> Launch:
+    """Every beta."""
+    assert call.raw_beta is not None
+    elements = math.prod(beta_shape(call))
+    defines = dict(A_DTYPE=C_TYPES[call.raw_beta.dtype.name], REAL=C_TYPES[real.name])
+    return Launch(
+        "tokens/raw_beta.cu",
+        "raw_beta",
+        tuple(defines.items()),
+        -(-elements // THREADS),
+        THREADS,
+        0,
+        ("logits", "beta", real.type(call.raw_beta.scale), np.int64(elements)),
+    )
+
+
+def raw_beta_gradient_launch(call: Call) -> Launch:
+    """Every gradient of the logits of beta."""
+    assert call.raw_beta is not None
+    elements = math.prod(beta_shape(call))
+    return Launch(
+        "tokens/raw_beta_gradient.cu",
+        "raw_beta_gradient",
+        (("A_DTYPE", C_TYPES[call.raw_beta.dtype.name]),),
+        -(-elements // THREADS),
+        THREADS,
+        0,
+        ("logits", "dbeta", "dlogits", SUMS.type(call.raw_beta.scale), np.int64(elements)),
+    )
+
+
+def gate_parts(call: Call) -> int:
+    """Return the runs of tokens whose gradients are added up first."""
+    return -(-call.B * call.T // ROWS)
+
+
+def width_of(columns: int, most: int) -> int:
+    """Return how many columns a block has side by side: a power of two."""
+    return min(most, 1 << (columns - 1).bit_length())
+
+
+def raw_gate_gradient_launch(call: Call) -> Launch:
+    """The gradients of the logits, and sums of those of the parameters."""
+    assert call.raw_gate is not None
+    channels = gates_per_head(call)
+    width = width_of(call.HV * channels, THREADS)
+    defines = dict(
+        A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
+        **raw_macros(call),
+        CHANNELS=channels,
+        WIDTH=width,
+        ROWS=ROWS,
+    )
+    return Launch(
+        "tokens/raw_gate_gradient.cu",
+        "raw_gate_gradient",
+        tuple(defines.items()),
+        gate_parts(call) * -(-call.HV * channels // width),
+        THREADS,
+        carve((THREADS, 8)),
+        (
+            "a",
+            "A_log",
+            "dt_bias" if call.raw_gate.bias else None,
+            "dg",
+            "da",
+            "sums",
+            SUMS.type(call.raw_gate.bound),
+            np.int64(call.B * call.T),
+            i32(call.HV),
+        ),
+    )
+
+
+def raw_gate_sums_launch(call: Call) -> Launch:
+    """The gradients of the parameters, from those sums."""
+    assert call.raw_gate is not None
+    channels = gates_per_head(call)
+    defines = dict(
+        BIAS=BIASES[call.raw_gate.bias],
+        CHANNELS=channels,
+        WIDTH=width_of(channels, SUM_THREADS),
+    )
+    return Launch(
+        "tokens/raw_gate_sums.cu",
+        "raw_gate_sums",
+        tuple(defines.items()),
+        call.HV,
+        SUM_THREADS,
+        carve((SUM_THREADS, 8)),
+        (
+            "sums",
+            "dA_log",
+            "ddt_bias" if call.raw_gate.bias else None,
+            i32(gate_parts(call)),
+            i32(call.HV),
+        ),
+    )
