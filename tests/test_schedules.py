@@ -13,7 +13,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 @pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_float64(seed, gate, layout):
-    options = dict(dtype=np.float64, pool_dtype=np.float64, bounds=(1e-13, 1e-13))
+    options = dict(dtype=np.float64, pool_dtype=np.float64, bounds=(1e-12, 1e-12))
     schedule = Schedule(seed, **options, **SMALL, gate=gate, layout=layout)
     schedule.run(250)
     assert min(schedule.done.values()) > 10
