@@ -91,14 +91,17 @@ def test_a_small_gradient_beside_large_ones(emulated, on_reference, dtype):
     wide_args, wide_kw = wide(args, kw)
     exact = on_reference(results, wide_args, wide_kw, do.astype(float), dfinal.astype(float))
     bound = {BF16: 2e-2, F16: 3e-3, F32: 3e-6}[dtype]
+    # The kernels of 9.0, which a GPU takes here, round dO with its decay: to 0 below 2^-24.
+    least = 2.0**-24 if dtype == F16 and emulated.devices is None else 1e-30
     for h, pattern in enumerate(PATTERNS):
         gate, g, right = args[4][0, :, h], found["g"][:, :, h], exact["g"][:, :, h]
         assert not g[:, gate <= -1000].any(), pattern
         small = (gate <= -5) & (gate > -80)
         if small.any():
             assert error(g[:, small], right[:, small]) < bound, pattern
-        state, right = (x["initial_state"][:, h] for x in (found, exact))
-        assert error(state, right) < bound, pattern
+        state, right = (x["initial_state"][:, h].astype(float) for x in (found, exact))
+        away = np.linalg.norm(state - right)
+        assert away <= bound * np.linalg.norm(right) + least * right.size**0.5, pattern
 
 
 @pytest.mark.parametrize("gate", [BF16, F32])
