@@ -205,8 +205,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
-    supply(s, work, {&q_map, &k_map, &v_map}, {work, beta + sequence.first * HV + work.hv, lane}, kept, joins.joined,
-           warp);
+    supply(s, work, {&q_map, &k_map, &v_map}, {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane},
+           kept, joins.joined, warp);
   } else if (warpgroup <= MATH) {
     walk(s, work, states, joins, {&o_map, o}, scale, at);
   } else {

@@ -1,11 +1,14 @@
 // What gates do in a chunk, for the walks of sm90/forward.cu: the records of sm90/tokens.cuh, one per chunk and value
 // head, (chunk slots, HV, RECORD_WORDS) in float. A slot that no chunk has is left alone.
 //
-// Numbers: see sm90/tokens.cuh. The whole part of an exponent of 2 is exact, so that another F changes no digit.
+// Numbers: see sm90/tokens.cuh. The whole part of an exponent of 2 is exact, so that another F changes no digit. g and
+// beta are formed here, see tiles/raw.cuh, where their logits are given.
 //
-// Macros: DTYPE, which decides RANGE; CHUNK (64), HAS_GATE (1), VARLEN. Grid: chunk slots * ceil(HV / HEADS) blocks of
-// 32 HEADS threads: a warp per record, a lane per two tokens. Shared memory: none.
+// Macros: DTYPE, which decides RANGE; CHUNK (64), HAS_GATE (1), VARLEN; G_DTYPE and RAW_GATE, BIAS of g, BETA_DTYPE and
+// RAW_BETA of beta. Grid: chunk slots * ceil(HV / HEADS) blocks of 32 HEADS threads: a warp per record, a lane per two
+// tokens. Shared memory: none.
 #include "sm90/tokens.cuh"
+#include "tiles/raw.cuh"
 #include "tiles/sequence.cuh"
 
 constexpr int HEADS = 8;
@@ -94,26 +97,35 @@ PRIM void write_gates(float* record, const Sums& s, float scale, int lane) {
   *(ChunkGates*)&record[GATES_AT] = gates;
 }
 
+// What is formed of a value head's entries of two tokens, 0 past the chunk's end.
+template <class T, class F>
+PRIM float2 read_two(const T* entries, int t, int tokens, int HV, F formed) {
+  return make_float2(t < tokens ? formed(widen(entries[(int64_t)t * HV])) : 0.0f,
+                     t + 1 < tokens ? formed(widen(entries[(int64_t)(t + 1) * HV])) : 0.0f);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * HEADS)
-    token_factors(const float* beta, const float* g, const int64_t* cu_seqlens, float* token_factors, float scale,
-                  int N, int T, int HV) {
+    token_factors(const BETA_DTYPE* beta, const G_DTYPE* g, const float* A_log, const float* dt_bias,
+                  const int64_t* cu_seqlens, float* token_factors, float scale, float bound, float factor, int N, int T,
+                  int HV) {
   const int groups = (HV + HEADS - 1) / HEADS, lane = threadIdx.x % 32;
   const int64_t slot = blockIdx.x / groups;
   const int hv = blockIdx.x % groups * HEADS + threadIdx.x / 32;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
   if (chunk.tokens <= 0 || hv >= HV) return;
-  auto read = [&](const float* x) {
-    const int t = 2 * lane;
-    const int64_t row = chunk.first + t;
-    return make_float2(t < chunk.tokens ? x[row * HV + hv] : 0.0f,
-                       t + 1 < chunk.tokens ? x[(row + 1) * HV + hv] : 0.0f);
-  };
+  RawGate<float, RAW_GATE> raw = {};
+  if constexpr (RAW_GATE > 0) raw = raw_gate_of<float, RAW_GATE, BIAS, 1>(A_log, dt_bias, bound, hv, 0);
+  auto gate_of = [&](float x) { return RAW_GATE > 0 ? raw.gate(x) : x; };
+  auto beta_of = [&](float x) { return RAW_BETA ? factor * sigmoid(x) : x; };
+  const int64_t first = chunk.first * HV + hv;
+  const float2 betas = read_two(beta + first, 2 * lane, chunk.tokens, HV, beta_of);
+  const float2 gates = read_two(g + first, 2 * lane, chunk.tokens, HV, gate_of);
   float* record = token_factors + (slot * HV + hv) * RECORD_WORDS;
   // What lies between rows of factors is brought with them.
   const int gaps[] = {BETA_AT, DOWN_AT, UP_AT, READS_AT, WRITES_AT};
 #pragma unroll
   for (int i = 0; i < 5; i++)
     if (lane == i) *(float4*)&record[gaps[i] + 2 * 16] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  *(float2*)&record[BETA_AT + factor_place(2 * lane)] = read(beta);
-  write_gates(record, sum_gates(read(g), lane), scale, lane);
+  *(float2*)&record[BETA_AT + factor_place(2 * lane)] = betas;
+  write_gates(record, sum_gates(gates, lane), scale, lane);
 }

@@ -188,8 +188,9 @@ def test_a_plan_forms_what_it_reads_and_nothing_else():
     problem = problem_of(*inputs("sigmoid", "scalar", "head", BF16))
     for facts in (A100, H200):
         plan = made("forward", problem, facts)
-        entries = [launch.entry for launch in plan.launches]
-        assert entries[:2] == ["raw_gate", "raw_beta"]
+        entries = [x.entry for x in plan.launches if x.file.startswith("tokens/raw")]
+        # Those of compute capability 9.0 form them where they are read.
+        assert entries == (["raw_gate", "raw_beta"] if facts is A100 else [])
         read = {name for name, _ in plan.read}
         assert {"a", "A_log", "dt_bias", "logits"} <= read and not read & {"g", "beta"}
         _, kept = plan_with_residuals(problem, facts)

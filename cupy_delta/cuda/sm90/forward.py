@@ -45,7 +45,7 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     launches, workspace = normalised(call, "q", "k")
     walks, between = walks_of(call, cost.choose_forward(call, facts))
     if call.gate is not None:
-        launches.append(token_factors_launch(call))
+        launches.append(token_factors_launch(call, call.raw_gate, call.raw_beta))
         workspace |= record_array(call)
     return Plan((*launches, *walks), outputs, workspace | between)
 
@@ -156,7 +156,7 @@ def forward_hopper_launch(
         box("v", values),
         box("o", values, WARP_CHANNELS),
         *transfers,
-        "beta",
+        None if gate else "beta",
         "token_factors" if gate else None,
         initial,
         "cu_seqlens",

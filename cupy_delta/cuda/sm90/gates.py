@@ -5,16 +5,31 @@ from __future__ import annotations
 import numpy as np
 
 from ...call import Call
-from ..spec import C_TYPES, Launch, i32, slots
+from ...raw import RawBeta, RawGate
+from ..spec import C_TYPES, SUMS, Launch, i32, slots
+from ..tokens.raw import raw_macros
 from .tiles import CHUNK
 
 HEADS = 8  # value heads per block
 
 
-def token_factors_launch(call: Call) -> Launch:
-    """The records of all chunks and value heads at once, which walks with a gate read."""
-    dtype = C_TYPES[call.dtype.name]
-    defines = dict(DTYPE=dtype, CHUNK=CHUNK, HAS_GATE=1, VARLEN=int(call.varlen))
+def token_factors_launch(
+    call: Call, raw_gate: RawGate | None = None, raw_beta: RawBeta | None = None
+) -> Launch:
+    """The records of all chunks and value heads at once, which walks with a gate read.
+
+    Of g and beta, or where these are raw of their logits.
+    """
+    defines = dict(
+        DTYPE=C_TYPES[call.dtype.name],
+        CHUNK=CHUNK,
+        HAS_GATE=1,
+        VARLEN=int(call.varlen),
+        G_DTYPE=C_TYPES[(raw_gate.dtype if raw_gate else SUMS).name],
+        BETA_DTYPE=C_TYPES[(raw_beta.dtype if raw_beta else SUMS).name],
+        RAW_BETA=int(raw_beta is not None),
+        **raw_macros(raw_gate),
+    )
     return Launch(
         "sm90/gates.cu",
         "token_factors",
@@ -23,11 +38,15 @@ def token_factors_launch(call: Call) -> Launch:
         32 * HEADS,
         0,
         (
-            "beta",
-            "g",
+            "logits" if raw_beta else "beta",
+            "a" if raw_gate else "g",
+            "A_log" if raw_gate else None,
+            "dt_bias" if raw_gate and raw_gate.bias else None,
             "cu_seqlens",
             "token_factors",
             np.float32(call.scale),
+            np.float32(raw_gate.bound if raw_gate else 0),
+            np.float32(raw_beta.scale if raw_beta else 0),
             i32(call.N),
             i32(call.T),
             i32(call.HV),

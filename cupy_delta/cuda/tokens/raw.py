@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...call import Call
+from ...raw import RawGate
 from ..spec import C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32
 
 THREADS = 256
@@ -23,9 +24,8 @@ ROWS = 256
 SUM_THREADS = 1024
 
 
-def raw_macros(call: Call) -> dict[str, Any]:
-    """Return the macros of `tiles/raw.cuh`: how g is formed."""
-    raw = call.raw_gate
+def raw_macros(raw: RawGate | None) -> dict[str, Any]:
+    """Return the macros of `tiles/raw.cuh`: how g is formed, if it is."""
     if raw is None:
         return dict(RAW_GATE=0, BIAS=0)
     return dict(RAW_GATE=FORMULAS[raw.formula], BIAS=BIASES[raw.bias])
@@ -92,7 +92,7 @@ def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
     defines = dict(
         A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
         REAL=C_TYPES[real.name],
-        **raw_macros(call),
+        **raw_macros(call.raw_gate),
         CHANNELS=channels,
         VECTOR=vector,
     )
@@ -163,7 +163,7 @@ def raw_gate_gradient_launch(call: Call) -> Launch:
     width = width_of(call.HV * channels, THREADS)
     defines = dict(
         A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
-        **raw_macros(call),
+        **raw_macros(call.raw_gate),
         CHANNELS=channels,
         WIDTH=width,
         ROWS=ROWS,
