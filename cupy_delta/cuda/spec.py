@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ..call import Call
+from ..raw import RawGate
 
 # The dtype in which the chunked kernels read beta and g.
 SUMS = np.dtype(np.float32)
@@ -16,6 +17,9 @@ SUMS = np.dtype(np.float32)
 INTEGERS = ("cu_seqlens", "state_indices", "output_state_indices", "accepted")
 # What HAS_GATE says of a gate, by its place.
 GATES = (None, "scalar", "channel")
+# A gate's formula and its bias, as `tiles/raw.cuh` numbers them.
+FORMULAS = {"softplus": 1, "sigmoid": 2}
+BIASES = {None: 0, "head": 1, "channel": 2}
 C_TYPES = {"float64": "double", "float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -173,6 +177,13 @@ def variant(call: Call, chunk: int, **more) -> tuple:
         VARLEN=int(call.varlen),
     )
     return tuple((common | more).items())
+
+
+def raw_macros(raw: RawGate | None) -> dict[str, Any]:
+    """Return the macros of `tiles/raw.cuh`: how g is formed, if it is."""
+    if raw is None:
+        return dict(RAW_GATE=0, BIAS=0)
+    return dict(RAW_GATE=FORMULAS[raw.formula], BIAS=BIASES[raw.bias])
 
 
 def normal(call: Call, name: str) -> str:

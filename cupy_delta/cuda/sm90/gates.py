@@ -6,8 +6,7 @@ import numpy as np
 
 from ...call import Call
 from ...raw import RawBeta, RawGate
-from ..spec import C_TYPES, SUMS, Launch, i32, slots
-from ..tokens.raw import raw_macros
+from ..spec import C_TYPES, SUMS, Launch, i32, raw_macros, slots
 from .tiles import CHUNK
 
 HEADS = 8  # value heads per block

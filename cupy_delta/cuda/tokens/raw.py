@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from ...call import Call
-from ...raw import RawGate
-from ..spec import C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32
+from ..spec import BIASES, C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32, raw_macros
 
 THREADS = 256
-FORMULAS = {"softplus": 1, "sigmoid": 2}
-BIASES = {None: 0, "head": 1, "channel": 2}
 # Tokens whose gradients a block of raw_gate_gradient adds up.
 ROWS = 256
 SUM_THREADS = 1024
-
-
-def raw_macros(raw: RawGate | None) -> dict[str, Any]:
-    """Return the macros of `tiles/raw.cuh`: how g is formed, if it is."""
-    if raw is None:
-        return dict(RAW_GATE=0, BIAS=0)
-    return dict(RAW_GATE=FORMULAS[raw.formula], BIAS=BIASES[raw.bias])
 
 
 def gates_per_head(call: Call) -> int:
