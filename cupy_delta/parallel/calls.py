@@ -14,6 +14,7 @@ from ..raw import by_name
 from .agreement import agree, agreed
 from .cut import Cut, cut_batch, cut_sequences
 
+MOST_TOKENS = 2**63 - 1
 StatesOn = Literal["ends", "all"]
 
 
@@ -95,6 +96,8 @@ def _check_tokens(tokens, rank: int, size: int, T: int) -> None:
         raise ValueError(
             f"tokens: expected a number of at least 0 for each of {size} ranks, got {list(counts)}"
         )
+    if sum(counts) > MOST_TOKENS:  # 64 bits hold them where they are counted
+        raise ValueError(f"tokens: expected at most {MOST_TOKENS} in all, got {list(counts)}")
     if counts[rank] != T:
         raise ValueError(f"tokens: expected T = {T} for rank {rank}, got {counts[rank]}")
 
@@ -127,10 +130,8 @@ def _note(call: checks.Problem, tokens, states_on, function: str) -> dict:
         "initial_state given": call.initial_state is not None,
         "states_on": states_on,
         # By a checksum: what a rank makes of other values would not fit together.
-        "checksum of cu_seqlens": None
-        if ends is None
-        else zlib.crc32(ends.astype("<i8").tobytes()),
-        "tokens": None if tokens is None else zlib.crc32(np.asarray(tokens, "<i8").tobytes()),
+        "checksum of cu_seqlens": _checksum(ends),
+        "tokens": _checksum(tokens),
     }
     return {"tokens": call.T, "alike": alike}
 

@@ -59,6 +59,17 @@ def no_answer(what: str, timeout: float, missing: list[int] | None = None) -> Ti
     return _NoAnswer(f"{what}: no answer from {who} within {timeout:g} s")
 
 
+def neighbours(communicator: Communicator, by: Any) -> tuple[int | None, int | None]:
+    """Return the ranks that a shift sends to and receives from, None where there is no such."""
+    try:
+        by = operator.index(by)
+    except TypeError:
+        raise TypeError(f"by: expected an integer, got {by!r}") from None
+    rank, size = communicator.rank, communicator.size
+    to, from_ = (n if 0 <= n < size else None for n in (rank + by, rank - by))
+    return to, from_
+
+
 def check_timeout(timeout: Any) -> None:
     """Check a number of seconds: one that compares with no time would never be over."""
     if not isinstance(timeout, Real):
@@ -108,8 +119,9 @@ class ThreadCommunicator:
         return np.stack(self._exchange("all_gather", x))
 
     def shift(self, x, by: int):
-        every, source = self._exchange("shift", x), self.rank - by
-        return every[source] if 0 <= source < self.size else None
+        _, source = neighbours(self, by)
+        every = self._exchange("shift", x)
+        return None if source is None else every[source]
 
     def _exchange(self, what: str, x) -> list[Any]:
         every = self._meeting.exchange(self.rank, what, x)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import module_of
-from .communicators import check_timeout, no_answer
+from .communicators import check_timeout, neighbours, no_answer
 
 TAG = 1
 SHORTEST, LONGEST = 2e-6, 1e-3  # seconds between two looks at what is under way
@@ -47,15 +47,15 @@ class MPICommunicator:
         return self._like(x, received)
 
     def shift(self, x, by: int):
-        target, source = self.rank + by, self.rank - by
+        target, source = neighbours(self, by)
         sent, received = self._buffers(x, x.shape)
         under_way = []
-        if 0 <= source < self.size:
+        if source is not None:
             under_way.append(self._comm.Irecv(received, source, TAG))
-        if 0 <= target < self.size:
+        if target is not None:
             under_way.append(self._comm.Isend(sent, target, TAG))
         self._wait("shift", under_way)
-        return self._like(x, received) if 0 <= source < self.size else None
+        return None if source is None else self._like(x, received)
 
     def _buffers(self, x, shape):
         xp = module_of(x)

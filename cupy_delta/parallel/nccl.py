@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import module_of
-from .communicators import check_timeout, no_answer
+from .communicators import check_timeout, neighbours, no_answer
 
 PAUSE = 2e-5  # seconds between two looks at what is under way
 
@@ -51,21 +51,20 @@ class NCCLCommunicator:
         return self._received("all_gather", x, received)
 
     def shift(self, x, by: int):
-        target, source = self.rank + by, self.rank - by
-        sends, receives = 0 <= target < self.size, 0 <= source < self.size
+        target, source = neighbours(self, by)
         on_device = self._on_device(x)
         received = module_of(on_device).empty(x.shape, x.dtype)
-        if x.size and (sends or receives):
+        if x.size and (target, source) != (None, None):
             from cupy.cuda import nccl
 
             nccl.groupStart()
-            if sends:
+            if target is not None:
                 self._comm.send(on_device.data.ptr, x.nbytes, self._bytes(), target, self._stream())
-            if receives:
+            if source is not None:
                 self._comm.recv(received.data.ptr, x.nbytes, self._bytes(), source, self._stream())
             nccl.groupEnd()
         received = self._received("shift", x, received)
-        return received if receives else None
+        return None if source is None else received
 
     @staticmethod
     def _on_device(x):

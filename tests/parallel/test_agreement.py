@@ -118,6 +118,15 @@ def test_tokens_that_are_no_integers(monkeypatch, tokens, costly):
     assert other == (TypeError, f"rank 0: {own[1]}")
 
 
+@pytest.mark.parametrize("costly", [False, True])
+@pytest.mark.parametrize("tokens", [[4, 2**63], [4, 2**63 - 4], [4, 10**40]])
+def test_more_tokens_than_64_bits_count(monkeypatch, tokens, costly):
+    monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: not costly)
+    own, other = on_ranks(arrays() | {"tokens": tokens}, arrays() | {"tokens": [4, 4]})
+    assert own == (ValueError, f"tokens: expected at most {2**63 - 1} in all, got {tokens}")
+    assert other == (ValueError, f"rank 0: {own[1]}")
+
+
 @pytest.mark.parametrize("function", [parallel.chunk_delta_rule, parallel.chunk_delta_rule_fwd])
 def test_a_communicator_that_is_none(function):
     with pytest.raises(TypeError, match=r"^communicator: expected an object with .*got NoneType$"):

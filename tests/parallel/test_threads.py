@@ -1,5 +1,6 @@
 """Ranks that are threads: what they give away is theirs again, and whose error is whose."""
 
+import re
 import time
 
 import numpy as np
@@ -47,6 +48,36 @@ def test_arrays_that_differ_do_not_meet(what, other):
     wanted = f"{what}: expected one shape and dtype on every rank, got ((1,), 'float64') on rank 0"
     for text in parallel.in_threads(3, call, 20):
         assert text == f"{wanted} and {other.shape, str(other.dtype)} on rank 1"
+
+
+@pytest.mark.parametrize("kind", ["threads", parallel.MPICommunicator, parallel.NCCLCommunicator])
+@pytest.mark.parametrize("by", [1.0, "1", None, np.ones(2)])
+def test_a_shift_is_by_an_integer(kind, by):
+    """Found before anything is sent: nobody waits for the rank that made the mistake."""
+    wanted = rf"^by: expected an integer, got {re.escape(repr(by))}$"
+
+    def call(communicator):
+        with pytest.raises(TypeError, match=wanted):
+            communicator.shift(np.ones(1), by)
+        return True
+
+    if kind == "threads":
+        assert parallel.in_threads(2, call) == [True, True]
+        return
+    communicator = object.__new__(kind)
+    communicator.rank, communicator.size = 0, 2
+    assert call(communicator)
+
+
+@pytest.mark.parametrize(
+    ("by", "found"), [(np.int64(1), [None, 0]), (-1, [1, None]), (10**30, None)]
+)
+def test_a_shift_by_any_integer(by, found):
+    def call(communicator):
+        x = communicator.shift(np.array([communicator.rank]), by)
+        return None if x is None else int(x[0])
+
+    assert parallel.in_threads(2, call) == (found or [None, None])
 
 
 @pytest.mark.parametrize(
