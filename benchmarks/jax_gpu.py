@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,9 +33,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no timings")
     parser.add_argument("--setting", choices=SETTINGS, help="one of the settings, in this process")
+    parser.add_argument("--only", nargs="+", default=[], help="names of checks and timings")
     args = parser.parse_args()
     if args.setting:
-        return Session(args.setting).run(args.quick)
+        return Session(args.setting).run(args.quick, tuple(args.only))
     failed = 0
     for setting, flags in SETTINGS.items():
         print(f"\n== {setting}: XLA_FLAGS={flags}", flush=True)
@@ -45,6 +47,7 @@ def main() -> int:
         }
         command = [sys.executable, __file__, "--setting", setting]
         command += ["--quick"] if args.quick else []
+        command += ["--only", *args.only] if args.only else []
         status = subprocess.run(command, env=environment, timeout=280, check=False).returncode
         print(f"== {setting}: exit status {status}", flush=True)
         failed |= status != 0
@@ -87,9 +90,10 @@ class Session:
 
         cuda.run = counted
 
-    def run(self, quick: bool) -> int:
+    def run(self, quick: bool, only: tuple[str, ...] = ()) -> int:
         for name in vars(Session):  # in the order that they have here
-            if name.startswith("check_") or (name.startswith("time_") and not quick):
+            wanted = name.startswith("check_") or (name.startswith("time_") and not quick)
+            if wanted and (not only or name in only):
                 self.attempt(name)
         return int(self.failed > 0)
 
@@ -296,12 +300,12 @@ class Session:
 
     # ---- timings ---------------------------------------------------------------------------------
 
-    def median(self, function) -> float:
+    def median(self, function, repeats: int = 30) -> float:
         """Milliseconds of a call that ends when its work has."""
-        for _ in range(5):
+        for _ in range(min(5, repeats)):
             function()
         times = []
-        for _ in range(30):
+        for _ in range(repeats):
             start = time.perf_counter()
             function()
             times.append((time.perf_counter() - start) * 1e3)
@@ -392,6 +396,77 @@ class Session:
 
     def time_twenty_with_gradients(self):
         return self.twenty(backward=True, B=1, T=4096, H=16, HV=16, K=128, V=128)
+
+    # ---- beside others ---------------------------------------------------------------------------
+
+    def others(self) -> tuple[dict, list[str]]:
+        """Return forms of the rule by name, and what is left out."""
+        from comparison import plain_jax
+
+        jnp = self.jax.numpy
+        forms = {
+            "cupy_delta.jax": lambda x: self.rule(x),
+            "chunked in plain JAX, bfloat16": lambda x: plain_jax.chunked(
+                **x, operands=jnp.bfloat16
+            ),
+            "chunked in plain JAX, float32": lambda x: plain_jax.chunked(**x),
+            "tokens in lax.scan": lambda x: plain_jax.token_scan(**x),
+        }
+        try:
+            wanted = metadata.requires("jax-linear-attention") or []
+        except metadata.PackageNotFoundError:
+            return forms, ["jax-linear-attention is not installed and left out"]
+        pinned = [x for x in wanted if x.startswith("jax==") and ";" not in x]
+        if pinned != [f"jax=={self.jax.__version__}"]:
+            here = self.jax.__version__
+            return forms, [f"jax-linear-attention wants {pinned}, here is {here}: left out"]
+        from jla.ops import linear_attention
+
+        forms["jax-linear-attention"] = lambda x: linear_attention(
+            "deltanet", **x, use_qk_l2norm=True, output_final_state=True
+        )
+        return forms, []
+
+    def time_beside_others(self):
+        """Milliseconds until all has ended, and the error of o against float64."""
+        if self.setting != "captured":
+            return "in one setting alone"
+        forms, said = self.others()
+        for B, T, H, HV in ((1, 2048, 16, 16), (1, 8192, 16, 32)):
+            exact = self.exact_outputs(B, 512, H, HV)
+            arrays = self.arrays(B, T, H, HV, 128, 128, "bfloat16")
+            for name, form in forms.items():
+                try:
+                    said.append(f"{B}x{T} h{H}/{HV} {name}: {self.time_form(form, arrays, exact)}")
+                except Exception as error:
+                    said.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        return "\n    ".join(["", *said])
+
+    def exact_outputs(self, *sizes):
+        import numpy as np
+
+        arrays = self.arrays(*sizes, 128, 128, "bfloat16")
+        with self.doubles():
+            wide = {n: self.jax.numpy.asarray(np.asarray(x, np.float64)) for n, x in arrays.items()}
+            return arrays, np.asarray(self.jax.jit(self.definition)(wide)[0])
+
+    def time_form(self, form, arrays, exact) -> str:
+        import numpy as np
+
+        jax = self.jax
+        short, o = exact
+        found = np.asarray(jax.jit(lambda x: form(x)[0])(short), np.float64)
+        parts = [f"error {np.linalg.norm(found - o) / np.linalg.norm(o):.1e}"]
+
+        def step(x):
+            o, pull = jax.vjp(lambda x: form(x)[0], x)
+            return pull(o)
+
+        for what, call in {"forward": form, "forward and backward": step}.items():
+            program = jax.jit(call)
+            spent = self.median(lambda p=program: jax.block_until_ready(p(arrays)), 7)
+            parts.append(f"{what} {spent:.3f} ms")
+        return ", ".join(parts)
 
     def time_host_of_one_call(self):
         """Microseconds of the host per call of a small program, without waiting for its end."""

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from queue import Empty
 
@@ -386,30 +387,35 @@ class Session:
 
     def time_pieces(self, T: int) -> None:
         """Time what the cost model of docs/parallel.md is made of, on each GPU alone."""
-        from cupy_delta.parallel import transfers
+        from cupy_delta import cuda, problem
 
         q, k, v, do, beta = self.arrays(T)
-        tokens = transfers.Tokens(q, k, v, beta, None, SIZE**-0.5, False, None)
+        names = ("scale", "initial_state", "cu_seqlens", "out")
+        options = dict.fromkeys(names) | dict(qk_l2norm=False, state_layout="kv")
+        call = problem.operator_problem(q, k, v, beta, None, **options)
         residuals = self.cd.chunk_delta_rule_fwd(q, k, v, beta).residuals
-        r, p = transfers.reads(tokens)
         state = self.cupy.zeros((1, VALUE_HEADS, SIZE, SIZE), np.float32)
         told = self.cd.Transfer(state, state)
-        pieces = {
-            "reads and P": lambda: transfers.reads(tokens),
-            "H": lambda: transfers.state_after(tokens, None),
-            "sequence_transfer": lambda: self.cd.sequence_transfer(k, v, beta),
-            "forward with residuals": lambda: self.cd.chunk_delta_rule_fwd(q, k, v, beta),
-            "gradient transfer": lambda: transfers.gradient_transfer(r, p, do, None),
-            "backward": lambda: self.cd.chunk_delta_rule_bwd(residuals, do),
-            "apply": lambda: told.apply(state),
-        }
+        pieces = {"sequence_transfer": lambda: self.cd.sequence_transfer(k, v, beta)}
+        for name, training in (("forward", False), ("forward with residuals", True)):
+            begin = partial(cuda.begin_forward, call, "transfer", training)
+            pieces[f"{name}, first half"] = begin
+            pieces[f"{name}, second half"] = partial(cuda.finish_forward, begin(), state)
+        begin = partial(cuda.begin_backward, residuals, do, None, "transfer")
+        pieces["backward, first half"] = begin
+        pieces["backward, second half"] = partial(cuda.finish_backward, begin(), do, state)
+        pieces["forward"] = lambda: self.cd.chunk_delta_rule(q, k, v, beta)
+        pieces["forward with residuals"] = lambda: self.cd.chunk_delta_rule_fwd(q, k, v, beta)
+        pieces["backward"] = lambda: self.cd.chunk_delta_rule_bwd(residuals, do)
+        pieces["apply"] = lambda: told.apply(state)
         row = {"T of a rank": T}
         row |= {name: round(self.time(once), 3) for name, once in pieces.items()}
-        for size in (2**10, 2**22, 2**26):
+        for size in (2**10, 2**21, 2**22, 2**26):
             x = self.cupy.zeros(size, np.uint8)
-            row[f"all_gather of {size} bytes"] = round(
-                self.time(lambda x=x: self.free.all_gather(x)), 4
-            )
+            for name in ("all_gather", "shift"):
+                arguments = (x,) if name == "all_gather" else (x, 1)
+                once = partial(getattr(self.free, name), *arguments)
+                row[f"{name} of {size} bytes"] = round(self.time(once), 4)
         self.row(row)
 
     def time(self, once, repeats: int = 7) -> float:

@@ -2,11 +2,15 @@
 
 from .operators import (
     affine,
+    begin_backward,
+    begin_forward,
     chunk_delta_rule,
     chunk_delta_rule_bwd,
     chunk_delta_rule_fwd,
     chunk_output,
     delta_rule_step,
+    finish_backward,
+    finish_forward,
     recurrent_delta_rule,
     sequence_transfer,
     state_pass,
@@ -17,6 +21,8 @@ from .variants import compile_variants, launches_of
 
 __all__ = [
     "affine",
+    "begin_backward",
+    "begin_forward",
     "chunk_delta_rule",
     "chunk_delta_rule_bwd",
     "chunk_delta_rule_fwd",
@@ -24,6 +30,8 @@ __all__ = [
     "compile_variants",
     "delta_rule_step",
     "environment",
+    "finish_backward",
+    "finish_forward",
     "launches_of",
     "recurrent_delta_rule",
     "sequence_transfer",

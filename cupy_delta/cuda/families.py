@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..arrays import FLOAT_DTYPES
@@ -16,7 +17,7 @@ from ..raw import RawBeta, RawGate
 from . import sm90
 from .architectures import ARCHITECTURES
 from .portable import backward, forward, pieces
-from .spec import DeviceFacts, Plan
+from .spec import DeviceFacts, Halves, Plan, Tells
 from .tokens import decode, recurrent
 
 MAX_HEAD = 256
@@ -24,11 +25,15 @@ CHUNKS = (16, 32, 64)
 
 
 class Family(NamedTuple):
-    """Kernels that are planned together: for which calls, and a plan for each operation."""
+    """Kernels that are planned together: for which calls, and a plan for each operation.
+
+    `halves` are plans for sequences that go on elsewhere.
+    """
 
     name: str
     supports: Callable[[str, Call, DeviceFacts], bool]
     plans: Mapping[str, Callable[[Call, DeviceFacts], Plan]]
+    halves: Mapping[str, Callable[[Call, DeviceFacts, Tells], Halves]] = MappingProxyType({})
 
 
 def _always(operation: str, call: Call, facts: DeviceFacts) -> bool:
@@ -44,6 +49,12 @@ FAMILIES = (
             "forward": sm90.forward.plan_forward,
             "training": sm90.training.plan_training,
             "backward": sm90.backward.plan_backward,
+            "transfer": sm90.shares.plan_transfer,
+        },
+        {
+            "forward": sm90.shares.halve_forward,
+            "training": sm90.shares.halve_training,
+            "backward": sm90.shares.halve_backward,
         },
     ),
     Family(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, NamedTuple
 
 from ..problem import Problem
 from ..raw import BetaGradients, GateGradients
 from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
-from .spec import Device
+from .spec import Device, Plan, Tells
 from .tokens.affine import plan_affine
 
 
@@ -56,16 +57,74 @@ def chunk_delta_rule_bwd(residuals, do, dfinal_state):
         plan = plans.plan("backward", problem, device.facts)
         gradients = {"do": do, "dfinal_state": dfinal_state}
         results = execute(plan, gradients, device, ready=residuals.saved)
-        for name in ("beta", "g", "logits", "a", "A_log", "dt_bias", "initial_state"):
-            x, d = getattr(problem, name), f"d{name}"
-            if x is not None and results[d].dtype != x.dtype:
-                results[d] = device.bring(results[d], d, x.dtype)
+        return _gradients(problem, results, device)
+
+
+def _gradients(problem: Problem, results: dict, device: Device):
+    for name in ("beta", "g", "logits", "a", "A_log", "dt_bias", "initial_state"):
+        x, d = getattr(problem, name), f"d{name}"
+        if x is not None and results[d].dtype != x.dtype:
+            results[d] = device.bring(results[d], d, x.dtype)
     dbeta = results["dbeta"] if problem.raw_beta is None else BetaGradients(results["dlogits"])
     dg = None if problem.gate is None else results["dg"]
     if problem.raw_gate is not None:
         dg = GateGradients(results["da"], results["dA_log"], results.get("ddt_bias"))
     dinitial = None if problem.initial_state is None else results["dinitial_state"]
     return results["dq"], results["dk"], results["dv"], dbeta, dg, dinitial
+
+
+class Begun(NamedTuple):
+    """The first half of an operation: P and H that are told, and what the second half reads."""
+
+    told: tuple[Any, Any]
+    second: Plan
+    arrays: dict
+    problem: Problem
+    saved: tuple[str, ...] = ()
+
+
+def begin_forward(problem: Problem, tells: Tells, residuals: bool) -> Begun | None:
+    """Do what needs no state that enters; None where no kernels do that for a call."""
+    operation = "training" if residuals else "forward"
+    with device_of(problem.v) as device:
+        halves = plans.halves(operation, problem, device.facts, tells)
+        if halves is None:
+            return None
+        names: tuple[str, ...] = ()
+        if residuals:
+            names = plans.residuals_of(plans.plan("backward", problem, device.facts), *halves)
+        arrays = execute(halves.first, vars(problem), device)
+    told = arrays.get("told_p"), arrays.get("told_h")
+    return Begun(told, halves.second, arrays, problem, names)
+
+
+def finish_forward(begun: Begun, initial_state):
+    """Return (o, final_state, saved) from the state that enters."""
+    problem = begun.problem
+    given = vars(problem) | {"initial_state": initial_state}
+    with device_of(problem.v) as device:
+        results = execute(begun.second, given, device, {"o": problem.out}, begun.arrays)
+    o, final_state = _results(problem, results)
+    return o, final_state, {name: results[name] for name in begun.saved}
+
+
+def begin_backward(residuals, do, dfinal_state, tells: Tells) -> Begun:
+    """Do what needs no gradient of a state that enters from elsewhere."""
+    problem = residuals.problem
+    with device_of(problem.v) as device:
+        halves = plans.halves("backward", problem, device.facts, tells)
+        assert halves is not None  # as there were some for the forward
+        gradients = {"do": do, "dfinal_state": dfinal_state}
+        arrays = execute(halves.first, gradients, device, ready=residuals.saved)
+    return Begun((arrays.get("told_p"), arrays.get("told_h")), halves.second, arrays, problem)
+
+
+def finish_backward(begun: Begun, do, dfinal_state):
+    """Return the gradients as `chunk_delta_rule_bwd` does, from that of the state that leaves."""
+    with device_of(begun.problem.v) as device:
+        given = {"do": do, "dfinal_state": dfinal_state}
+        results = execute(begun.second, given, device, ready=begun.arrays)
+        return _gradients(begun.problem, results, device)
 
 
 def recurrent_delta_rule(problem: Problem):

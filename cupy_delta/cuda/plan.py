@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..call import Call
 from .families import family_for
-from .spec import DeviceFacts, Plan
+from .spec import DeviceFacts, Halves, Plan, Tells
 from .tokens.pool import on_pool
 from .tokens.raw import formed, through_raw
 from .tokens.units import in_units
@@ -45,7 +47,41 @@ def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str
     found = call.kept.get(key)
     if found is None:
         backward, training = plan("backward", call, facts), plan("training", call, facts)
-        there = {name for name, *_ in training.read + training.made}
-        names = tuple(name for name, _ in backward.read if name in there)
-        found = call.kept[key] = training, names
+        found = call.kept[key] = training, residuals_of(backward, training)
     return found
+
+
+def residuals_of(backward: Plan, *training: Plan) -> tuple[str, ...]:
+    """Return the names of what a backward reads of the arrays of a forward."""
+    there = {name for one in training for name, *_ in one.read + one.made}
+    return tuple(name for name, _ in backward.read if name in there)
+
+
+def halves(operation: str, call: Call, facts: DeviceFacts, tells: Tells) -> Halves | None:
+    """Return the plan of an operation on sequences that go on elsewhere, if there is one.
+
+    Not for gradients of float16: their unit would depend on what enters.
+    """
+    family = family_for(operation, call, facts)
+    in_float16 = operation != "forward" and call.dtype.name == "float16"
+    if operation not in family.halves or in_float16:
+        return None
+    key = (operation, facts, tells)
+    found = call.kept.get(key)
+    if found is None:
+        first, second = family.halves[operation](call, facts, tells)
+        if operation == "backward":
+            second = through_raw(second, call)
+        else:
+            first = _formed_before(first, second, call)
+        found = call.kept[key] = Halves(first, second)
+    return found
+
+
+def _formed_before(first: Plan, second: Plan, call: Call) -> Plan:
+    """Return the first half with what forms the g and beta that either half reads."""
+    alone = Plan((*first.launches, *second.launches), {})
+    both = formed(alone, call)
+    forming = both.launches[: len(both.launches) - len(alone.launches)]
+    workspace = first.workspace | both.workspace
+    return replace(first, launches=(*forming, *first.launches), workspace=workspace)

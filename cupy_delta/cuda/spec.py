@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -116,6 +116,21 @@ class Plan:
         dtypes |= dict.fromkeys(("beta", "g", "A_log", "dt_bias", "initial_state"), self.sums)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
+
+
+# What of a sequence that goes on elsewhere is told there: nothing, the state that leaves, or what
+# its tokens do to any state.
+Tells = Literal["nothing", "state", "transfer"]
+
+
+class Halves(NamedTuple):
+    """The plan of an operation, up to what is told elsewhere and from what enters on.
+
+    The second half reads what the first has left.
+    """
+
+    first: Plan
+    second: Plan
 
 
 AnyCompiler = TypeVar("AnyCompiler", bound="Compiler")

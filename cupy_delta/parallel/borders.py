@@ -17,15 +17,16 @@ def tokens_of(call: checks.Problem) -> Tokens:
     return Tokens(*arrays, scale=call.scale, qk_l2norm=call.qk_l2norm, chunk_size=call.chunk_size)
 
 
-def entering_states(communicator, share: Tokens, call: checks.Problem, cut: Cut, p):
+def entering_states(communicator, call: checks.Problem, cut: Cut, given, told: Transfer | None):
     """Exchange transfers; return the states before the first tokens of a rank's sequences.
 
-    `p` is the P of what enters, if it is known.
+    `given` are those that the caller gave, or None, and are written.
     """
-    given = None if call.initial_state is None else own_rows(call, cut, call.initial_state)
     if communicator.size > 1 and cut.lanes:
-        told = _told(communicator, share, call, cut, given, p)
+        told = no_transfer(call, cut) if told is None else told
         earlier = carried(communicator, told, cut.through, backwards=False)
+        if cut.entering == cut.sequences > 0:
+            return earlier
         if cut.entering:
             if given is None:
                 shape = (cut.sequences, *earlier.shape[1:])
@@ -34,32 +35,35 @@ def entering_states(communicator, share: Tokens, call: checks.Problem, cut: Cut,
     return given
 
 
-def _told(communicator, share: Tokens, call: checks.Problem, cut: Cut, given, p) -> Transfer:
-    """Return what a rank tells of the sequences that leave it."""
-    if not cut.leaving:
-        return no_transfer(call, cut)
+def told_of(communicator, share: Tokens, cut: Cut, given, p) -> Transfer | None:
+    """Return what a rank tells of the sequences that leave it; `p` is P, if it is known."""
+    if communicator.size == 1 or not cut.leaving:
+        return None
     leaving = share.part(cut.leaving_tokens())
     if cut.through[communicator.rank]:
         p = reads(leaving)[1] if p is None else p
         return Transfer(p, state_after(leaving, None))
     initial = None if given is None else given[cut.sequences - cut.lanes :]
-    return no_transfer(call, cut)._replace(h=state_after(leaving, initial))
+    return Transfer(None, state_after(leaving, initial))
 
 
 def no_transfer(call: checks.Problem, cut: Cut) -> Transfer:
     """Return the transfer that is told where no sequence is cut."""
-    xp, heads = module_of(call.v), (cut.lanes, call.HV, call.K)
-    return Transfer(*(xp.zeros((*heads, n), call.state_dtype) for n in (call.K, call.V)))
+    shape = (cut.lanes, call.HV, call.K, call.V)
+    return Transfer(None, module_of(call.v).zeros(shape, call.state_dtype))
 
 
 def own_call(share: Tokens, cut: Cut, initial) -> dict:
     """Return the arguments of a rank's own call."""
     arrays = {name: getattr(share, name) for name in ("q", "k", "v", "beta", "g")}
-    return arrays | share.options() | dict(initial_state=initial, cu_seqlens=cut.cu_seqlens)
+    states = dict(initial_state=initial, cu_seqlens=cut.cu_seqlens, state_layout="kv")
+    return arrays | share.options() | states
 
 
 def own_rows(call: checks.Problem, cut: Cut, states):
-    """Return a copy of the states of a rank's sequences, (n, HV, K, V)."""
+    """Return a copy of the states of a rank's sequences, (n, HV, K, V), if there are any states."""
+    if states is None:
+        return None
     rows = states[cut.first : cut.end]
     rows = rows if call.state_layout == "kv" else rows.swapaxes(-1, -2)
     return module_of(rows).array(rows, dtype=call.state_dtype, order="C")

@@ -10,8 +10,9 @@ from .. import operators
 from .. import problem as checks
 from ..arrays import module_of
 from ..raw import Gate, SigmoidBeta
-from ..results import DeltaRuleGradients, DeltaRuleOutput, Residuals
+from ..results import DeltaRuleGradients, DeltaRuleOutput, Residuals, Transfer
 from ..typing import Array, Integer, Real, StateLayout
+from . import halves
 from .agreement import agree
 from .borders import (
     entering_states,
@@ -21,6 +22,7 @@ from .borders import (
     own_call,
     own_rows,
     tokens_of,
+    told_of,
 )
 from .calls import StatesOn, agreed_cut
 from .communicators import Communicator, finish
@@ -38,6 +40,7 @@ class ParallelResiduals:
     states_on: StatesOn
     own: Residuals
     reads: tuple[Any, Any] | None
+    in_halves: bool
 
 
 class ParallelForward(NamedTuple):
@@ -139,10 +142,14 @@ def chunk_delta_rule(
     arrays = dict(q=q, k=k, v=v, beta=beta, g=g, out=out)
     states = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
     call, cut = agreed_cut(communicator, arrays, states, options, tokens, states_on, "forward")
-    share = tokens_of(call)
-    initial = entering_states(communicator, share, call, cut, p=None)
-    rule = operators.chunk_delta_rule
-    o, final = rule(**own_call(share, cut, initial), out=out)
+    share, given = tokens_of(call), own_rows(call, cut, initial_state)
+    begun = halves.begin_forward(share, call, cut, given, out, training=False)
+    told = begun.told if begun else told_of(communicator, share, cut, given, p=None)
+    initial = entering_states(communicator, call, cut, given, told)
+    if begun:
+        o, final, _ = begun.finish(initial)
+    else:
+        o, final = operators.chunk_delta_rule(**own_call(share, cut, initial), out=out)
     final = final_states(communicator, call, cut, states_on, final)
     finish(communicator)
     return DeltaRuleOutput(o, final)
@@ -203,13 +210,18 @@ def chunk_delta_rule_fwd(
     arrays = dict(q=q, k=k, v=v, beta=beta, g=g, out=out)
     states = dict(initial_state=initial_state, cu_seqlens=cu_seqlens)
     call, cut = agreed_cut(communicator, arrays, states, options, tokens, states_on, "training")
-    share = tokens_of(call)
-    entering = reads(share.part(cut.entering_tokens())) if cut.entering else None
-    initial = entering_states(
-        communicator, share, call, cut, p=None if entering is None else entering[1]
-    )
-    o, final, own = operators.chunk_delta_rule_fwd(**own_call(share, cut, initial), out=out)
-    residuals = ParallelResiduals(communicator, call, cut, states_on, own, entering)
+    share, given = tokens_of(call), own_rows(call, cut, initial_state)
+    begun, entering = halves.begin_forward(share, call, cut, given, out, training=True), None
+    if begun:
+        o, final, own = begun.finish(entering_states(communicator, call, cut, given, begun.told))
+    else:
+        if cut.entering:
+            entering = reads(share.part(cut.entering_tokens()))
+        told = told_of(communicator, share, cut, given, p=entering and entering[1])
+        initial = entering_states(communicator, call, cut, given, told)
+        o, final, own = operators.chunk_delta_rule_fwd(**own_call(share, cut, initial), out=out)
+    kept = own, entering, begun is not None
+    residuals = ParallelResiduals(communicator, call, cut, states_on, *kept)
     final = final_states(communicator, call, cut, states_on, final)
     finish(communicator)
     return ParallelForward(o, final, residuals)
@@ -276,24 +288,36 @@ def chunk_delta_rule_bwd(
         agree(communicator, checked)
     else:
         checked()
-    dfinal = None if dfinal_state is None else own_rows(call, cut, dfinal_state)
-    told = no_transfer(call, cut)
-    if residuals.reads is not None:
-        ending = None
-        if dfinal is not None and not cut.through[communicator.rank]:
-            ending = dfinal[: cut.lanes]
-        told = gradient_transfer(*residuals.reads, do[:, cut.entering_tokens()], ending)
+    dfinal = own_rows(call, cut, dfinal_state)
+    begun = halves.Backward(residuals.own, cut, do, dfinal) if residuals.in_halves else None
+    told = begun.told if begun else _told_backwards(residuals, do, dfinal)
     if communicator.size > 1 and cut.lanes:
+        told = no_transfer(call, cut) if told is None else told
         later = carried(communicator, told, cut.through, backwards=True)
-        if cut.leaving:
+        if cut.leaving == cut.sequences > 0:
+            dfinal = later
+        elif cut.leaving:
             if dfinal is None:
                 dfinal = module_of(later).zeros((cut.sequences, *later.shape[1:]), later.dtype)
             dfinal[cut.sequences - cut.lanes :] = later
-    own = operators.chunk_delta_rule_bwd(residuals.own, do, dfinal)
+    own = (
+        begun.finish(dfinal) if begun else operators.chunk_delta_rule_bwd(residuals.own, do, dfinal)
+    )
     dinitial = None
     if call.initial_state is not None:
-        begun = laid_out(own.initial_state[cut.entering :], call)
+        started = laid_out(own.initial_state[cut.entering :], call)
         everywhere = residuals.states_on == "all"
-        dinitial = collected(communicator, begun, cut.begins, everywhere, to=0)
+        dinitial = collected(communicator, started, cut.begins, everywhere, to=0)
     finish(communicator)
     return own._replace(initial_state=dinitial)
+
+
+def _told_backwards(residuals: ParallelResiduals, do: Any, dfinal: Any) -> Transfer | None:
+    """Return what a rank tells of the gradients of sequences that enter it."""
+    cut = residuals.cut
+    if residuals.reads is None:
+        return None
+    ending = None
+    if dfinal is not None and not cut.through[residuals.communicator.rank]:
+        ending = dfinal[: cut.lanes]
+    return gradient_transfer(*residuals.reads, do[:, cut.entering_tokens()], ending)

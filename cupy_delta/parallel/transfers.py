@@ -8,7 +8,8 @@ with r_t^T S what the output of token t has from S: ``r_t = scale (M_t ... M_1)^
 tokens' maps ``M = (I - beta k k^T) diag(exp(g))``, whose product is P. Both come from the operator
 itself: without values and from the identity its outputs are r_t and its final state is P. H is its
 final state from zero. Where a sequence begins on the rank, what leaves does not depend on S: then
-H is its final state from its initial state, and P is not used.
+H is its final state from its initial state, and P is not used. Kernels that compute all this on
+their way to the outputs are asked for it instead, see `halves.py`.
 """
 
 from __future__ import annotations
@@ -101,11 +102,24 @@ def carried(
 ):
     """Return what all earlier ranks (all later ones with `backwards`) make of a state of zero.
 
+    None, or anything, where no sequence comes from another rank.
+
     `through` tells of which ranks the transfer depends on what enters: of others P is not looked
-    at. The order of the products depends on the number of ranks alone.
+    at, and may be None. The order of the products depends on the number of ranks alone.
     """
+    direction = -1 if backwards else 1
+    if not any(through):
+        return _from_neighbour(communicator, transfer.h, direction)
+    if transfer.p is None:
+        shape = (*transfer.h.shape[:3], transfer.h.shape[2])
+        transfer = Transfer(module_of(transfer.h).zeros(shape, transfer.h.dtype), transfer.h)
     combine = _by_gathering if communicator.size <= GATHERED else _by_scan
-    return combine(communicator, transfer, through, -1 if backwards else 1)
+    return combine(communicator, transfer, through, direction)
+
+
+def _from_neighbour(communicator, h, direction):
+    """Return the state that the rank before this one leaves."""
+    return communicator.shift(module_of(h).ascontiguousarray(h), direction)
 
 
 def _by_gathering(communicator, transfer, through, direction):
@@ -131,8 +145,7 @@ def _by_scan(communicator, transfer, through, direction):
         if told is not None and all(through[r] for r in spanned):
             transfer = _unpacked(told, transfer).then(transfer)
         distance *= 2
-    state = communicator.shift(module_of(transfer.h).ascontiguousarray(transfer.h), direction)
-    return module_of(transfer.h).zeros_like(transfer.h) if state is None else state
+    return _from_neighbour(communicator, transfer.h, direction)
 
 
 def _packed(transfer: Transfer):

@@ -182,9 +182,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
                           const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
-                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments) {
+                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments,
+                          int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV, segments);
+  const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
   Shared s;
   Joins joins = {};
 #if JOINS
@@ -207,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
 #endif
   if constexpr (JOINS)
-    join(dS, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
+    join(dS, joins, work.n * (int64_t)transferred, work.step, column, work.hv, HV, warpgroup, thread);
   const float decay = walk(s, work, dS, &dstates_map, {&dy_map, dy}, scale, warpgroup, HV, thread);
 #if TRANSFER
   if (work.values)

@@ -18,7 +18,8 @@
 // A long sequence of few heads is cut into segments, of which a launch walks `walked` from `first` on. One with
 // TRANSFER leaves what each does to a state: H, from zero, and in slices of its own P, from the identity and without V.
 // With JOINS each of several starts from the state that sm90/join.cuh makes of those before it; the last one's is
-// left. With KEPT a transfer leaves X of its chunks, too, so that the walk need not solve them a second time.
+// left. Of every sequence `transferred` segments were transferred: all but the last one walked, or all. With KEPT a
+// transfer leaves X of its chunks, too, so that the walk need not solve them a second time.
 //
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead, and what is known of each token. The next MATH warpgroups
 // hold 64 value channels of S^T each in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain
@@ -64,7 +65,7 @@ PRIM Work describe_work(const Sequence& sequence, const Place& at, int T, int H,
   work.h = uniform(hv / (HV / H)), work.hv = uniform(hv), work.HV = HV, work.batch = uniform(batch);
   work.values = !TRANSFER || values;
   work.keeps = TRANSFER && KEPT && slice < CLUSTER;
-  work.given = WITH_GIVEN && at.step < at.walked - 1;
+  work.given = WITH_GIVEN && at.step < at.transferred;
   work.start = uniform((int)(sequence.first - (int64_t)batch * T));
   work.rank = slice % CLUSTER;
   work.first_chunk = uniform((int)sequence.slot);
@@ -134,7 +135,7 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
   }
-  if constexpr (JOINS) join(S, joins, at.n * (int64_t)(at.walked - 1), at.step, column, work.hv, work.HV, half, thread);
+  if constexpr (JOINS) join(S, joins, at.n * (int64_t)at.transferred, at.step, column, work.hv, work.HV, half, thread);
   Walker walker = {s, work, o, S, half, warp, lane, scale};
   const float decay = walker.walk();
   if constexpr (TRANSFER) {
@@ -164,7 +165,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #endif
                    const float* beta, const float* token_factors, const float* initial_state, const int64_t* cu_seqlens,
                    DTYPE* o, float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
-                   int last_percent, int first, int walked) {
+                   int last_percent, int first, int walked, int transferred) {
 #if TRANSFER || JOINS
   const States states = {initial_state, final_state, &p_map, h, decays};
 #else
@@ -176,7 +177,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const TensorMap* kept = nullptr;
 #endif
   const int warpgroup = uniform(threadIdx.x / 128), part = blockIdx.x / (SLICES * HV);
-  const Place at = {uniform(part / walked), uniform(part % walked), walked};
+  const Place at = {uniform(part / walked), uniform(part % walked), walked, transferred};
   const Sequence sequence =
       find_segment<CHUNK>(cu_seqlens, at.n, {segments, first_percent, last_percent}, first + at.step, T);
   Work work = describe_work(sequence, at, T, H, HV);

@@ -102,7 +102,8 @@ PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS]
   for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), true);
 }
 
-// S, of 64 value channels from `column` on, after `count` transfers from `index` on.
+// S, of 64 value channels from `column` on, after `count` transfers from `index` on; without H of P's columns.
+template <bool WITH_H = true>
 PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, int column, int hv, int HV,
                int warpgroup, int thread_in_warpgroup) {
   // Opaque, so that nothing of the walk is computed before.
@@ -131,7 +132,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #if HAS_GATE
     const float c = joins.decays[(index + i) * HV + hv];
 #endif
-    if (EARLY_H) load_h();
+    if (WITH_H && EARLY_H) load_h();
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
     split_sums(high, rest, S);
 #if HAS_GATE
@@ -140,7 +141,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #pragma unroll
       for (int l = 0; l < 4; l++) S[j][l] *= c;
 #endif
-    if (H_FIRST) {
+    if (WITH_H && H_FIRST) {
       load_h();
       add_h();
     }
@@ -154,8 +155,8 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
     wgmma_commit();
     wgmma_wait<0>();
     pin(S);
-    if (!EARLY_H && !H_FIRST) load_h();
-    if (!H_FIRST) add_h();
+    if (WITH_H && !EARLY_H && !H_FIRST) load_h();
+    if (WITH_H && !H_FIRST) add_h();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(joins.free + buffer);
     if (loads && i + 2 < count) {

@@ -170,9 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
                              const float* beta, const float* decays, const float* initial_state,
                              const int64_t* cu_seqlens, DTYPE* o, float* final_state, DTYPE* corrections, float scale,
-                             int T, int H, int HV, int segments) {
+                             int T, int H, int HV, int segments, int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV, segments);
+  const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
   Shared s;
   Joins joins = {};
 #if JOINS
@@ -190,8 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
-  if constexpr (JOINS)
-    join(S, joins, work.n * (int64_t)(segments - 1), work.step, column, work.hv, HV, warpgroup, thread);
+  if constexpr (JOINS) join(S, joins, work.n * (int64_t)transferred, work.step, column, work.hv, HV, warpgroup, thread);
   walk(s, work, S, &states_map, {&o_map, o}, {&n_map, corrections}, scale, warpgroup, HV, thread);
   // One per sequence: the last segment's.
   if (work.last) {

@@ -27,6 +27,8 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         corrections=("corrections", "v_new"),
     ),
     "forward_hopper": dict(
+        q_map=("q", "k"),
+        o_map=("o", "v"),
         p_map=("segment_p",),
         h=("segment_h",),
         decays=("segment_decays",),
@@ -44,6 +46,12 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         dfinal_state=DFINAL,
         transfer_map=("segment_p",),
         h=("segment_h",),
+    ),
+    "joined_transfer_hopper": dict(
+        transfer_map=("segment_p",),
+        initial_state=("initial_state", "dfinal_state"),
+        p=("p", "told_p"),
+        h=("h", "told_h"),
     ),
     "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
     "pool_states": dict(states=("initial_state", "final_state")),

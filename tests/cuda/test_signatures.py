@@ -10,9 +10,9 @@ from signatures import ALIASES, DTYPES, mismatches, signature, text_of
 
 from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
-from cupy_delta.cuda.plan import made
+from cupy_delta.cuda.plan import halves, made
 from cupy_delta.cuda.runtime.sources import kernel_folder
-from cupy_delta.cuda.spec import DeviceFacts, Launch
+from cupy_delta.cuda.spec import DeviceFacts, Launch, Plan
 from cupy_delta.cuda.tokens.affine import plan_affine
 from cupy_delta.raw import RawBeta, RawGate
 
@@ -63,14 +63,24 @@ def launched():
     """Every launch of `cases` that differs from those before it by kernel, macros or arguments."""
     found = {}
     for operation, call, facts in cases():
-        try:
-            plan = made(operation, call, facts)
-        except NotImplementedError:
-            continue
-        for launch in plan.launches:
-            key = (launch.file, launch.defines, repr(launch.arguments))
-            found.setdefault(key, (launch, plan, call))
+        for plan in plans_of(operation, call, facts):
+            for launch in plan.launches:
+                key = (launch.file, launch.defines, repr(launch.arguments))
+                found.setdefault(key, (launch, plan, call))
     return list(found.values())
+
+
+def plans_of(operation, call, facts):
+    """The plan of an operation, and those in halves, each put together."""
+    try:
+        yield made(operation, call, facts)
+    except NotImplementedError:
+        return
+    for tells in ("nothing", "state", "transfer"):
+        if found := halves(operation, call, facts, tells):
+            first, second = found
+            arrays = first.outputs | first.workspace | second.workspace
+            yield Plan((*first.launches, *second.launches), second.outputs, arrays)
 
 
 LAUNCHED = launched()

@@ -40,16 +40,18 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     launches = []
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
-        launches.append(backward_state_hopper_launch(call, choice, transfer=True))
+        launches.append(backward_state_hopper_launch(call, choice, choice.segments - 1, True))
     launches += [
-        backward_state_hopper_launch(call, choice),
+        backward_state_hopper_launch(call, choice, choice.segments - 1),
         backward_chunk_hopper_launch(call, facts),
         *through_norm(call),
     ]
     return Plan(tuple(launches), outputs, workspace)
 
 
-def backward_state_hopper_launch(call: Call, choice: cost.Choice, transfer: bool = False) -> Launch:
+def backward_state_hopper_launch(
+    call: Call, choice: cost.Choice, transferred: int, transfer: bool = False
+) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     tiles = choice.transfer_tiles if transfer else choice.value_tiles
     start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
@@ -63,6 +65,7 @@ def backward_state_hopper_launch(call: Call, choice: cost.Choice, transfer: bool
         tiles=tiles,
         stages=WALK_STAGES[tiles],
         segments=choice.segments,
+        transferred=transferred,
         transfer=transfer,
     )
 

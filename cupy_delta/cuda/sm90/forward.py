@@ -56,15 +56,16 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     if segments == 1:
         return forward_hopper_launches(call, tiles), {}
     head, workspace, initial = [], {}, "initial_state"
-    part = Part(segments, choice.first_percent, choice.last_percent, walked=segments)
+    percents = choice.first_percent, choice.last_percent
+    part = Part(segments, *percents, walked=segments, transferred=segments - 1)
     if choice.concurrent:
         initial = "after_first"
         workspace[initial] = (call.state_shape, call.state_dtype)
-        first = part._replace(walked=1)
-        part = part._replace(first=1, walked=segments - 1)
+        first = part._replace(walked=1, transferred=0)
+        part = part._replace(first=1, walked=segments - 1, transferred=segments - 2)
         width = choice.concurrent
         head = forward_hopper_launches(call, width, first, final=initial, concurrent=True)
-    workspace |= segment_arrays(call, part.walked - 1, reuse_x)
+    workspace |= segment_arrays(call, part.transferred, reuse_x)
     transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x)
     walks = forward_hopper_launches(call, tiles, part, initial=initial, reuse_x=reuse_x)
     return [*head[:1], transfer, *head[1:], *walks], workspace
@@ -90,8 +91,8 @@ def forward_hopper_launches(
 
 
 def transfer_launch(call: Call, tiles: int, walked: Part, reuse_x: bool = False) -> Launch:
-    """What all segments but the last of those that are to be walked do to a state."""
-    part = walked._replace(walked=walked.walked - 1)
+    """What those segments do to a state that have a transfer, of those that are to be walked."""
+    part = walked._replace(walked=walked.transferred)
     given: dict[str, Any] = dict(transfer=True, initial=None, final=None)
     return forward_hopper_launch(call, tiles, part, **given, reuse_x=reuse_x)
 
@@ -120,6 +121,8 @@ def forward_hopper_launch(
     p = call
     gate = p.gate is not None
     joins = not transfer and part.walked > 1
+    # What a transfer does not read, it is not given.
+    queries, output = (normal(p, "k"), "v") if transfer else (normal(p, "q"), "o")
     slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
     cluster = transfer_cluster(p, tiles) if transfer else 1
     solvers = 1 if cluster > 1 else 3 - tiles
@@ -147,20 +150,20 @@ def forward_hopper_launch(
     transfers: tuple = ()
     if transfer or joins:
         decays = "segment_decays" if gate else None
-        transfers = transfer_box(p, part.walked - joins), "segment_h", decays
+        transfers = transfer_box(p, part.transferred), "segment_h", decays
     if reuse_x:
         transfers += (kept_box(p),)
     arguments = (
-        box(normal(p, "q"), keys),
+        box(queries, keys),
         box(normal(p, "k"), keys),
         box("v", values),
-        box("o", values, WARP_CHANNELS),
+        box(output, values, WARP_CHANNELS),
         *transfers,
         None if gate else "beta",
         "token_factors" if gate else None,
         initial,
         "cu_seqlens",
-        "o",
+        None if transfer else "o",
         final,
         np.float32(p.scale),
         i32(p.T),

@@ -10,13 +10,17 @@ from .tiles import BOX, CHUNK, RECORD_WORDS
 
 
 class Part(NamedTuple):
-    """The segments of every sequence that one launch walks, as the kernel's last arguments."""
+    """The segments of every sequence that one launch walks, as the kernel's last arguments.
+
+    Of those that are walked the first `transferred` have a transfer.
+    """
 
     segments: int = 1
     first_percent: int = 100
     last_percent: int = 100
     first: int = 0
     walked: int = 1
+    transferred: int = 0
 
 
 WHOLE = Part()
@@ -24,6 +28,8 @@ WHOLE = Part()
 
 def segment_arrays(call: Call, transferred: int, keeps_x: bool = False) -> dict:
     """What transfers leave, as sm90/join.cuh has it: H, P and decays; X if it is kept."""
+    if not transferred:
+        return {}
     keys, values = (-(-size // BOX) * BOX for size in (call.K, call.V))
     arrays = {
         "segment_h": ((call.N, transferred, call.HV, values, keys), call.state_dtype),
@@ -44,7 +50,7 @@ def transfer_box(call: Call, transferred: int) -> TensorBox:
 
 def kept_box(call: Call) -> TensorBox:
     """X of one chunk and value head."""
-    shape, _ = segment_arrays(call, 0, keeps_x=True)["segment_x"]
+    shape, _ = segment_arrays(call, 1, keeps_x=True)["segment_x"]
     return TensorBox("segment_x", shape, (1, 1, CHUNK, CHUNK))
 
 

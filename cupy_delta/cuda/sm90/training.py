@@ -52,12 +52,12 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     launches.append(wy_factors_hopper_launch(call))
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
-        part = Part(choice.segments, walked=choice.segments)
+        part = Part(choice.segments, walked=choice.segments, transferred=choice.segments - 1)
         if call.gate is not None:
             workspace |= record_array(call)
             launches.append(token_factors_launch(call))
         launches.append(transfer_launch(call, choice.transfer_tiles, part))
-    launches.append(forward_residuals_hopper_launch(call, choice))
+    launches.append(forward_residuals_hopper_launch(call, choice, choice.segments - 1))
     return Plan(tuple(launches), outputs, workspace)
 
 
@@ -145,6 +145,7 @@ def given_walk_launch(
     tiles: int,
     stages: int,
     segments: int,
+    transferred: int,
     transfer: bool = False,
 ) -> Launch:
     """A walk with core and P given: over `rows` of value channels.
@@ -152,7 +153,7 @@ def given_walk_launch(
     Its `results`, states first and rows of value channels, leave by TMA.
     """
     p = call
-    walked = segments - 1 if transfer else segments
+    walked = transferred if transfer else segments
     joins = segments > 1 and not transfer
     slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
@@ -166,9 +167,9 @@ def given_walk_launch(
         TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
         *(box(name, values) for name in results[1:]),
     )
-    if segments > 1:
+    if transfer or joins:
         segment_decays = None if p.gate is None else "segment_decays"
-        maps += transfer_box(p, segments - 1), "segment_h", segment_decays
+        maps += transfer_box(p, transferred), "segment_h", segment_decays
     defines = variant(
         p,
         CHUNK,
@@ -178,7 +179,7 @@ def given_walk_launch(
         MATH=tiles,
         CHUNK_STAGES=stages,
     )
-    sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV), i32(segments))
+    sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV), i32(segments), i32(transferred))
     return Launch(
         file,
         entry,
@@ -191,7 +192,7 @@ def given_walk_launch(
     )
 
 
-def forward_residuals_hopper_launch(call: Call, choice: cost.Choice) -> Launch:
+def forward_residuals_hopper_launch(call: Call, choice: cost.Choice, transferred: int) -> Launch:
     """The walk that leaves o, final_state and what the gradients read, after core and P."""
     return given_walk_launch(
         call,
@@ -203,4 +204,5 @@ def forward_residuals_hopper_launch(call: Call, choice: cost.Choice) -> Launch:
         tiles=choice.value_tiles,
         stages=STAGES[choice.value_tiles],
         segments=choice.segments,
+        transferred=transferred,
     )

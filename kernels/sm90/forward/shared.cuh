@@ -6,7 +6,7 @@
 #include "tiles/unit_inverse.cuh"
 
 #define WITH_OUTPUT (!TRANSFER)
-// X that transfers have kept is given to all but the last segment, which has no transfer.
+// X that transfers have kept is given to all segments that have a transfer.
 #define WITH_GIVEN (JOINS && KEPT)
 // A walk with output has no registers to spare for paired chunks (sm90/tokens.cuh), so there are two launches: with
 // PAIRED 0 blocks that would meet one leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
@@ -123,9 +123,9 @@ struct Work {
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 
-// Which sequence, and which of the segments that are walked.
+// Which sequence, which of the segments that are walked, and how many were transferred.
 struct Place {
-  int n, step, walked;
+  int n, step, walked, transferred;
 };
 
 struct Maps {

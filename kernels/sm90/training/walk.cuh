@@ -108,8 +108,8 @@ struct Work {
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 
-PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segments) {
-  const int slice = blockIdx.x % SLICES, walked = TRANSFER ? segments - 1 : segments;
+PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segments, int transferred) {
+  const int slice = blockIdx.x % SLICES, walked = TRANSFER ? transferred : segments;
   Work w;
   w.hv = blockIdx.x / SLICES % HV, w.part = blockIdx.x / (SLICES * HV), w.h = w.hv / (HV / H);
   w.n = w.part / walked, w.step = w.part % walked, w.last = w.step == segments - 1, w.batch = VARLEN ? 0 : w.n;

@@ -1,0 +1,145 @@
+"""fla's context parallelism, as `scaling.py` times ours: one process for each GPU.
+
+python benchmarks/scaling_peer.py --seconds 60    (with fla-core and torch installed)
+
+Its gated delta rule with g = 0, since the rule without a gate has no context parallelism there.
+Each GPU has consecutive tokens of one sequence. "One GPU" is the same operator without it. Times
+are in milliseconds, from a common start to the last rank's end, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+HEADS, VALUE_HEADS, SIZE = 16, 32, 128
+LENGTHS = (131072, 32768, 524288)
+PASSES = ("forward", "forward and backward")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", type=int, help="by default all")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which no row begins")
+    args = parser.parse_args()
+    import torch
+
+    size = args.gpus or torch.cuda.device_count()
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)}
+    end = time.time() + args.seconds
+    torch.multiprocessing.spawn(work, (size, tuple(args.lengths), end), size)
+    return 0
+
+
+def work(rank: int, size: int, lengths: tuple[int, ...], end: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device(rank))
+    session = Session(rank, size)
+    for T in lengths:
+        alone = session.alone(T)
+        cut = session.cut(T)
+        weak = {} if session.over(end) else session.cut(T * size)
+        for what in PASSES if rank == 0 else ():
+            row = {"fla": what, "T": T, "one GPU": alone[what], f"{size} GPUs": cut[what]}
+            row["times as fast"] = round(alone[what] / cut[what], 2)
+            if weak:
+                row["T for each"], row["efficiency"] = weak[what], alone[what] / weak[what]
+            print(
+                json.dumps({k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()})
+            )
+            sys.stdout.flush()
+        if session.over(end):
+            break
+    dist.destroy_process_group()
+
+
+class Session:
+    """One rank's timings."""
+
+    def __init__(self, rank: int, size: int):
+        import torch
+        import torch.distributed as dist
+        from fla.ops.cp import build_cp_context
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        self.torch, self.dist, self.rank, self.size = torch, dist, rank, size
+        self.rule, self.context = chunk_gated_delta_rule, build_cp_context
+
+    def alone(self, T: int) -> dict:
+        """Time one GPU; the others wait."""
+        return self.times(T, {}) if self.rank == 0 else self.times(0, {})
+
+    def cut(self, T: int) -> dict:
+        ends = self.torch.tensor([0, T], dtype=self.torch.long)
+        context = self.context(ends.to("cuda"), self.dist.group.WORLD, cu_seqlens_cpu=ends)
+        return self.times(T // self.size, {"cp_context": context})
+
+    def times(self, T: int, options: dict) -> dict:
+        if T:
+            q, k, v, do, g, beta = self.arrays(T)
+        every = (q, k, v, beta) if T else ()
+
+        def forward():
+            if T:
+                with self.torch.no_grad():
+                    self.rule(q, k, v, g, beta, **options)
+
+        def both():
+            if T:
+                o, _ = self.rule(q, k, v, g, beta, **options)
+                self.torch.autograd.grad(o, every, do)
+
+        return {what: self.time(x) for what, x in zip(PASSES, (forward, both), strict=True)}
+
+    def arrays(self, T: int):
+        torch = self.torch
+        generator = torch.Generator("cuda").manual_seed(2)
+
+        def normal(heads: int):
+            return torch.randn(
+                *(1, T, heads, SIZE), generator=generator, device="cuda", dtype=torch.bfloat16
+            )
+
+        q, k = (torch.nn.functional.normalize(normal(HEADS), dim=-1) for _ in "qk")
+        v, do = normal(VALUE_HEADS), normal(VALUE_HEADS)
+        beta = torch.rand(1, T, VALUE_HEADS, generator=generator, device="cuda")
+        for x in (q, k, v, beta):
+            x.requires_grad_()
+        return q, k, v, do, torch.zeros_like(beta), beta
+
+    def time(self, once, repeats: int = 7) -> float:
+        """Return the median over repeats of the slowest rank's milliseconds."""
+        for _ in range(2):
+            once()
+            self.torch.cuda.synchronize()
+        spent = []
+        for _ in range(repeats):
+            self.dist.barrier()
+            self.torch.cuda.synchronize()
+            start = time.perf_counter()
+            once()
+            self.torch.cuda.synchronize()
+            spent.append(1e3 * (time.perf_counter() - start))
+        every = self.torch.tensor(spent, device="cuda")
+        self.dist.all_reduce(every, self.dist.ReduceOp.MAX)
+        return statistics.median(every.tolist())
+
+    def over(self, end: float) -> bool:
+        """Whether the time is over, as rank 0 says."""
+        said = self.torch.tensor([float(time.time() > end)], device="cuda")
+        self.dist.broadcast(said, 0)
+        return bool(said.item())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
