@@ -70,3 +70,41 @@ PRIM RawGate<real, FORMULA> raw_gate_of(const real* A_log, const real* dt_bias, 
   if constexpr (BIAS_KIND == 2) bias = dt_bias[hv * PER_HEAD + c];
   return {power(A_log[hv]), bias, bound};
 }
+
+// Of a block of threads, ACROSS side by side: `part` of the tokens, and of a token's `columns` gates a thread's COUNT.
+template <int COUNT, int ACROSS>
+struct RawColumns {
+  int columns, column, rows;
+  int64_t part, first;  // this thread's first token
+
+  PRIM RawColumns(int columns, int rows) : columns(columns), rows(rows) {
+    const int across = (columns + ACROSS * COUNT - 1) / (ACROSS * COUNT);
+    part = blockIdx.x / across;
+    column = (blockIdx.x % across * ACROSS + threadIdx.x % ACROSS) * COUNT;
+    first = part * rows + threadIdx.x / ACROSS;
+  }
+  PRIM int64_t end(int64_t tokens) const { return min((part + 1) * rows, tokens); }
+};
+
+template <int PER_HEAD, int BIAS_KIND, class real, int FORMULA, int COUNT>
+PRIM void raw_gates_of(RawGate<real, FORMULA> (&raw)[COUNT], const real* A_log, const real* dt_bias, real bound,
+                       int column) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    raw[i] = raw_gate_of<real, FORMULA, BIAS_KIND, PER_HEAD>(A_log, dt_bias, bound, (column + i) / PER_HEAD,
+                                                             (column + i) % PER_HEAD);
+}
+
+// Neighbours in memory, in one access.
+template <class T, int SIZE>
+struct alignas(SIZE * sizeof(T)) Neighbours {
+  T element[SIZE];
+};
+template <int SIZE, class T>
+PRIM Neighbours<T, SIZE> load_neighbours(const T* x, int64_t at) {
+  return *(const Neighbours<T, SIZE>*)&x[at];
+}
+template <class T, int SIZE>
+PRIM void store_neighbours(T* x, int64_t at, const Neighbours<T, SIZE>& some) {
+  *(Neighbours<T, SIZE>*)&x[at] = some;
+}

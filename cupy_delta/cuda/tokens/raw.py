@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from ...call import Call
 from ..spec import BIASES, C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32, raw_macros
 
 THREADS = 256
-# Tokens whose gradients a block of raw_gate_gradient adds up.
-ROWS = 256
+# Tokens whose gradients a block of raw_gate_gradient adds up, or a thread if those are more.
+RUN = dict(rows=128, lanes=8)
 SUM_THREADS = 1024
 
 
@@ -72,24 +73,42 @@ def through_raw(plan: Plan, call: Call) -> Plan:
     )
 
 
-def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
-    """Every g."""
+def over_columns(call: Call, real: np.dtype, lanes: int, rows: int) -> tuple[dict[str, Any], int]:
+    """Return the macros of kernels in which a thread has some gates of all tokens, and the blocks.
+
+    A block has `rows` tokens, or as many more as give each of its threads `lanes`.
+    """
     assert call.raw_gate is not None
-    elements, channels = math.prod(gate_shape(call)), gates_per_head(call)
-    # So that a thread's neighbours are of one token.
-    vector = math.gcd(call.HV * channels, 16 // real.itemsize)
-    defines = dict(
+    channels = gates_per_head(call)
+    columns = call.HV * channels
+    vector = math.gcd(columns, 16 // real.itemsize)
+    width = width_of(columns // vector, THREADS)
+    rows = max(rows, lanes * (THREADS // width))
+    macros = dict(
         A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
-        REAL=C_TYPES[real.name],
         **raw_macros(call.raw_gate),
         CHANNELS=channels,
         VECTOR=vector,
+        WIDTH=width,
+        ROWS=rows,
     )
+    return macros, -(-call.B * call.T // rows) * -(-columns // (vector * width))
+
+
+def width_of(columns: int, most: int) -> int:
+    """Return how many threads are side by side: a power of two."""
+    return min(most, 1 << (columns - 1).bit_length())
+
+
+def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
+    """Every g."""
+    assert call.raw_gate is not None
+    macros, grid = over_columns(call, real, lanes=4, rows=16)
     return Launch(
         "tokens/raw_gate.cu",
         "raw_gate",
-        tuple(defines.items()),
-        -(-elements // (THREADS * vector)),
+        (("REAL", C_TYPES[real.name]), *macros.items()),
+        grid,
         THREADS,
         0,
         (
@@ -98,7 +117,7 @@ def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
             "dt_bias" if call.raw_gate.bias else None,
             "g",
             real.type(call.raw_gate.bound),
-            np.int64(elements),
+            np.int64(call.B * call.T),
             i32(call.HV),
         ),
     )
@@ -135,35 +154,17 @@ def raw_beta_gradient_launch(call: Call) -> Launch:
     )
 
 
-def gate_parts(call: Call) -> int:
-    """Return the runs of tokens whose gradients are added up first."""
-    return -(-call.B * call.T // ROWS)
-
-
-def width_of(columns: int, most: int) -> int:
-    """Return how many columns a block has side by side: a power of two."""
-    return min(most, 1 << (columns - 1).bit_length())
-
-
 def raw_gate_gradient_launch(call: Call) -> Launch:
     """The gradients of the logits, and sums of those of the parameters."""
     assert call.raw_gate is not None
-    channels = gates_per_head(call)
-    width = width_of(call.HV * channels, THREADS)
-    defines = dict(
-        A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
-        **raw_macros(call.raw_gate),
-        CHANNELS=channels,
-        WIDTH=width,
-        ROWS=ROWS,
-    )
+    macros, grid = over_columns(call, SUMS, **RUN)
     return Launch(
         "tokens/raw_gate_gradient.cu",
         "raw_gate_gradient",
-        tuple(defines.items()),
-        gate_parts(call) * -(-call.HV * channels // width),
+        tuple(macros.items()),
+        grid,
         THREADS,
-        carve((THREADS, 8)),
+        carve((THREADS * macros["VECTOR"], 8)),
         (
             "a",
             "A_log",
@@ -176,6 +177,12 @@ def raw_gate_gradient_launch(call: Call) -> Launch:
             i32(call.HV),
         ),
     )
+
+
+def gate_parts(call: Call) -> int:
+    """Return the runs of tokens whose gradients are added up first."""
+    macros, _ = over_columns(call, SUMS, **RUN)
+    return -(-call.B * call.T // macros["ROWS"])
 
 
 def raw_gate_sums_launch(call: Call) -> Launch:
