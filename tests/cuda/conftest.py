@@ -108,6 +108,8 @@ class GpuRoundTrip:
         def to_host(x):
             if isinstance(x, cupy.ndarray):
                 return x.get()
+            if hasattr(x, "_make"):
+                return x._make(map(to_host, x))
             return tuple(map(to_host, x)) if isinstance(x, tuple) else x
 
         def call(*args):
