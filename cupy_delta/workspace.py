@@ -37,8 +37,8 @@ class Workspace:
     they share their buffers. The context holds for the thread that entered it, and the innermost
     one counts. `Transfer.apply` and `Transfer.then` allocate their results nevertheless. While a
     graph is captured, every array has to be in device memory already, ``cu_seqlens`` and
-    ``state_indices`` included, C-contiguous and aligned to 16 bytes, with beta and g in the dtype
-    of sums (float32, or float64 with float64 inputs).
+    ``state_indices`` included, C-contiguous and aligned to 16 bytes, with beta and g, or the
+    parameters of a raw gate, in the dtype of sums (float32, or float64 with float64 inputs).
 
     Examples
     --------

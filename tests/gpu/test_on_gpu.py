@@ -45,6 +45,39 @@ def test_a_hundred_runs_give_the_same_bits(cupy):
             assert x is None or same(cupy, x, y)
 
 
+def test_raw_gates_in_a_graph_give_the_same_bits(cupy):
+    """Forward and gradients, of logits in 16 bits, after the logits have changed in place."""
+    (q, k, v, _, _), _ = inputs(cupy, T=1000)
+    rng = cupy.random.default_rng(0)
+    a, b = (rng.standard_normal(v.shape[:3], "float32").astype(v.dtype) for _ in range(2))
+    A_log, dt_bias = (rng.standard_normal(v.shape[2], "float32") for _ in range(2))
+    beta, gate = cd.SigmoidBeta(b, scale=2), cd.SoftplusGate(a, A_log, dt_bias)
+    out, do = cupy.empty_like(v), cupy.ones_like(v)
+
+    def call():
+        forward = cd.chunk_delta_rule_fwd(q, k, v, beta, gate, qk_l2norm=True, out=out)
+        gradients = cd.chunk_delta_rule_bwd(forward.residuals, do)
+        return (out, *gradients[:3], *gradients.beta, *gradients.g)
+
+    stream, workspace = cupy.cuda.Stream(non_blocking=True), cd.Workspace()
+    cupy.cuda.Device().synchronize()
+    with stream, workspace:
+        call()
+        held = workspace.nbytes
+        stream.synchronize()
+        stream.begin_capture()
+        found = call()
+        graph = stream.end_capture()
+    assert workspace.nbytes == held > 0
+    a[...] = a[:, ::-1].copy()
+    cupy.cuda.Device().synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    replayed = [x.copy() for x in found]
+    for x, y in zip(replayed, call(), strict=True):
+        assert same(cupy, x, y)
+
+
 def test_graph_capture_and_replay(cupy):
     args, kw = inputs(cupy)
     out = cupy.empty_like(args[2])
