@@ -64,6 +64,16 @@ def gradients(x: NDArray[np.float32]) -> Array:
     return q
 
 
+def raw_gates(x: NDArray[np.float32]) -> None:
+    beta, gate = cupy_delta.SigmoidBeta(x, scale=2), cupy_delta.SoftplusGate(x, x)
+    cupy_delta.chunk_delta_rule(x, x, x, beta, gate)
+    cupy_delta.wy_factors(x, x, beta, cupy_delta.SigmoidGate(x, x, x, bound=-4))
+    cupy_delta.chunk_delta_rule(x, x, x, gate)  # type: ignore[arg-type]
+    cupy_delta.chunk_delta_rule(x, x, x, x, beta)  # type: ignore[arg-type]
+    cupy_delta.SigmoidGate(x, x, bound="-4")  # type: ignore[arg-type]
+    gate.a = x  # type: ignore[misc]
+
+
 def results_cannot_be_changed(x: NDArray[np.float32]) -> None:
     output = cupy_delta.chunk_delta_rule(x, x, x, x)
     output.o = x  # type: ignore[misc]
