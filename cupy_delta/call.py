@@ -76,6 +76,11 @@ class Call:
         return (self.B, self.T, self.HV)
 
     @property
+    def gate_shape(self) -> tuple[int, ...]:
+        """The shape of g, of a call that has one."""
+        return (*self.token_shape, self.K) if self.gate == "channel" else self.token_shape
+
+    @property
     def compute_dtype(self) -> np.dtype:
         """What the arithmetic runs in."""
         return FLOAT_DTYPES["float64" if dtype_name(self.dtype) == "float64" else "float32"]

@@ -105,12 +105,6 @@ LIMITS = (
         f"V = {{call.V}}: CuPy arrays support head sizes up to {MAX_HEAD}; NumPy arrays any",
     ),
     Limit(
-        CHUNKED,
-        lambda call: call.gate == "channel",
-        "g: a gate per key channel, (B, T, HV, K), is not supported on CuPy arrays;"
-        " a scalar gate (B, T, HV) is, and NumPy arrays support both",
-    ),
-    Limit(
         ("forward",),
         lambda call: call.checkpoint_every is not None,
         "checkpoint_every: states on the way are not supported on CuPy arrays",
@@ -232,6 +226,8 @@ def unsupported() -> list[str]:
             lines.append(option)
         elif refused <= {"training", "backward"} and refused:
             lines.append(f"{option} in gradients")
+        elif refused <= set(TOKENS) and refused:
+            lines.append(f"{option} token by token")
         elif refused:
             lines.append(f"{option} in chunks")
     return lines

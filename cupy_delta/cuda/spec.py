@@ -188,7 +188,7 @@ def variant(call: Call, chunk: int, **more) -> tuple:
         HEAD_K=call.K,
         HEAD_V=call.V,
         CHUNK=chunk,
-        HAS_GATE=int(call.gate is not None),
+        HAS_GATE=GATES.index(call.gate),
         VARLEN=int(call.varlen),
     )
     return tuple((common | more).items())
@@ -216,7 +216,7 @@ def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
         "dinitial_state": (call.state_shape, call.state_dtype),
     }
     if call.gate is not None:
-        outputs["dg"] = (call.token_shape, SUMS)
+        outputs["dg"] = (call.gate_shape, SUMS)
     between = {
         "dstates": (call.states_shape(chunk), call.dtype),
         "dy": (call.value_shape, call.dtype),

@@ -25,42 +25,17 @@
 // a gate G and the sums of gate_gradient.cuh; see
 // cupy_delta/cuda/portable/backward.py.
 #include "portable/gate_gradient.cuh"
+#include "portable/value_rows.cuh"
 #include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
 
-typedef Mma<DTYPE> Product;
 // Blocks per multiprocessor, as registers allow.
-constexpr int THREADS = 32 * WARPS, BLOCKS = WARPS == 8 ? 1 : Decay::GATED ? 2 : 3;
+constexpr int BLOCKS = WARPS == 8 ? 1 : Decay::GATED ? 2 : 3;
 constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
-constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
-// A warp owns one tile of 16 rows and every ACROSS-th tile of 16 columns.
-constexpr int ROWS = CHUNK / 16;
+constexpr int K_PITCH = pitch_of<DTYPE>(KP), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int K_JOBS = (KP / 16 + ACROSS - 1) / ACROSS, C_JOBS = (ROWS + ACROSS - 1) / ACROSS;
-
-// d[job] += A B for the warp's row tile: a[row][k] and, per job, b[column][k] (BY_ROWS) or b[k][column].
-template <int JOBS, int DEPTH_TOTAL, bool BY_ROWS>
-PRIM void multiply_jobs(float (&d)[JOBS][2][4], const DTYPE* a, int a_pitch, const DTYPE* b, int b_pitch, int across,
-                        int columns, int lane) {
-#pragma unroll
-  for (int k = 0; k < DEPTH_TOTAL; k += Product::DEPTH) {
-    Product::order_loads();
-    typename Product::A fa;
-    Product::load_a(fa, a + k, a_pitch, lane);
-#pragma unroll
-    for (int job = 0; job < JOBS; job++) {
-      const int column = (across + job * ACROSS) * 16;
-      if (column >= columns) continue;  // the whole warp
-      typename Product::B fb;
-      if constexpr (BY_ROWS)
-        Product::load_b(fb, b + column * b_pitch + k, b_pitch, lane);
-      else
-        Product::load_b_transposed(fb, b + k * b_pitch + column, b_pitch, lane);
-      Product::multiply(d[job][0], d[job][1], fa, fb);
-    }
-  }
-}
 
 // d[job] += A^T B with A^T[row][k] = a[k][row], b[k][column].
 PRIM void multiply_transposed_jobs(float (&d)[K_JOBS][2][4], const DTYPE* a, const DTYPE* b, int across, int lane) {
@@ -78,12 +53,6 @@ PRIM void multiply_transposed_jobs(float (&d)[K_JOBS][2][4], const DTYPE* a, con
       Product::multiply(d[job][0], d[job][1], fa, fb);
     }
   }
-}
-
-template <int JOBS>
-PRIM void clear_jobs(float (&d)[JOBS][2][4]) {
-#pragma unroll
-  for (int job = 0; job < JOBS; job++) clear(d[job]);
 }
 
 // sum += diag(factor) A B for a slice of values, rows from `row` on. With a gate, dots[h] += weight * the dot products
@@ -238,21 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       cp_async_wait<0>();
       __syncthreads();
 
-      // N^ and dY become N and -dR; a warp per token.
-      for (int t = warp; t < CHUNK; t += WARPS) {
-        float sum = 0.0f;
-        for (int c = lane; c < SLICE; c += 32) {
-          DTYPE &n = tile_n[t * V_PITCH + c], &r = tile_r[t * V_PITCH + c];
-          const float n_hat = widen(n), dy_t = widen(r), gradient = b[t] * dy_t;
-          sum += dy_t * n_hat;
-          n = narrow<DTYPE>(b[t] * n_hat);
-          r = narrow<DTYPE>(-gradient);
-          if (t < chunk.tokens && c < width) dv[at + t * stride + c] = narrow<DTYPE>(gradient);
-        }
-#pragma unroll
-        for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(~0u, sum, bits);
-        if (lane == 0) b_sums[t] = slice == 0 ? sum : b_sums[t] + sum;
-      }
+      weigh_rows(tile_n, tile_r, b, b_sums, slice == 0, dv + at, stride, true, chunk.tokens, width, warp, lane);
       __syncthreads();
 
       multiply_jobs<C_JOBS, SLICE, true>(dPqk, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16,

@@ -15,16 +15,15 @@
 // Grid: slots * H blocks of 128 threads; a block serves all value heads of its key head.
 // Shared memory: K and Q (WRITE_CORE) or V and T (WRITE_WU) tiles; float CHUNK x CHUNK matrices K K^T, M, X, half a
 // scratch and Q K^T (WRITE_CORE); beta and, with a gate, G; see cupy_delta/cuda/portable/factors.py.
+#include "portable/wy.cuh"
 #include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/load.cuh"
 #include "tiles/sequence.cuh"
-#include "tiles/triangular_inverse.cuh"
 
 // As many blocks as shared memory admits at HEAD_K = 128 (float: as registers do without spilling).
 constexpr int THREADS = 128, BLOCKS = sizeof(DTYPE) == 2 ? 5 : 2;
 constexpr int KP = padded(HEAD_K), K_PITCH = pitch_of<DTYPE>(KP);
-constexpr int A_PITCH = inverse_pitch<CHUNK>();  // of all float CHUNK x CHUNK matrices
 
 // out = rows columns^T on and below the diagonal, one 16 x 16 tile per warp in turn.
 PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, int warp, int lane) {
@@ -42,26 +41,7 @@ PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, in
 }
 
 #if WRITE_WU
-constexpr int VP = padded(HEAD_V), V_PITCH = pitch_of<DTYPE>(VP), C_PITCH = pitch_of<DTYPE>(CHUNK);
-
-// out[token][column] = T tile, for the tokens of the chunk.
-template <int HEAD, int PITCH>
-PRIM void write_product(DTYPE* out, int64_t stride, const DTYPE* t, const DTYPE* tile, int tokens, int warp, int lane) {
-  constexpr int STEPS = padded(HEAD) / 16;
-  for (int job = warp; job < CHUNK / 16 * STEPS; job += THREADS / 32) {
-    int r = job / STEPS * 16, c = job % STEPS * 16;
-    float d[2][4];
-    clear(d);
-    multiply_tiles<DTYPE, 2, CHUNK, true>(d, t + r * C_PITCH, C_PITCH, tile + c, PITCH, lane);
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int row = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
-        if (row < tokens && column < HEAD) out[row * stride + column] = narrow<DTYPE>(d[j][i]);
-      }
-  }
-}
+constexpr int VP = padded(HEAD_V), V_PITCH = pitch_of<DTYPE>(VP);
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -129,32 +109,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     invert_unit_lower<CHUNK, THREADS>(inverse, m, b, scratch, thread);
 
 #if WRITE_CORE
-    for (int tile = warp; tile < CHUNK / 16 * (CHUNK / 16); tile += THREADS / 32) {
-      int r = tile / (CHUNK / 16) * 16, c = tile % (CHUNK / 16) * 16;
-      float d[2][4];
-      clear(d);
-      if (c <= r) multiply_tiles<float, 2, CHUNK, true>(d, m + r * A_PITCH, A_PITCH, inverse + c, A_PITCH, lane);
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          int token = r + sum_row(lane, i), column = c + sum_column(lane, j, i);
-          if (token < chunk.tokens)
-            core[(row + (int64_t)token * HV) * CHUNK + column] = narrow<DTYPE>(column < token ? -d[j][i] : 0.0f);
-        }
-    }
+    write_core<THREADS>(core + row * CHUNK, (int64_t)HV * CHUNK, m, inverse, chunk.tokens, warp, lane);
     __syncthreads();
 #else
-    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-      int r = i / CHUNK, c = i % CHUNK;
-      bool inside = c <= r && r < chunk.tokens;
-      DTYPE rounded = narrow<DTYPE>(inside ? inverse[r * A_PITCH + c] * b[c] : 0.0f);
-      tile_t[r * C_PITCH + c] = rounded;
-      if (r < chunk.tokens) t[(row + (int64_t)r * HV) * CHUNK + c] = rounded;
-    }
+    write_t<THREADS>(t + row * CHUNK, (int64_t)HV * CHUNK, tile_t, inverse, b, chunk.tokens, thread);
     __syncthreads();
     const int64_t stride = HV;
-    write_product<HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp, lane);
+    write_product<THREADS, HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp,
+                                            lane);
     if constexpr (Decay::GATED) {
       // The decays of K go to T, which every value head has of its own.
       __syncthreads();
@@ -166,7 +128,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
       __syncthreads();
     }
-    write_product<HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp, lane);
+    write_product<THREADS, HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp,
+                                            lane);
     __syncthreads();
 #endif
   }

@@ -8,12 +8,11 @@
 // and 0 for g = -inf. For the same reason rectangles i >= t > j are sums of prefixes of rows, and none is made from
 // another by taking a row away.
 //
-// Numbers: float. Macros: CHUNK, HAS_GATE, WARPS (a multiple of CHUNK / 16).
+// Numbers: float. Macros: those of value_rows.cuh, and HAS_GATE.
 #pragma once
+#include "portable/value_rows.cuh"
 #include "tiles/decay.cuh"
 #include "tiles/fragments.cuh"
-
-constexpr int ACROSS = WARPS / (CHUNK / 16);
 
 // Sums in the shared memory of a block of WARPS warps, ACROSS of which share 16 rows.
 struct GateGradient {

@@ -3,8 +3,7 @@
 // and the state itself e^(G_C). All are at most 1. e^(-G_j), which overflows, is never formed.
 //
 // Kernels that have a chunk to themselves form all of these from the gates (Decay). Walks need no pairs of tokens and
-// read the other factors, which factors.cu or decays.cu leaves per token (DecayFactors). A gate per key channel would
-// be one more pair of structs with the same verbs.
+// read the other factors, which factors.cu or decays.cu leaves per token (DecayFactors).
 //
 // Numbers: small differences of large sums count, so G is two floats, of which the second holds what rounding took from
 // the first. Gates below -1000 count as -1000, whose exponential is 0 like that of anything below: -inf too, of which
@@ -107,7 +106,10 @@ struct ScalarFactors {
   PRIM float carry(int tokens) const { return token[tokens - 1].x; }
 };
 
-#if HAS_GATE
+// With a gate per key channel the rows of a chunk come with their decays inside (portable/channel_factors.cu).
+constexpr bool PER_CHANNEL = HAS_GATE == 2;
+
+#if HAS_GATE == 1
 typedef ScalarDecay Decay;
 typedef ScalarFactors DecayFactors;
 #else

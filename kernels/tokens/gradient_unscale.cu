@@ -8,7 +8,7 @@
 #include "tiles/sequence.cuh"
 #include "tokens/units.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, GATES = GROUP * (HAS_GATE == 2 ? HEAD_K : 1);  // per token and key head
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gradient_unscale(const float* units, const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta,
@@ -36,6 +36,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   scale_elements<GROUP * HEAD_V, THREADS>(dv, dv, factor, first, chunk.tokens, h, H, thread);
   scale_elements<GROUP, THREADS>(dbeta, dbeta, factor, first, chunk.tokens, h, H, thread);
 #if HAS_GATE
-  scale_elements<GROUP, THREADS>(dg, dg, factor, first, chunk.tokens, h, H, thread);
+  scale_elements<GATES, THREADS>(dg, dg, factor, first, chunk.tokens, h, H, thread);
 #endif
 }

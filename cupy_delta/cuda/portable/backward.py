@@ -19,6 +19,7 @@ from ..spec import (
     variant,
 )
 from ..tokens.l2norm import through_norm
+from .backward_channel import backward_channel_launch
 from .choice import choose, walk_shape
 from .decays import decay_shared, decays_of
 
@@ -27,9 +28,11 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule_bwd`, from what `plan_training` has left."""
     chunk = choose(call, facts).chunk
     outputs, workspace = gradient_arrays(call, chunk)
+    per_channel = call.gate == "channel"
+    gradients_launch = backward_channel_launch if per_channel else backward_chunk_launch
     launches = (
         backward_state_launch(call, chunk, facts),
-        backward_chunk_launch(call, chunk, facts),
+        gradients_launch(call, chunk, facts),
         *through_norm(call),
     )
     return Plan(launches, outputs, workspace)

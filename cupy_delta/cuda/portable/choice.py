@@ -8,6 +8,8 @@ from ...call import Call
 from ..spec import DeviceFacts, padded
 
 DEFAULT_CHUNK = {"float32": 16, "float16": 32, "bfloat16": 32}
+# Key channels up to which the scaled rows of 32 tokens fit every GPU's shared memory.
+LONGEST_ROWS = 192
 # Chunks per segment for which cutting a sequence pays its extra launches (measured on an H200).
 SEGMENT_CHUNKS = 64
 
@@ -21,8 +23,15 @@ class Choice(NamedTuple):
 
 def choose(call: Call, facts: DeviceFacts) -> Choice:
     """Return the choice for a call that `families` has not refused."""
-    chunk = call.chunk_size or DEFAULT_CHUNK[call.dtype.name]
+    chunk = call.chunk_size or default_chunk(call)
     return Choice(chunk, segment_count(call, chunk, facts))
+
+
+def default_chunk(call: Call) -> int:
+    """Return the tokens of a chunk where the caller leaves the choice."""
+    if call.gate == "channel" and call.K > LONGEST_ROWS:
+        return 16
+    return DEFAULT_CHUNK[call.dtype.name]
 
 
 def segment_count(call: Call, chunk: int, facts: DeviceFacts) -> int:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ...call import Call
-from ..spec import Launch, carve, i32, slots
+from ..spec import SUMS, Launch, carve, i32, slots
+
+# What a gate per key channel leaves for walks: rows times their decays, and the decay of a chunk.
+CHANNEL_ARRAYS = ("k_read", "q_read", "k_write", "channel_decays")
 
 
 def decay_shared(call: Call, chunk: int) -> list[tuple[int, int]]:
-    """Shared memory of a chunk's decays: two floats per token; none without a gate."""
-    return [] if call.gate is None else [(chunk, 8)]
+    """Shared memory of a chunk's decays: two floats per token with a scalar gate."""
+    return [(chunk, 8)] if call.gate == "scalar" else []
 
 
 def decays_of(call: Call) -> str | None:
-    """Name of the array of every token's decays, as walks read them; None without a gate."""
-    return None if call.gate is None else "decays"
+    """Name of the array of every token's decays, as walks read them with a scalar gate."""
+    return "decays" if call.gate == "scalar" else None
 
 
-def decay_arrays(call: Call) -> dict:
-    """Return that array, or nothing."""
-    if call.gate is None:
-        return {}
-    return {"decays": ((*call.token_shape, 2), np.dtype(np.float32))}
+def channel_arrays(call: Call, chunk: int) -> dict:
+    """Return the arrays of `CHANNEL_ARRAYS`."""
+    rows = ((*call.token_shape, call.K), call.dtype)
+    arrays: dict = dict.fromkeys(CHANNEL_ARRAYS[:3], rows)
+    return arrays | {"channel_decays": ((slots(call, chunk), call.HV, call.K), SUMS)}
+
+
+def decay_arrays(call: Call, chunk: int) -> dict:
+    """Return what walks read of a gate."""
+    if call.gate == "channel":
+        return channel_arrays(call, chunk)
+    return {"decays": ((*call.token_shape, 2), SUMS)} if call.gate else {}
 
 
 def decays_launch(call: Call, chunk: int) -> Launch:

@@ -1,4 +1,4 @@
-"""The launch of `portable/factors.cu`: the WY factors of all chunks."""
+"""The WY factors of all chunks: `portable/factors.cu`, and which kernel makes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from ..spec import (
     slots,
     variant,
 )
-from .decays import decay_shared, decays_of
+from .channel_factors import channel_factors_launch
+from .decays import CHANNEL_ARRAYS, decay_shared, decays_of
+
+
+def core_launch(call: Call, chunk: int) -> Launch:
+    """What walks read of all chunks: the core and P, and of a gate its decays."""
+    if call.gate == "channel":
+        return channel_factors_launch(call, chunk, "core", CHANNEL_ARRAYS)
+    return wy_factors_launch(call, chunk, factors=False)
 
 
 def wy_factors_launch(call: Call, chunk: int, factors: bool) -> Launch:

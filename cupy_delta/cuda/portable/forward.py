@@ -22,7 +22,7 @@ from ..spec import (
 from ..tokens.l2norm import normalised
 from .choice import Choice, choose, walk_shape
 from .decays import decay_arrays, decay_shared, decays_of
-from .factors import wy_factors_launch
+from .factors import core_launch
 
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
@@ -44,13 +44,13 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
     }
     launches, workspace = normalised(call, "q", "k")
     workspace["core"] = workspace["p"] = ((*call.token_shape, chunk), call.dtype)
-    workspace |= decay_arrays(call)
+    workspace |= decay_arrays(call, chunk)
     states = None
     if residuals:
         states = C_TYPES[call.dtype.name]
         workspace["states"] = (call.states_shape(chunk), call.dtype)
         workspace["corrections"] = (call.value_shape, call.dtype)
-    launches.append(wy_factors_launch(call, chunk, factors=False))
+    launches.append(core_launch(call, chunk))
     initial = "initial_state"
     if segments > 1:
         initial = "entering"

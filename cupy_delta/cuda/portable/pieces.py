@@ -22,18 +22,32 @@ from ..spec import (
     variant,
 )
 from ..tokens.l2norm import normalised
+from .channel_factors import channel_factors_launch
 from .choice import choose
-from .decays import decay_arrays, decay_shared, decays_launch
+from .decays import channel_arrays, decay_arrays, decay_shared, decays_launch
 from .factors import wy_factors_launch
 from .forward import forward_launch
+
+WRITES = ("k_write", "channel_decays")
 
 
 def plan_wy_factors(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `wy_factors`."""
     chunk = choose(call, facts).chunk
     launches, workspace = normalised(call, "k")
-    launches.append(wy_factors_launch(call, chunk, factors=True))
-    return Plan(tuple(launches), factor_arrays(call, chunk), workspace | decay_arrays(call))
+    if call.gate == "channel":
+        # Decays of writes are for transfers, which walk from these factors.
+        launches.append(channel_factors_launch(call, chunk, "wu", WRITES))
+        workspace |= writes(call, chunk)
+    else:
+        launches.append(wy_factors_launch(call, chunk, factors=True))
+        workspace |= decay_arrays(call, chunk)
+    return Plan(tuple(launches), factor_arrays(call, chunk), workspace)
+
+
+def writes(call: Call, chunk: int) -> dict:
+    """Return the arrays that a walk from factors reads of a gate per key channel."""
+    return {name: channel_arrays(call, chunk)[name] for name in WRITES}
 
 
 def factor_arrays(call: Call, chunk: int) -> dict:
@@ -50,11 +64,15 @@ def plan_state_pass(call: Call, facts: DeviceFacts) -> Plan:
         "final_state": (call.state_shape, call.state_dtype),
     }
     launches, workspace = normalised(call, "k")
-    if call.gate is not None:
+    if call.gate == "channel":
+        launches.append(channel_factors_launch(call, chunk, "rows", WRITES))
+        workspace |= writes(call, chunk)
+    elif call.gate:
         launches.append(decays_launch(call, chunk))
+        workspace |= decay_arrays(call, chunk)
     launches.append(forward_launch(call, chunk, facts, factors=True, states="float", output=None))
     zeroed = ("states",) if call.varlen else ()
-    return Plan(tuple(launches), outputs, workspace | decay_arrays(call), zeroed=zeroed)
+    return Plan(tuple(launches), outputs, workspace, zeroed=zeroed)
 
 
 def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
@@ -62,6 +80,10 @@ def plan_chunk_output(call: Call, facts: DeviceFacts) -> Plan:
     chunk = choose(call, facts).chunk
     check_chunk_axis(call, chunk)
     launches, workspace = normalised(call, "q", "k")
+    if call.gate == "channel":
+        launches.append(channel_factors_launch(call, chunk, "p", ("q_read",)))
+        workspace["q_read"] = channel_arrays(call, chunk)["q_read"]
+        workspace["p"] = ((*call.token_shape, chunk), call.dtype)
     launches.append(chunk_output_launch(call, chunk))
     return Plan(tuple(launches), {"o": (call.value_shape, call.dtype)}, workspace)
 
@@ -85,10 +107,10 @@ def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
 def chunk_output_launch(call: Call, chunk: int) -> Launch:
     """Outputs of all chunks from their states."""
     size, K, V = call.dtype.itemsize, padded(call.K), padded(call.V)
-    slice_ = min(V, 64)
+    slice_, per_channel = min(V, 64), call.gate == "channel"
+    rows = (chunk * pitch(K, size), size)
     shared = carve(
-        (chunk * pitch(K, size), size),
-        (chunk * pitch(K, size), size),
+        *[rows] * (1 if per_channel else 2),
         (chunk * pitch(slice_, size), size),
         (K * pitch(slice_, size), size),
         (chunk * pitch(chunk, size), size),
@@ -103,11 +125,12 @@ def chunk_output_launch(call: Call, chunk: int) -> Launch:
         128,
         shared,
         (
-            normal(call, "q"),
-            normal(call, "k"),
+            "q_read" if per_channel else normal(call, "q"),
+            None if per_channel else normal(call, "k"),
+            "p" if per_channel else None,
             "v_new",
             "states",
-            "g",
+            "g" if call.gate == "scalar" else None,
             "cu_seqlens",
             "o",
             np.float32(call.scale),

@@ -22,6 +22,7 @@ def supports(operation: str, call: Call, facts: DeviceFacts) -> bool:
     return (
         facts.capability == (9, 0)
         and call.dtype.itemsize == 2
+        and call.gate != "channel"
         and call.chunk_size in (None, CHUNK)
         and call.K % 8 == 0
         and call.V % 8 == 0

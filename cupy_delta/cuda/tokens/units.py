@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...call import Call
-from ..spec import C_TYPES, SUMS, Launch, Plan, TensorBox, carve, i32, slots
+from ..spec import C_TYPES, GATES, SUMS, Launch, Plan, TensorBox, carve, i32, slots
 
 CHUNK = 64
 GRADIENTS = ("dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
@@ -82,7 +82,7 @@ def _launch(
         HEAD_V=call.V,
         GROUP=call.groups,
         CHUNK=CHUNK,
-        HAS_GATE=int(call.gate is not None),
+        HAS_GATE=GATES.index(call.gate),
         VARLEN=int(call.varlen),
     )
     return Launch(
