@@ -17,22 +17,14 @@
 // Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
 // Shared memory: two stages of K, Q and dO tiles, core, Pqk, beta and decays of a chunk; see
 // cupy_delta/cuda/portable/backward.py.
-#include "tiles/decay.cuh"
-#include "tiles/fragments.cuh"
-#include "tiles/load.cuh"
-#include "tiles/sequence.cuh"
-#include "tiles/store.cuh"
-
-typedef Mma<DTYPE> Product;
-constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
-constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
-constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
-constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
+#include "portable/walk.cuh"
 
 // Ties loads to the step they serve where registers are short: hoisted, they would spill. Elsewhere they may be early.
 PRIM void order_loads() {
   if constexpr (CHUNK == 64 || sizeof(DTYPE) == 4) __syncwarp();
 }
+
+// ---- what is read ------------------------------------------------------------------------------
 
 struct Stage {
   DTYPE *k, *q, *d_o, *core, *p;
@@ -52,28 +44,31 @@ PRIM Stage take_stage(DynSmem& smem) {
   return s;
 }
 
+// What all blocks of a launch share.
 struct Inputs {
   const DTYPE *q, *k, *core, *p, *d_o;
   const float* beta;
   const float2* decays;
 };
 
-PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
-                     int HV, int thread) {
-  const int64_t key = first * H + h, value = first * HV + hv;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, in.q + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.d_o, in.d_o + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
-                                                  tokens, min(SLICE, HEAD_V - slice * SLICE), thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
-                                                 thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
-  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
-  s.decays.load<THREADS>(in.decays + value, HV, tokens, thread);
+PRIM void load_chunk(const Stage& s, const Inputs& in, const Loader& load) {
+  load.keys(s.k, in.k);
+  load.keys(s.q, in.q);
+  load.values(s.d_o, in.d_o);
+  load.pairs(s.core, in.core);
+  load.pairs(s.p, in.p);
+  load.beta(s.beta, in.beta);
+  load.decays(s.decays, in.decays);
 }
 
-// d (16 x CHUNK) += a L for a left operand of one step and lower triangular L: later columns of the step are zero.
-PRIM void multiply_upper(float (&d)[C_TILES][4], const Product::A& a, const DTYPE* L, int step, int lane) {
+// ---- products of 16 value channels -------------------------------------------------------------
+
+// Sums by the tokens of a chunk, and by key channels.
+typedef float TokenSums[C_TILES][4];
+typedef float StateSums[K_TILES][4];
+
+// d += a L for a left operand of one step and lower triangular L: later columns of the step are zero.
+PRIM void multiply_upper(TokenSums& d, const Product::A& a, const DTYPE* L, int step, int lane) {
 #pragma unroll
   for (int n = 0; n <= (step * Product::DEPTH + Product::DEPTH - 1) / 16; n++) {
     typename Product::B b;
@@ -82,8 +77,25 @@ PRIM void multiply_upper(float (&d)[C_TILES][4], const Product::A& a, const DTYP
   }
 }
 
-// dS (16 x K) += a rows for a left operand of one step and a tile of K columns.
-PRIM void multiply_into_state(float (&dS)[K_TILES][4], const Product::A& a, const DTYPE* rows, int step, int lane) {
+// d = dS rows^T for a tile of K columns.
+PRIM void multiply_state(TokenSums& d, const StateSums& dS, const DTYPE* rows, int lane) {
+  clear(d);
+#pragma unroll
+  for (int step = 0; step < KP / Product::DEPTH; step++) {
+    typename Product::A a;
+    Product::from_sums(a, dS, step);
+    order_loads();
+#pragma unroll
+    for (int j = 0; j < CHUNK / 16; j++) {
+      typename Product::B b;
+      Product::load_b(b, rows + j * 16 * K_PITCH + step * Product::DEPTH, K_PITCH, lane);
+      Product::multiply(d[2 * j], d[2 * j + 1], a, b);
+    }
+  }
+}
+
+// dS += a rows for a left operand of one step and a tile of K columns.
+PRIM void add_to_state(StateSums& dS, const Product::A& a, const DTYPE* rows, int step, int lane) {
 #pragma unroll
   for (int j = 0; j < KP / 16; j++) {
     typename Product::B b;
@@ -92,136 +104,158 @@ PRIM void multiply_into_state(float (&dS)[K_TILES][4], const Product::A& a, cons
   }
 }
 
+// ---- the walk ----------------------------------------------------------------------------------
+
+// 16 value channels of dS on their way through the chunks.
+struct Walker {
+  StateSums& dS;
+  const float scale;
+  const int row, value, lane;  // the first value channel in the slice, and in the head
+
+  // The gradient of the state that the sequence leaves, or zero.
+  PRIM void enter(const float* dfinal_state) {
+    clear(dS);
+    if (dfinal_state == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) load_state(dS[j], dfinal_state, value, j * 8, lane);
+  }
+
+  // From the gradient of the state that leaves a chunk to that of the one that enters it.
+  PRIM void step(const Stage& s, DTYPE* dstate, DTYPE* dy, int tokens, int HV) {
+    keep_state(dstate);
+    TokenSums dN, dY;
+    add_outputs(dN, s);
+    multiply_state(dY, dS, s.k, lane);
+    solve(dN, dY, s);
+    write_rows(dy, dY, tokens, HV);
+    update(dY, s, tokens);
+  }
+
+  // dS' as (V, K).
+  PRIM void keep_state(DTYPE* dstate) const {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+      store_rows<DTYPE, HEAD_K>(dstate + value * HEAD_K + j * 8, dS[j], HEAD_V - value, HEAD_K - j * 8, lane);
+  }
+
+  // A of dO^T, tokens of one step.
+  PRIM void load_gradient(Product::A& a, const Stage& s, int step) const {
+    Product::load_a_transposed(a, s.d_o + step * Product::DEPTH * V_PITCH + row, V_PITCH, lane);
+  }
+
+  // dN^T = dO^T Pqk, yet without scale.
+  PRIM void add_outputs(TokenSums& dN, const Stage& s) const {
+    clear(dN);
+#pragma unroll
+    for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+      typename Product::A a;
+      load_gradient(a, s, step);
+      multiply_upper(dN, a, s.p, step, lane);
+    }
+  }
+
+  // From (K dS')^T in dY: dN is complete with its columns decayed, dY^T = dN^T + (b dN)^T core; dN becomes b dN.
+  PRIM void solve(TokenSums& dN, TokenSums& dY, const Stage& s) const {
+#pragma unroll
+    for (int j = 0; j < C_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int t = sum_column(lane, j, i);
+        dY[j][i] = scale * dN[j][i] + s.decays.write(t) * dY[j][i];
+        dN[j][i] = s.beta[t] * dY[j][i];
+      }
+#pragma unroll
+    for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+      typename Product::A a;
+      Product::from_sums(a, dN, step);
+      order_loads();
+      multiply_upper(dY, a, s.core, step, lane);
+    }
+  }
+
+  // dy[token][channel], for the tokens of a chunk.
+  PRIM void write_rows(DTYPE* dy, const TokenSums& dY, int tokens, int HV) const {
+#pragma unroll
+    for (int j = 0; j < C_TILES; j++)
+      store_transposed<DTYPE, HEAD_V>(dy + (int64_t)j * 8 * HV * HEAD_V, (int64_t)HV * HEAD_V, dY[j], HEAD_V - value,
+                                      tokens - j * 8, lane);
+  }
+
+  // dS^T = dS'^T + scale dO^T Q - (b dY)^T K, all decayed; dY becomes -b dY. Operands are decayed since the first
+  // token: that token's own decay, which may be too small for 16 bits, comes to the sums of dS.
+  PRIM void update(TokenSums& dY, const Stage& s, int tokens) {
+    const float unit = s.decays.read(0), per_unit = unit > 1e-37f ? 1.0f / unit : 0.0f;
+    const float carry = s.decays.carry(tokens) * per_unit;
+#pragma unroll
+    for (int j = 0; j < C_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int t = sum_column(lane, j, i);
+        dY[j][i] *= -s.beta[t] * (s.decays.read(t) * per_unit);
+      }
+    scale_state(carry);
+#pragma unroll
+    for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+      const int first = step * Product::DEPTH;
+      typename Product::A a;
+      load_gradient(a, s, step);
+      Product::scale_columns(a, [&](int k) { return scale * (s.decays.read(first + k) * per_unit); }, lane);
+      add_to_state(dS, a, s.q, step, lane);
+      order_loads();
+      Product::from_sums(a, dY, step);
+      add_to_state(dS, a, s.k, step, lane);
+    }
+    scale_state(unit);
+  }
+
+  PRIM void scale_state(float factor) {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) dS[j][i] *= factor;
+  }
+
+  PRIM void leave(float* dinitial_state) const {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state, dS[j], value, j * 8, lane);
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
                    const float2* decays, const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens,
                    DTYPE* dstates, DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, n = blockIdx.x / (SLICES * HV);
-  const int h = hv / (HV / H);
-  const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
-  const Sequence sequence = find_sequence<CHUNK>(cu_seqlens, n, T);
-  const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
-  const int64_t state_at = ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
+  const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * ROW_TILES * 16;
+  const Work work = find_work(cu_seqlens, Cut{1}, 1, T, H, HV);
   const Inputs inputs = {q, k, core, p, d_o, beta, decays};
-
+  const int64_t state_at = work.state(work.n);
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
   smem.all_taken(SHARED_BYTES);
 
   float dS[ROW_TILES][K_TILES][4];
+  const int value = work.slice * SLICE + row;
+  auto walker = [&](int m) { return Walker{dS[m], scale, row + m * 16, value + m * 16, lane}; };
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; m++) {
-    clear(dS[m]);
-    if (dfinal_state != nullptr) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++) load_state(dS[m][j], dfinal_state + state_at, value + m * 16, j * 8, lane);
-    }
-  }
-
+  for (int m = 0; m < ROW_TILES; m++) walker(m).enter(dfinal_state == nullptr ? nullptr : dfinal_state + state_at);
+  const int chunks = work.chunks();
   if (chunks > 0)
-    load_chunk(first_stage, inputs, sequence.first + (int64_t)(chunks - 1) * CHUNK,
-               sequence.tokens - (chunks - 1) * CHUNK, h, hv, slice, H, HV, thread);
+    load_chunk(first_stage, inputs, Loader(work, work.token(chunks - 1), work.tokens(chunks - 1), thread));
   cp_async_commit();
   for (int i = 0; i < chunks; i++) {
-    const int c = chunks - 1 - i;
+    const int c = chunks - 1 - i, tokens = work.tokens(c);
+    const int64_t token = work.token(c);
     const Stage stage = i % 2 ? second_stage : first_stage, next = i % 2 ? first_stage : second_stage;
-    const int64_t token = sequence.first + (int64_t)c * CHUNK;
-    const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
     // This stage has arrived, and everyone is done with the other.
     cp_async_wait<0>();
     __syncthreads();
-    if (c > 0) load_chunk(next, inputs, token - CHUNK, CHUNK, h, hv, slice, H, HV, thread);
+    if (c > 0) load_chunk(next, inputs, Loader(work, token - CHUNK, CHUNK, thread));
     cp_async_commit();
-
-    DTYPE* dstate = dstates + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
-    DTYPE* g_out = dy + (token * HV + hv) * HEAD_V + value;
+    DTYPE* rows = dy + (token * HV + work.hv) * HEAD_V + value;
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-        store_rows<DTYPE, HEAD_K>(dstate + (value + m * 16) * HEAD_K + j * 8, dS[m][j], HEAD_V - value - m * 16,
-                                  HEAD_K - j * 8, lane);
-
-      // dN^T is scale dO^T Pqk + dS'^T K^T, columns of the latter decayed; dY holds the latter until it is added.
-      float dN[C_TILES][4], dY[C_TILES][4];
-      clear(dN);
-#pragma unroll
-      for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
-        typename Product::A a;
-        Product::load_a_transposed(a, stage.d_o + step * Product::DEPTH * V_PITCH + row + m * 16, V_PITCH, lane);
-        multiply_upper(dN, a, stage.p, step, lane);
-      }
-      clear(dY);
-#pragma unroll
-      for (int step = 0; step < KP / Product::DEPTH; step++) {
-        typename Product::A a;
-        Product::from_sums(a, dS[m], step);
-        order_loads();
-#pragma unroll
-        for (int j = 0; j < CHUNK / 16; j++) {
-          typename Product::B b;
-          Product::load_b(b, stage.k + j * 16 * K_PITCH + step * Product::DEPTH, K_PITCH, lane);
-          Product::multiply(dY[2 * j], dY[2 * j + 1], a, b);
-        }
-      }
-
-      // dY^T = dN^T + (b dN)^T core; dN becomes b dN; at the end dY becomes -b dY, decayed since the first token: that
-      // token's own decay, which may be too small for 16 bits, comes to the sums of dS.
-      const float unit = stage.decays.read(0), per_unit = unit > 1e-37f ? 1.0f / unit : 0.0f;
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int t = sum_column(lane, j, e);
-          dY[j][e] = scale * dN[j][e] + stage.decays.write(t) * dY[j][e];
-          dN[j][e] = stage.beta[t] * dY[j][e];
-        }
-#pragma unroll
-      for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
-        typename Product::A a;
-        Product::from_sums(a, dN, step);
-        order_loads();
-        multiply_upper(dY, a, stage.core, step, lane);
-      }
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++) {
-        store_transposed<DTYPE, HEAD_V>(g_out + m * 16 + (int64_t)j * 8 * HV * HEAD_V, (int64_t)HV * HEAD_V, dY[j],
-                                        HEAD_V - value - m * 16, tokens - j * 8, lane);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int t = sum_column(lane, j, e);
-          dY[j][e] *= -stage.beta[t] * (stage.decays.read(t) * per_unit);
-        }
-      }
-
-      // dS^T = dS'^T + scale dO^T Q - (b dY)^T K, all decayed
-      const float carry = stage.decays.carry(tokens) * per_unit;
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) dS[m][j][e] *= carry;
-#pragma unroll
-      for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
-        const int first = step * Product::DEPTH;
-        typename Product::A a;
-        Product::load_a_transposed(a, stage.d_o + first * V_PITCH + row + m * 16, V_PITCH, lane);
-        Product::scale_columns(a, [&](int k) { return scale * (stage.decays.read(first + k) * per_unit); }, lane);
-        multiply_into_state(dS[m], a, stage.q, step, lane);
-        order_loads();
-        Product::from_sums(a, dY, step);
-        multiply_into_state(dS[m], a, stage.k, step, lane);
-      }
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) dS[m][j][e] *= unit;
-    }
+    for (int m = 0; m < ROW_TILES; m++) walker(m).step(stage, dstates + work.chunk_state(c), rows + m * 16, tokens, HV);
   }
   cp_async_wait<0>();
-
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, dS[m][j], value + m * 16, j * 8, lane);
+  for (int m = 0; m < ROW_TILES; m++) walker(m).leave(dinitial_state + state_at);
 }

@@ -19,24 +19,20 @@
 // states (K, V)), WARPS, ROW_TILES (16-row tiles of value channels per warp). Grid: N * segments walked * HV * slices
 // blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
 // and V tiles, core, Pqk, beta and decays of a chunk; see cupy_delta/cuda/portable/forward.py.
-#include "tiles/decay.cuh"
-#include "tiles/fragments.cuh"
-#include "tiles/load.cuh"
-#include "tiles/sequence.cuh"
-#include "tiles/store.cuh"
+#include "portable/walk.cuh"
 
-#define WITH_OUTPUT (!FROM_FACTORS && !TRANSFER)
-
-typedef Mma<DTYPE> Product;
-constexpr int THREADS = 32 * WARPS, SLICE = 16 * ROW_TILES * WARPS;
+constexpr bool WITH_OUTPUT = !FROM_FACTORS && !TRANSFER;
 // Blocks per multiprocessor: all registers for two tiles, where shared memory holds no second block, and where the
 // compiler would rather spill; else as it sees fit.
 constexpr bool SPILLS = sizeof(DTYPE) == 4 && (HEAD_K <= 64 || (KSM >= 1200 && FROM_FACTORS));
 constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && sizeof(DTYPE) == 2) || SPILLS ? 1 : 0;
-constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
-constexpr int K_PITCH = pitch_of<DTYPE>(KP), V_PITCH = pitch_of<DTYPE>(SLICE), C_PITCH = pitch_of<DTYPE>(CHUNK);
-constexpr int C_TILES = CHUNK / 8, K_TILES = KP / 8;
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;  // of each sequence's segments
+
+// Accumulators of a warp: its value channels by the tokens of a chunk, and by key channels.
+typedef float TokenSums[ROW_TILES][C_TILES][4];
+typedef float StateSums[ROW_TILES][K_TILES][4];
+
+// ---- what is read ------------------------------------------------------------------------------
 
 struct Stage {
   DTYPE *k, *q_or_w, *v, *core, *p;
@@ -47,24 +43,42 @@ struct Stage {
 PRIM Stage take_stage(DynSmem& smem) {
   Stage s = {};
   s.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
-#if !TRANSFER
-  s.q_or_w = smem.take<DTYPE>(CHUNK * K_PITCH, "q or w");
-#endif
+  if constexpr (!TRANSFER) s.q_or_w = smem.take<DTYPE>(CHUNK * K_PITCH, "q or w");
   s.v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
-#if !FROM_FACTORS
-  s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
-#if WITH_OUTPUT
-  s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
-#endif
-  s.beta = smem.take<float>(CHUNK, "beta");
-#endif
+  if constexpr (!FROM_FACTORS) s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
+  if constexpr (WITH_OUTPUT) s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
+  if constexpr (!FROM_FACTORS) s.beta = smem.take<float>(CHUNK, "beta");
   s.decays = DecayFactors::take(smem);
   return s;
 }
 
-// R[m] = S[m] rows^T and, in the same pass over S, O[m] = S[m] queries^T, for CHUNK x K tiles; 16 x CHUNK each.
-PRIM void multiply_state(float (&R)[ROW_TILES][C_TILES][4], float (&O)[ROW_TILES][C_TILES][4],
-                         const float (&S)[ROW_TILES][K_TILES][4], const DTYPE* rows, const DTYPE* queries, int lane) {
+// What all blocks of a launch share.
+struct Inputs {
+  const DTYPE *q_or_w, *k, *v, *core, *p;
+  const float* beta;
+  const float2* decays;
+};
+
+PRIM void load_chunk(const Stage& s, const Inputs& in, const Loader& load) {
+  load.keys(s.k, in.k);
+  if constexpr (FROM_FACTORS) load.keys_of_value_head(s.q_or_w, in.q_or_w);
+  if constexpr (WITH_OUTPUT) {
+    load.keys(s.q_or_w, in.q_or_w);
+    load.pairs(s.p, in.p);
+  }
+  if constexpr (!FROM_FACTORS) {
+    load.pairs(s.core, in.core);
+    load.beta(s.beta, in.beta);
+  }
+  load.decays(s.decays, in.decays);
+  if constexpr (!ZERO_V) load.values(s.v, in.v);
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// R[m] = S[m] rows^T and, in the same pass over S, O[m] = S[m] queries^T if there are any, for CHUNK x K tiles.
+PRIM void multiply_state(TokenSums& R, TokenSums& O, const StateSums& S, const DTYPE* rows, const DTYPE* queries,
+                         int lane) {
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++) {
     clear(R[m]);
@@ -83,7 +97,7 @@ PRIM void multiply_state(float (&R)[ROW_TILES][C_TILES][4], float (&O)[ROW_TILES
       Product::load_b(b, rows + at, K_PITCH, lane);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
-      if (queries == nullptr) continue;
+      if constexpr (!WITH_OUTPUT) continue;
       Product::load_b(b, queries + at, K_PITCH, lane);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);
@@ -91,9 +105,8 @@ PRIM void multiply_state(float (&R)[ROW_TILES][C_TILES][4], float (&O)[ROW_TILES
   }
 }
 
-// d[m] (16 x CHUNK each) += rows[m] L^T for lower triangular L: column tiles before the step's are zero.
-PRIM void multiply_lower(float (&d)[ROW_TILES][C_TILES][4], const float (&rows)[ROW_TILES][C_TILES][4], const DTYPE* L,
-                         int lane) {
+// d[m] += rows[m] L^T for lower triangular L: column tiles before the step's are zero.
+PRIM void multiply_lower(TokenSums& d, const TokenSums& rows, const DTYPE* L, int lane) {
 #pragma unroll
   for (int k = 0; k < CHUNK / Product::DEPTH; k++) {
     Product::order_loads();
@@ -110,216 +123,198 @@ PRIM void multiply_lower(float (&d)[ROW_TILES][C_TILES][4], const float (&rows)[
   }
 }
 
-// out[token][channel] for the channels of this warp.
-PRIM void write_rows(DTYPE* out, int64_t stride, const float (&d)[ROW_TILES][C_TILES][4], int value, int tokens,
-                     int lane) {
+// S[m] += N[m] rows, for a CHUNK x K tile.
+PRIM void add_to_state(StateSums& S, const TokenSums& N, const DTYPE* rows, int lane) {
+#pragma unroll
+  for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
+    Product::order_loads();
+    typename Product::A a[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], N[m], step);
+#pragma unroll
+    for (int j = 0; j < KP / 16; j++) {
+      typename Product::B b;
+      Product::load_b_transposed(b, rows + step * Product::DEPTH * K_PITCH + j * 16, K_PITCH, lane);
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) Product::multiply(S[m][2 * j], S[m][2 * j + 1], a[m], b);
+    }
+  }
+}
+
+// Every element d, of which `factor` is given row tile, column tile and index.
+template <int TILES, class F>
+PRIM void scale_sums(float (&d)[ROW_TILES][TILES][4], F factor, int lane) {
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-    for (int j = 0; j < C_TILES; j++)
-      store_transposed<DTYPE, HEAD_V>(out + m * 16 + j * 8 * stride, stride, d[m][j], HEAD_V - value - m * 16,
-                                      tokens - j * 8, lane);
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) d[m][j][i] *= factor(sum_column(lane, j, i));
 }
 
-// S = 1 on the diagonal of the rows from `value` on.
-PRIM void set_identity(float (&S)[K_TILES][4], int value, int lane) {
-#pragma unroll
-  for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) S[j][i] = value + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
-}
+// ---- the walk ----------------------------------------------------------------------------------
 
-// What all blocks of a launch share.
-struct Inputs {
-  const DTYPE *q_or_w, *k, *v, *core, *p;
-  const float* beta;
-  const float2* decays;
+// What is written; rows of tokens have HV * HEAD_V elements.
+struct Outputs {
+  DTYPE* o;
+  float* final_state;
+  STATES_DTYPE* states;
+  DTYPE* corrections;
 };
 
-PRIM void load_chunk(const Stage& s, const Inputs& in, int64_t first, int tokens, int h, int hv, int slice, int H,
-                     int HV, int thread) {
-  const int64_t key = first * H + h, value = first * HV + hv;
-  const int width = min(SLICE, HEAD_V - slice * SLICE);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, in.k + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K, thread);
-#if FROM_FACTORS
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + value * HEAD_K, (int64_t)HV * HEAD_K, tokens,
-                                               HEAD_K, thread);
-#elif WITH_OUTPUT
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q_or_w, in.q_or_w + key * HEAD_K, (int64_t)H * HEAD_K, tokens, HEAD_K,
-                                               thread);
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.p, in.p + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK, thread);
-#endif
-#if !FROM_FACTORS
-  load_tile<DTYPE, CHUNK, CHUNK, CHUNK, THREADS>(s.core, in.core + value * CHUNK, (int64_t)HV * CHUNK, tokens, CHUNK,
-                                                 thread);
-  load_column<CHUNK, THREADS>(s.beta, in.beta + value, HV, tokens, thread);
-#endif
-  s.decays.load<THREADS>(in.decays + value, HV, tokens, thread);
-#if !ZERO_V
-  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(s.v, in.v + value * HEAD_V + slice * SLICE, (int64_t)HV * HEAD_V,
-                                                  tokens, width, thread);
-#endif
-}
+// A warp on its way through the chunks, with 16 ROW_TILES value channels of the state.
+struct Walker {
+  const Work& work;
+  const Outputs& out;
+  StateSums& S;
+  const float scale;
+  const int row, value, lane;  // the first value channel in the slice, and in the head
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
-            const float2* decays, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
-            STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int slice = blockIdx.x % SLICES, hv = blockIdx.x / SLICES % HV, part = blockIdx.x / (SLICES * HV);
-  const int n = part / WALKED, segment = part % WALKED, h = hv / (HV / H);
-  const int row = warp * ROW_TILES * 16, value = slice * SLICE + row;  // first value channel of this warp
-  const Sequence sequence = find_segment<CHUNK>(cu_seqlens, n, Cut{SEGMENTS}, segment, T);
-  const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
-  const int64_t entering_at = ((int64_t)part * HV + hv) * HEAD_K * HEAD_V;
-  const Inputs inputs = {q_or_w, k, v, core, p, beta, decays};
-
-  DynSmem smem;
-  Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
-  smem.all_taken(SHARED_BYTES);
-
-  float S[ROW_TILES][K_TILES][4];
+  // The state that enters the first chunk: one that is given, zero, or the identity.
+  PRIM void enter(const float* initial_state) {
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; m++) {
-    clear(S[m]);
-#if ZERO_V
-    set_identity(S[m], value + m * 16, lane);
-#else
-    if (initial_state != nullptr) {
+    for (int m = 0; m < ROW_TILES; m++) {
+      clear(S[m]);
+      if constexpr (ZERO_V) {
+        set_identity(S[m], value + m * 16);
+      } else if (initial_state != nullptr) {
 #pragma unroll
-      for (int j = 0; j < K_TILES; j++) load_state(S[m][j], initial_state + entering_at, value + m * 16, j * 8, lane);
+        for (int j = 0; j < K_TILES; j++)
+          load_state(S[m][j], initial_state + work.state(work.part), value + m * 16, j * 8, lane);
+      }
     }
-#endif
   }
 
-  if (chunks > 0)
-    load_chunk(first_stage, inputs, sequence.first, min(sequence.tokens, CHUNK), h, hv, slice, H, HV, thread);
-  cp_async_commit();
-  for (int c = 0; c < chunks; c++) {
-    const Stage stage = c % 2 ? second_stage : first_stage, next = c % 2 ? first_stage : second_stage;
-    const int64_t token = sequence.first + (int64_t)c * CHUNK;
-    const int tokens = min(sequence.tokens - c * CHUNK, CHUNK);
-    // This stage has arrived, and everyone is done with the other.
-    cp_async_wait<0>();
-    __syncthreads();
-    if (c + 1 < chunks)
-      load_chunk(next, inputs, token + CHUNK, min(sequence.tokens - (c + 1) * CHUNK, CHUNK), h, hv, slice, H, HV,
-                 thread);
-    cp_async_commit();
+  PRIM void set_identity(float (&d)[K_TILES][4], int first) const {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) d[j][i] = first + sum_row(lane, i) == sum_column(lane, j, i) ? 1.0f : 0.0f;
+  }
 
-#if WRITE_STATES
-    STATES_DTYPE* state = states + ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V;
+  // From the state that enters chunk c to the one that leaves it.
+  PRIM void step(const Stage& s, int c, int64_t token, int tokens) {
+    if constexpr (WRITE_STATES) keep_state(out.states + work.chunk_state(c));
+    TokenSums R, N, O;
+    multiply_state(R, O, S, FROM_FACTORS ? s.q_or_w : s.k, WITH_OUTPUT ? s.q_or_w : nullptr, lane);
+    correct(R, N, O, s);
+    if constexpr (!FROM_FACTORS) multiply_lower(N, R, s.core, lane);
+    if constexpr (WRITE_STATES) write_rows(out.corrections, N, token, tokens);
+    if constexpr (!FROM_FACTORS) scale_sums(N, [&](int t) { return s.beta[t]; }, lane);
+    if constexpr (WITH_OUTPUT) {
+      multiply_lower(O, N, s.p, lane);
+      scale_sums(O, [&](int) { return scale; }, lane);
+      write_rows(out.o, O, token, tokens);
+    }
+    update(N, s, tokens);
+  }
+
+  // The state that enters a chunk, as (V, K), or from factors as (K, V).
+  PRIM void keep_state(STATES_DTYPE* state) const {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) {
         const int channel = value + m * 16, key = j * 8;
-#if FROM_FACTORS
-        store_transposed<STATES_DTYPE, HEAD_V>(state + key * HEAD_V + channel, HEAD_V, S[m][j], HEAD_V - channel,
-                                               HEAD_K - key, lane);
-#else
-        store_rows<STATES_DTYPE, HEAD_K>(state + channel * HEAD_K + key, S[m][j], HEAD_V - channel, HEAD_K - key, lane);
-#endif
+        if constexpr (FROM_FACTORS)
+          store_transposed<STATES_DTYPE, HEAD_V>(state + key * HEAD_V + channel, HEAD_V, S[m][j], HEAD_V - channel,
+                                                 HEAD_K - key, lane);
+        else
+          store_rows<STATES_DTYPE, HEAD_K>(state + channel * HEAD_K + key, S[m][j], HEAD_V - channel, HEAD_K - key,
+                                           lane);
       }
-#endif
+  }
 
-    float R[ROW_TILES][C_TILES][4], N[ROW_TILES][C_TILES][4], O[ROW_TILES][C_TILES][4];
-#if FROM_FACTORS
-    multiply_state(R, O, S, stage.q_or_w, nullptr, lane);
-#else
-    multiply_state(R, O, S, stage.k, WITH_OUTPUT ? stage.q_or_w : nullptr, lane);
-#endif
-
-    // N^ starts as R = V - e^G K S, and R becomes b R; or N = U - W S.
+  // From K S in R and Q S in O: N starts as R = V - e^G K S, R becomes b R, and O is decayed. From factors, with W S in
+  // R: N = U - W S.
+  PRIM void correct(TokenSums& R, TokenSums& N, TokenSums& O, const Stage& s) const {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
       for (int j = 0; j < C_TILES; j += 2) {
         float u[2][4];
-#if ZERO_V
-        clear(u);
-#else
-        Product::read_transposed(u[0], u[1], stage.v + j * 8 * V_PITCH + row + m * 16, V_PITCH, lane);
-#endif
+        if constexpr (ZERO_V)
+          clear(u);
+        else
+          Product::read_transposed(u[0], u[1], s.v + j * 8 * V_PITCH + row + m * 16, V_PITCH, lane);
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             float& r = R[m][j + half][i];
-#if FROM_FACTORS
-            N[m][j + half][i] = u[half][i] - r;
-#else
-            const int t = sum_column(lane, j + half, i);
-            r *= stage.decays.read(t);
-            O[m][j + half][i] *= stage.decays.read(t);
-            N[m][j + half][i] = u[half][i] - r;
-            r = stage.beta[t] * (u[half][i] - r);
-#endif
+            if constexpr (FROM_FACTORS) {
+              N[m][j + half][i] = u[half][i] - r;
+            } else {
+              const int t = sum_column(lane, j + half, i);
+              r *= s.decays.read(t);
+              O[m][j + half][i] *= s.decays.read(t);
+              N[m][j + half][i] = u[half][i] - r;
+              r = s.beta[t] * (u[half][i] - r);
+            }
           }
       }
-#if WITH_OUTPUT || WRITE_STATES
-    const int64_t out = (token * HV + hv) * HEAD_V + value, stride = (int64_t)HV * HEAD_V;
-#endif
-#if !FROM_FACTORS
-    multiply_lower(N, R, stage.core, lane);
-#endif
-#if WRITE_STATES
-    write_rows(corrections + out, stride, N, value, tokens, lane);
-#endif
-#if !FROM_FACTORS
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) N[m][j][i] *= stage.beta[sum_column(lane, j, i)];
-#if WITH_OUTPUT
-    multiply_lower(O, N, stage.p, lane);
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) O[m][j][i] *= scale;
-    write_rows(o + out, stride, O, value, tokens, lane);
-#endif
-#endif
-
-    // S' = e^(G_C) S + (e^(G_C - G) K)^T N
-    const float carry = stage.decays.carry(tokens);
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) S[m][j][i] *= carry;
-#pragma unroll
-      for (int j = 0; j < C_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) N[m][j][i] *= stage.decays.write(sum_column(lane, j, i));
-    }
-#pragma unroll
-    for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
-      Product::order_loads();
-      typename Product::A a[ROW_TILES];
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; m++) Product::from_sums(a[m], N[m], step);
-#pragma unroll
-      for (int j = 0; j < KP / 16; j++) {
-        typename Product::B b;
-        Product::load_b_transposed(b, stage.k + step * Product::DEPTH * K_PITCH + j * 16, K_PITCH, lane);
-#pragma unroll
-        for (int m = 0; m < ROW_TILES; m++) Product::multiply(S[m][2 * j], S[m][2 * j + 1], a[m], b);
-      }
-    }
   }
-  cp_async_wait<0>();
+
+  // S' = e^(G_C) S + (e^(G_C - G) K)^T N; N is decayed.
+  PRIM void update(TokenSums& N, const Stage& s, int tokens) {
+    const float carry = s.decays.carry(tokens);
+    scale_sums(S, [&](int) { return carry; }, lane);
+    scale_sums(N, [&](int t) { return s.decays.write(t); }, lane);
+    add_to_state(S, N, s.k, lane);
+  }
+
+  // rows[token][channel] of chunk c, for the channels of this warp.
+  PRIM void write_rows(DTYPE* rows, const TokenSums& d, int64_t token, int tokens) const {
+    const int64_t stride = (int64_t)work.HV * HEAD_V;
+    rows += (token * work.HV + work.hv) * HEAD_V + value;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int j = 0; j < C_TILES; j++)
+        store_transposed<DTYPE, HEAD_V>(rows + m * 16 + j * 8 * stride, stride, d[m][j], HEAD_V - value - m * 16,
+                                        tokens - j * 8, lane);
+  }
 
   // A transfer leaves a state per segment, a whole walk one per sequence: the last segment's.
-  if (!TRANSFER && segment < SEGMENTS - 1) return;
-  const int64_t leaving_at = TRANSFER ? entering_at : ((int64_t)n * HV + hv) * HEAD_K * HEAD_V;
+  PRIM void leave() const {
+    if (!TRANSFER && work.part % WALKED < SEGMENTS - 1) return;
+    float* state = out.final_state + work.state(TRANSFER ? work.part : work.n);
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; m++)
+    for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-    for (int j = 0; j < K_TILES; j++) store_state(final_state + leaving_at, S[m][j], value + m * 16, j * 8, lane);
+      for (int j = 0; j < K_TILES; j++) store_state(state, S[m][j], value + m * 16, j * 8, lane);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
+            const float2* decays, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
+            STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
+  const int thread = threadIdx.x, row = thread / 32 * ROW_TILES * 16;
+  const Work work = find_work(cu_seqlens, Cut{SEGMENTS}, WALKED, T, H, HV);
+  const Inputs inputs = {q_or_w, k, v, core, p, beta, decays};
+  const Outputs outputs = {o, final_state, states, corrections};
+  DynSmem smem;
+  Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
+  smem.all_taken(SHARED_BYTES);
+
+  StateSums S;
+  Walker walker = {work, outputs, S, scale, row, work.slice * SLICE + row, thread % 32};
+  walker.enter(initial_state);
+  const int chunks = work.chunks();
+  if (chunks > 0) load_chunk(first_stage, inputs, Loader(work, work.sequence.first, work.tokens(0), thread));
+  cp_async_commit();
+  for (int c = 0; c < chunks; c++) {
+    const int64_t token = work.token(c);
+    const int tokens = work.tokens(c);
+    const Stage stage = c % 2 ? second_stage : first_stage, next = c % 2 ? first_stage : second_stage;
+    // This stage has arrived, and everyone is done with the other.
+    cp_async_wait<0>();
+    __syncthreads();
+    if (c + 1 < chunks) load_chunk(next, inputs, Loader(work, token + CHUNK, work.tokens(c + 1), thread));
+    cp_async_commit();
+    walker.step(stage, c, token, tokens);
+  }
+  cp_async_wait<0>();
+  walker.leave();
 }
