@@ -27,15 +27,16 @@ PRIM void order_loads() {
 // ---- what is read ------------------------------------------------------------------------------
 
 struct Stage {
-  DTYPE *k, *q, *d_o, *core, *p;
+  DTYPE *k_write, *d_o, *core, *p;
+  DTYPE *k, *q;  // of reads; per key channel one tile each for both stages, k_write else
   float* beta;
   DecayFactors decays;
 };
 
 PRIM Stage take_stage(DynSmem& smem) {
-  Stage s;
-  s.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
-  s.q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+  Stage s = {};
+  s.k = s.k_write = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+  if constexpr (!PER_CHANNEL) s.q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
   s.d_o = smem.take<DTYPE>(CHUNK * V_PITCH, "do");
   s.core = smem.take<DTYPE>(CHUNK * C_PITCH, "core");
   s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
@@ -46,19 +47,26 @@ PRIM Stage take_stage(DynSmem& smem) {
 
 // What all blocks of a launch share.
 struct Inputs {
-  const DTYPE *q, *k, *core, *p, *d_o;
+  const DTYPE *q, *k, *k_write, *core, *p, *d_o;
   const float* beta;
-  const float2* decays;
+  ChunkFactors decays;
 };
 
 PRIM void load_chunk(const Stage& s, const Inputs& in, const Loader& load) {
-  load.keys(s.k, in.k);
-  load.keys(s.q, in.q);
+  load.keys(s.k_write, in.k_write);
+  if constexpr (!PER_CHANNEL) load.keys(s.q, in.q);
   load.values(s.d_o, in.d_o);
   load.pairs(s.core, in.core);
   load.pairs(s.p, in.p);
   load.beta(s.beta, in.beta);
   load.decays(s.decays, in.decays);
+}
+
+// Rows that are read last, with a gate per key channel others than those that are written.
+PRIM void load_reads(const Stage& s, const Inputs& in, const Loader& load) {
+  load.keys(s.k, in.k);
+  load.keys(s.q, in.q);
+  cp_async_commit();
 }
 
 // ---- products of 16 value channels -------------------------------------------------------------
@@ -125,9 +133,14 @@ struct Walker {
     keep_state(dstate);
     TokenSums dN, dY;
     add_outputs(dN, s);
-    multiply_state(dY, dS, s.k, lane);
+    multiply_state(dY, dS, s.k_write, lane);
     solve(dN, dY, s);
     write_rows(dy, dY, tokens, HV);
+    if constexpr (PER_CHANNEL) {
+      // All but what is loaded for the next chunk.
+      cp_async_wait<1>();
+      __syncthreads();
+    }
     update(dY, s, tokens);
   }
 
@@ -185,7 +198,6 @@ struct Walker {
   // token: that token's own decay, which may be too small for 16 bits, comes to the sums of dS.
   PRIM void update(TokenSums& dY, const Stage& s, int tokens) {
     const float unit = s.decays.read(0), per_unit = unit > 1e-37f ? 1.0f / unit : 0.0f;
-    const float carry = s.decays.carry(tokens) * per_unit;
 #pragma unroll
     for (int j = 0; j < C_TILES; j++)
 #pragma unroll
@@ -193,7 +205,7 @@ struct Walker {
         const int t = sum_column(lane, j, i);
         dY[j][i] *= -s.beta[t] * (s.decays.read(t) * per_unit);
       }
-    scale_state(carry);
+    scale_state([&](int key) { return s.decays.carry(tokens, key) * per_unit; });
 #pragma unroll
     for (int step = 0; step < CHUNK / Product::DEPTH; step++) {
       const int first = step * Product::DEPTH;
@@ -205,14 +217,15 @@ struct Walker {
       Product::from_sums(a, dY, step);
       add_to_state(dS, a, s.k, step, lane);
     }
-    scale_state(unit);
+    scale_state([&](int) { return unit; });
   }
 
-  PRIM void scale_state(float factor) {
+  template <class F>
+  PRIM void scale_state(F factor) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) dS[j][i] *= factor;
+      for (int i = 0; i < 4; i++) dS[j][i] *= factor(sum_column(lane, j, i));
   }
 
   PRIM void leave(float* dinitial_state) const {
@@ -223,14 +236,26 @@ struct Walker {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_state(const DTYPE* q, const DTYPE* k, const DTYPE* core, const DTYPE* p, const float* beta,
-                   const float2* decays, const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens,
-                   DTYPE* dstates, DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV) {
+                   const float2* decays,
+#if HAS_GATE == 2
+                   const DTYPE* k_write, const float* channel_decays,
+#endif
+                   const DTYPE* d_o, const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dstates, DTYPE* dy,
+                   float* dinitial_state, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * ROW_TILES * 16;
   const Work work = find_work(cu_seqlens, Cut{1}, 1, T, H, HV);
-  const Inputs inputs = {q, k, core, p, d_o, beta, decays};
+#if HAS_GATE == 2
+  const Inputs inputs = {q, k, k_write, core, p, d_o, beta, {nullptr, channel_decays}};
+#else
+  const Inputs inputs = {q, k, k, core, p, d_o, beta, {decays, nullptr}};
+#endif
   const int64_t state_at = work.state(work.n);
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
+  if constexpr (PER_CHANNEL) {
+    first_stage.k = second_stage.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k to read");
+    first_stage.q = second_stage.q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+  }
   smem.all_taken(SHARED_BYTES);
 
   float dS[ROW_TILES][K_TILES][4];
@@ -240,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int m = 0; m < ROW_TILES; m++) walker(m).enter(dfinal_state == nullptr ? nullptr : dfinal_state + state_at);
   const int chunks = work.chunks();
   if (chunks > 0)
-    load_chunk(first_stage, inputs, Loader(work, work.token(chunks - 1), work.tokens(chunks - 1), thread));
+    load_chunk(first_stage, inputs, Loader(work, chunks - 1, work.token(chunks - 1), work.tokens(chunks - 1), thread));
   cp_async_commit();
   for (int i = 0; i < chunks; i++) {
     const int c = chunks - 1 - i, tokens = work.tokens(c);
@@ -249,7 +274,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // This stage has arrived, and everyone is done with the other.
     cp_async_wait<0>();
     __syncthreads();
-    if (c > 0) load_chunk(next, inputs, Loader(work, token - CHUNK, CHUNK, thread));
+    if constexpr (PER_CHANNEL) load_reads(stage, inputs, Loader(work, c, token, tokens, thread));
+    if (c > 0) load_chunk(next, inputs, Loader(work, c - 1, token - CHUNK, CHUNK, thread));
     cp_async_commit();
     DTYPE* rows = dy + (token * HV + work.hv) * HEAD_V + value;
 #pragma unroll

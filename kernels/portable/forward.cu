@@ -22,6 +22,8 @@
 #include "portable/walk.cuh"
 
 constexpr bool WITH_OUTPUT = !FROM_FACTORS && !TRANSFER;
+// With a gate per key channel what is read and what is written are other rows, of which the latter come last.
+constexpr bool LATE_KEYS = PER_CHANNEL && !FROM_FACTORS;
 // Blocks per multiprocessor: all registers for two tiles, where shared memory holds no second block, and where the
 // compiler would rather spill; else as it sees fit.
 constexpr bool SPILLS = sizeof(DTYPE) == 4 && (HEAD_K <= 64 || (KSM >= 1200 && FROM_FACTORS));
@@ -36,6 +38,7 @@ typedef float StateSums[ROW_TILES][K_TILES][4];
 
 struct Stage {
   DTYPE *k, *q_or_w, *v, *core, *p;
+  DTYPE* k_write;  // k, or one tile for both stages
   float* beta;
   DecayFactors decays;
 };
@@ -49,6 +52,7 @@ PRIM Stage take_stage(DynSmem& smem) {
   if constexpr (WITH_OUTPUT) s.p = smem.take<DTYPE>(CHUNK * C_PITCH, "p");
   if constexpr (!FROM_FACTORS) s.beta = smem.take<float>(CHUNK, "beta");
   s.decays = DecayFactors::take(smem);
+  s.k_write = s.k;
   return s;
 }
 
@@ -56,7 +60,7 @@ PRIM Stage take_stage(DynSmem& smem) {
 struct Inputs {
   const DTYPE *q_or_w, *k, *v, *core, *p;
   const float* beta;
-  const float2* decays;
+  ChunkFactors decays;
 };
 
 PRIM void load_chunk(const Stage& s, const Inputs& in, const Loader& load) {
@@ -206,6 +210,11 @@ struct Walker {
       scale_sums(O, [&](int) { return scale; }, lane);
       write_rows(out.o, O, token, tokens);
     }
+    if constexpr (LATE_KEYS) {
+      // All but what is loaded for the next chunk.
+      cp_async_wait<1>();
+      __syncthreads();
+    }
     update(N, s, tokens);
   }
 
@@ -257,10 +266,9 @@ struct Walker {
 
   // S' = e^(G_C) S + (e^(G_C - G) K)^T N; N is decayed.
   PRIM void update(TokenSums& N, const Stage& s, int tokens) {
-    const float carry = s.decays.carry(tokens);
-    scale_sums(S, [&](int) { return carry; }, lane);
+    scale_sums(S, [&](int key) { return s.decays.carry(tokens, key); }, lane);
     scale_sums(N, [&](int t) { return s.decays.write(t); }, lane);
-    add_to_state(S, N, s.k, lane);
+    add_to_state(S, N, s.k_write, lane);
   }
 
   // rows[token][channel] of chunk c, for the channels of this warp.
@@ -288,21 +296,31 @@ struct Walker {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(const DTYPE* q_or_w, const DTYPE* k, const DTYPE* v, const DTYPE* core, const DTYPE* p, const float* beta,
-            const float2* decays, const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state,
-            STATES_DTYPE* states, DTYPE* corrections, float scale, int T, int H, int HV) {
+            const float2* decays,
+#if HAS_GATE == 2
+            const DTYPE* k_write, const float* channel_decays,
+#endif
+            const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state, STATES_DTYPE* states,
+            DTYPE* corrections, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, row = thread / 32 * ROW_TILES * 16;
   const Work work = find_work(cu_seqlens, Cut{SEGMENTS}, WALKED, T, H, HV);
-  const Inputs inputs = {q_or_w, k, v, core, p, beta, decays};
+#if HAS_GATE == 2
+  const Inputs inputs = {q_or_w, FROM_FACTORS ? k_write : k, v, core, p, beta, {nullptr, channel_decays}};
+#else
+  const DTYPE* k_write = k;
+  const Inputs inputs = {q_or_w, k, v, core, p, beta, {decays, nullptr}};
+#endif
   const Outputs outputs = {o, final_state, states, corrections};
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
+  if constexpr (LATE_KEYS) first_stage.k_write = second_stage.k_write = smem.take<DTYPE>(CHUNK * K_PITCH, "k to write");
   smem.all_taken(SHARED_BYTES);
 
   StateSums S;
   Walker walker = {work, outputs, S, scale, row, work.slice * SLICE + row, thread % 32};
   walker.enter(initial_state);
   const int chunks = work.chunks();
-  if (chunks > 0) load_chunk(first_stage, inputs, Loader(work, work.sequence.first, work.tokens(0), thread));
+  if (chunks > 0) load_chunk(first_stage, inputs, Loader(work, 0, work.sequence.first, work.tokens(0), thread));
   cp_async_commit();
   for (int c = 0; c < chunks; c++) {
     const int64_t token = work.token(c);
@@ -311,7 +329,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // This stage has arrived, and everyone is done with the other.
     cp_async_wait<0>();
     __syncthreads();
-    if (c + 1 < chunks) load_chunk(next, inputs, Loader(work, token + CHUNK, work.tokens(c + 1), thread));
+    if constexpr (LATE_KEYS) {
+      Loader(work, c, token, tokens, thread).keys(stage.k_write, k_write);
+      cp_async_commit();
+    }
+    if (c + 1 < chunks) load_chunk(next, inputs, Loader(work, c + 1, token + CHUNK, work.tokens(c + 1), thread));
     cp_async_commit();
     walker.step(stage, c, token, tokens);
   }

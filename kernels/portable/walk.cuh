@@ -26,7 +26,8 @@ struct Work {
   PRIM int64_t token(int c) const { return sequence.first + (int64_t)c * CHUNK; }
   // Of a state per sequence or segment, and of one per chunk.
   PRIM int64_t state(int index) const { return ((int64_t)index * HV + hv) * HEAD_K * HEAD_V; }
-  PRIM int64_t chunk_state(int c) const { return ((sequence.slot + c) * HV + hv) * HEAD_K * HEAD_V; }
+  PRIM int64_t chunk_row(int c) const { return (sequence.slot + c) * HV + hv; }
+  PRIM int64_t chunk_state(int c) const { return chunk_row(c) * HEAD_K * HEAD_V; }
 };
 
 // Which of `walked` segments of each sequence a block has.
@@ -38,16 +39,23 @@ PRIM Work find_work(const int64_t* cu_seqlens, const Cut& cut, int walked, int T
   return work;
 }
 
-// Loads tiles of chunk c. The caller commits and waits.
+// Loads tiles of a chunk. The caller commits and waits.
 struct Loader {
   const Work& work;
   const int64_t key, value;  // rows of its first token, of the key head and of the value head
-  const int tokens, thread;
+  const int chunk, tokens, thread;
 
-  PRIM Loader(const Work& work, int64_t token, int tokens, int thread)
-      : work(work), key(token * work.H + work.h), value(token * work.HV + work.hv), tokens(tokens), thread(thread) {}
+  PRIM Loader(const Work& work, int chunk, int64_t token, int tokens, int thread)
+      : work(work),
+        key(token * work.H + work.h),
+        value(token * work.HV + work.hv),
+        chunk(chunk),
+        tokens(tokens),
+        thread(thread) {}
 
+  // Of a key head; with a gate per key channel rows are a value head's.
   PRIM void keys(DTYPE* tile, const DTYPE* rows) const {
+    if constexpr (PER_CHANNEL) return keys_of_value_head(tile, rows);
     load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile, rows + key * HEAD_K, (int64_t)work.H * HEAD_K, tokens, HEAD_K,
                                                  thread);
   }
@@ -67,7 +75,8 @@ struct Loader {
   PRIM void beta(float* column, const float* numbers) const {
     load_column<CHUNK, THREADS>(column, numbers + value, work.HV, tokens, thread);
   }
-  PRIM void decays(const DecayFactors& factors, const float2* numbers) const {
-    factors.load<THREADS>(numbers + value, work.HV, tokens, thread);
+  PRIM void decays(const DecayFactors& factors, const ChunkFactors& from) const {
+    const ChunkFactors ours = {from.tokens + value, from.channels + work.chunk_row(chunk) * HEAD_K};
+    factors.load<THREADS>(ours, work.HV, tokens, thread);
   }
 };

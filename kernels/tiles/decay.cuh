@@ -3,7 +3,8 @@
 // and the state itself e^(G_C). All are at most 1. e^(-G_j), which overflows, is never formed.
 //
 // Kernels that have a chunk to themselves form all of these from the gates (Decay). Walks need no pairs of tokens and
-// read the other factors, which factors.cu or decays.cu leaves per token (DecayFactors).
+// read the other factors (DecayFactors): per token, as factors.cu or decays.cu leaves them, or per key channel, where
+// rows hold all but the state's (portable/channel_factors.cu).
 //
 // Numbers: small differences of large sums count, so G is two floats, of which the second holds what rounding took from
 // the first. Gates below -1000 count as -1000, whose exponential is 0 like that of anything below: -inf too, of which
@@ -26,13 +27,20 @@ struct NoDecay {
   PRIM float carry() const { return 1.0f; }
 };
 
+// The factors of a chunk and value head in memory: of its tokens, and of the key channels of its state.
+struct ChunkFactors {
+  const float2* tokens;
+  const float* channels;
+};
+
 struct NoFactors {
+  static constexpr bool PER_CHANNEL = false;
   static PRIM NoFactors take(DynSmem&) { return {}; }
   template <int THREADS>
-  PRIM void load(const float2*, int64_t, int, int) const {}
+  PRIM void load(const ChunkFactors&, int64_t, int, int) const {}
   PRIM float read(int) const { return 1.0f; }
   PRIM float write(int) const { return 1.0f; }
-  PRIM float carry(int) const { return 1.0f; }
+  PRIM float carry(int, int) const { return 1.0f; }
 };
 
 // x + y of two floats each; x.x and x.y do not overlap.
@@ -91,28 +99,50 @@ struct ScalarDecay {
 };
 
 struct ScalarFactors {
+  static constexpr bool PER_CHANNEL = false;
   float2* token;  // (e^(G_i), e^(G_C - G_i)) of CHUNK tokens in shared memory; zero past the end
 
   static PRIM ScalarFactors take(DynSmem& smem) { return {smem.take<float2>(CHUNK, "decays")}; }
 
   // The caller commits and waits.
   template <int THREADS>
-  PRIM void load(const float2* factors, int64_t stride, int tokens, int thread) const {
-    load_column<CHUNK, THREADS>(token, factors, stride, tokens, thread);
+  PRIM void load(const ChunkFactors& from, int64_t stride, int tokens, int thread) const {
+    load_column<CHUNK, THREADS>(token, from.tokens, stride, tokens, thread);
   }
 
   PRIM float read(int i) const { return token[i].x; }
   PRIM float write(int j) const { return token[j].y; }
-  PRIM float carry(int tokens) const { return token[tokens - 1].x; }
+  PRIM float carry(int tokens, int) const { return token[tokens - 1].x; }
 };
 
-// With a gate per key channel the rows of a chunk come with their decays inside (portable/channel_factors.cu).
-constexpr bool PER_CHANNEL = HAS_GATE == 2;
+// One gate per key channel: rows come with their decays, and what is left is that of each channel of the state.
+template <int CHANNELS>
+struct ChannelFactors {
+  static constexpr bool PER_CHANNEL = true;
+  float* channel;  // e^(G_C) in shared memory; zero past the head
 
+  static PRIM ChannelFactors take(DynSmem& smem) { return {smem.take<float>(padded(CHANNELS), "channel decays")}; }
+
+  template <int THREADS>
+  PRIM void load(const ChunkFactors& from, int64_t, int, int thread) const {
+    load_column<padded(CHANNELS), THREADS>(channel, from.channels, 1, CHANNELS, thread);
+  }
+
+  PRIM float read(int) const { return 1.0f; }
+  PRIM float write(int) const { return 1.0f; }
+  PRIM float carry(int, int key) const { return channel[key]; }
+};
+
+// The decays of the gate that a kernel is compiled for. Per key channel, kernels that have a chunk to themselves get rows
+// with all of them inside, as without a gate.
 #if HAS_GATE == 1
 typedef ScalarDecay Decay;
 typedef ScalarFactors DecayFactors;
+#elif HAS_GATE == 2
+typedef NoDecay Decay;
+typedef ChannelFactors<HEAD_K> DecayFactors;
 #else
 typedef NoDecay Decay;
 typedef NoFactors DecayFactors;
 #endif
+constexpr bool PER_CHANNEL = DecayFactors::PER_CHANNEL;

@@ -21,7 +21,7 @@ from ..spec import (
 from ..tokens.l2norm import through_norm
 from .backward_channel import backward_channel_launch
 from .choice import choose, walk_shape
-from .decays import decay_shared, decays_of
+from .decays import channel_written, decay_shared, decays_of, read_rows, walk_decay_shared
 
 
 def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
@@ -46,9 +46,12 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
     slice_ = 16 * row_tiles * warps
     key_rows = (chunk * pitch(K, size), size)
     square = (chunk * pitch(chunk, size), size)
-    stage = [key_rows, key_rows, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
-    stage += decay_shared(call, chunk)
-    shared = carve(*stage, *stage)
+    per_channel = call.gate == "channel"
+    # With a gate per key channel, rows that are read are one tile each for both stages.
+    keys = [key_rows] if per_channel else [key_rows, key_rows]
+    stage = [*keys, (chunk * pitch(slice_, size), size), square, square, (chunk, 4)]
+    stage += walk_decay_shared(call, chunk)
+    shared = carve(*stage, *stage, *([key_rows, key_rows] if per_channel else []))
     return Launch(
         "portable/backward_state.cu",
         "backward_state",
@@ -63,12 +66,13 @@ def backward_state_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launch:
         32 * warps,
         shared,
         (
-            normal(call, "q"),
-            normal(call, "k"),
+            read_rows(call, "q"),
+            read_rows(call, "k"),
             "core",
             "p",
             "beta",
             decays_of(call),
+            *channel_written(call),
             "do",
             "dfinal_state",
             "cu_seqlens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...call import Call
-from ..spec import SUMS, Launch, carve, i32, slots
+from ..spec import SUMS, Launch, carve, i32, normal, padded, slots
 
 # What a gate per key channel leaves for walks: rows times their decays, and the decay of a chunk.
 CHANNEL_ARRAYS = ("k_read", "q_read", "k_write", "channel_decays")
@@ -12,6 +12,21 @@ CHANNEL_ARRAYS = ("k_read", "q_read", "k_write", "channel_decays")
 def decay_shared(call: Call, chunk: int) -> list[tuple[int, int]]:
     """Shared memory of a chunk's decays: two floats per token with a scalar gate."""
     return [(chunk, 8)] if call.gate == "scalar" else []
+
+
+def walk_decay_shared(call: Call, chunk: int) -> list[tuple[int, int]]:
+    """Shared memory of a chunk's decays in walks: one float per key channel with such a gate."""
+    return [(padded(call.K), 4)] if call.gate == "channel" else decay_shared(call, chunk)
+
+
+def read_rows(call: Call, name: str) -> str:
+    """Name of the rows of q or k with which walks read the state."""
+    return f"{name}_read" if call.gate == "channel" else normal(call, name)
+
+
+def channel_written(call: Call) -> tuple[str, ...]:
+    """Return what walks are given beside them with a gate per key channel."""
+    return ("k_write", "channel_decays") if call.gate == "channel" else ()
 
 
 def decays_of(call: Call) -> str | None:

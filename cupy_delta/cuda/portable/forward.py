@@ -14,14 +14,13 @@ from ..spec import (
     Plan,
     carve,
     i32,
-    normal,
     padded,
     pitch,
     variant,
 )
 from ..tokens.l2norm import normalised
 from .choice import Choice, choose, walk_shape
-from .decays import decay_arrays, decay_shared, decays_of
+from .decays import channel_written, decay_arrays, decays_of, read_rows, walk_decay_shared
 from .factors import core_launch
 
 
@@ -133,8 +132,10 @@ def forward_launch(
         stage += [square, (chunk, 4)]
     if not factors and not transfer:
         stage.append(square)
-    stage += decay_shared(call, chunk)
-    shared = carve(*stage, *stage)
+    stage += walk_decay_shared(call, chunk)
+    # With a gate per key channel the rows that are written are one tile for both stages.
+    late = [key_rows] if call.gate == "channel" and not factors else []
+    shared = carve(*stage, *stage, *late)
     defines = variant(
         call,
         chunk,
@@ -157,13 +158,14 @@ def forward_launch(
         32 * warps,
         shared,
         (
-            "w" if factors else normal(call, "q"),
-            normal(call, "k"),
+            "w" if factors else read_rows(call, "q"),
+            None if factors and call.gate == "channel" else read_rows(call, "k"),
             None if zero_v else ("u" if factors else "v"),
             None if factors else "core",
             None if factors else "p",
             None if factors else "beta",
             decays_of(call),
+            *channel_written(call),
             initial,
             "cu_seqlens",
             output,
