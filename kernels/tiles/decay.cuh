@@ -133,8 +133,8 @@ struct ChannelFactors {
   PRIM float carry(int, int key) const { return channel[key]; }
 };
 
-// The decays of the gate that a kernel is compiled for. Per key channel, kernels that have a chunk to themselves get rows
-// with all of them inside, as without a gate.
+// The decays of the gate that a kernel is compiled for. Per key channel, kernels that have a chunk to themselves get
+// rows with all of them inside, as without a gate.
 #if HAS_GATE == 1
 typedef ScalarDecay Decay;
 typedef ScalarFactors DecayFactors;
