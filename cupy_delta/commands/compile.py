@@ -59,7 +59,14 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--chunk-size", type=positive, metavar="N", help="where calls pass one (default: none)"
     )
-    parser.add_argument("--gate", action="store_true", help="with a scalar gate")
+    parser.add_argument(
+        "--gate",
+        nargs="?",
+        choices=("scalar", "channel"),
+        const="scalar",
+        default=False,
+        help="with a gate, one per head, or per key channel with --gate channel",
+    )
     parser.add_argument("--varlen", action="store_true", help="with cu_seqlens")
     parser.add_argument("--qk-l2norm", action="store_true", help="with qk_l2norm=True")
     parser.add_argument(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..arrays import FLOAT_DTYPES
-from ..call import Call
+from ..call import Call, Gate
 from ..typing import StateLayout
 from .plan import plan
 from .runtime.sources import AT_ONCE
@@ -36,7 +36,7 @@ def launches_of(
     H: int = 1,
     HV: int | None = None,
     chunk_size: int | None = None,
-    gate: bool = False,
+    gate: bool | Gate = False,
     varlen: bool = False,
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
@@ -52,7 +52,9 @@ def launches_of(
         Of q, k and v; beta and g count as float32, pools as float32 (or float64).
     K, V, B, T, H, HV
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
-    chunk_size, gate, varlen, qk_l2norm, state_layout
+    gate : bool or {"scalar", "channel"}
+        With one gate per value head, as True also means, or one per key channel.
+    chunk_size, varlen, qk_l2norm, state_layout
         Options as in `chunk_delta_rule`.
 
     Returns
@@ -76,7 +78,7 @@ def launches_of(
         HV=HV,
         K=K,
         V=V,
-        gate="scalar" if gate else None,
+        gate="scalar" if gate is True else gate or None,
         varlen=varlen,
         scale=K**-0.5,
         qk_l2norm=qk_l2norm,

@@ -65,12 +65,64 @@ class Rounded:
         return dq, dk, dv, dbeta, dg, dS
 
 
+class RoundedChannels(Rounded):
+    """The same with a gate per key channel, whose decays are in the rows that meet a state.
+
+    Pairs of tokens are not products of two matrices: they are exact, but for what else is rounded.
+    """
+
+    def forward(self, S):
+        self.kept, o = [], np.zeros(self.inputs[2].shape)
+        for first in range(0, len(o), self.chunk):
+            rows = slice(first, min(first + self.chunk, len(o)))
+            Q, K, V, b, g = (x[rows] for x in self.inputs)
+            G, b = np.cumsum(g, axis=0), b[:, None]
+            e, w, carry = np.exp(G), np.exp(G[-1] - G), np.exp(G[-1])[:, None]
+            lower = np.tri(len(K), dtype=bool)[..., None]
+            D = np.exp(np.where(lower, G[:, None] - G[None], -np.inf))
+            M = np.tril(np.einsum("ic,jc,ijc->ij", K, K, D), -1)
+            P = np.einsum("ic,jc,ijc->ij", Q, K, D)
+            core = -M @ np.linalg.inv(np.eye(len(K)) + b * M)
+            R = V - self.mul(e * K, S)
+            N_hat = R + self.mul(core, b * R)
+            N = b * N_hat
+            self.kept.append((rows, Q, K, b, e, w, carry, D, P, core, N_hat, N, S))
+            o[rows] = self.scale * (self.mul(e * Q, S) + self.mul(P, N))
+            S = carry * S + self.mul((w * K).T, N)
+        return o, S
+
+    def backward(self, do, dS):
+        s, mul = self.scale, self.mul
+        dq, dk, dv, dbeta, dg = (np.zeros(x.shape) for x in self.inputs)
+        for rows, Q, K, b, e, w, carry, D, P, core, N_hat, N, S in reversed(self.kept):
+            dO = do[rows]
+            dN = s * mul(P.T, dO) + mul(w * K, dS)
+            Y = dN + mul(core.T, b * dN)
+            dR = b * Y
+            dP = s * np.tril(mul(dO, N.T))[..., None] * D
+            E = -np.tril(mul(dR, N.T), -1)[..., None] * D
+            from_q, from_k, into_k = s * e * mul(dO, S.T), -e * mul(dR, S.T), w * mul(N, dS.T)
+            dq[rows] = from_q + np.einsum("ijc,jc->ic", dP, K)
+            dk[rows] = from_k + into_k + np.einsum("ijc,jc->ic", E, K)
+            dk[rows] += np.einsum("ijc,ic->jc", dP, Q) + np.einsum("ijc,ic->jc", E, K)
+            dv[rows], dbeta[rows] = dR, np.sum(Y * N_hat, 1)
+            Z = (dP * Q[:, None] + E * K[:, None]) * K
+            reads, writes = Q * from_q + K * from_k, K * into_k
+            state = carry[:, 0] * np.sum(S * dS, axis=1)
+            dg[rows] = [
+                Z[t:, :t].sum((0, 1)) + reads[t:].sum(0) + writes[:t].sum(0) + state
+                for t in range(len(K))
+            ]
+            dS = carry * dS + s * mul((e * Q).T, dO) - mul((e * K).T, dR)
+        return dq, dk, dv, dbeta, dg, dS
+
+
 def heads(args, kw, chunk):
     """Yield (span, head, value head, sequence, `Rounded`, entering state) of a call."""
     dtype = args[0].dtype
     q, k, v, beta = (np.asarray(x, np.float64) for x in args[:4])
     g = np.zeros(beta.shape) if args[4] is None else np.asarray(args[4], np.float64)
-    g = np.maximum(g, -1000)
+    g, products = np.maximum(g, -1000), RoundedChannels if g.ndim == 4 else Rounded
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     cu = kw["cu_seqlens"]
@@ -84,7 +136,7 @@ def heads(args, kw, chunk):
             S = np.zeros((K, V))
             if kw["initial_state"] is not None:
                 S = _turned(kw, kw["initial_state"])[n, hv]
-            yield span, h, hv, n, Rounded(dtype, *one, kw.get("scale") or K**-0.5, chunk), S
+            yield span, h, hv, n, products(dtype, *one, kw.get("scale") or K**-0.5, chunk), S
 
 
 def _turned(kw, states):
@@ -108,7 +160,8 @@ def rounded_products(args, kw, chunk):
 def rounded_gradients(args, kw, do, dfinal, chunk):
     """Return the gradients (dq, dk, dv, dbeta, dg, dinitial_state) from such products."""
     dtype, do = args[0].dtype, np.asarray(do, np.float64)
-    dq, dk, dv, dbeta, dg = (np.zeros(x.shape) for x in (*args[:4], args[3]))
+    g = args[3] if args[4] is None else args[4]
+    dq, dk, dv, dbeta, dg = (np.zeros(x.shape) for x in (*args[:4], g))
     N = do.shape[0] if kw["cu_seqlens"] is None else len(kw["cu_seqlens"]) - 1
     initial = np.zeros((N, do.shape[2], args[0].shape[3], do.shape[3]))
     for span, h, hv, n, products, S in heads(args, kw, chunk):

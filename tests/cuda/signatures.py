@@ -20,7 +20,8 @@ DO, DFINAL = ("do", "do_scaled"), ("dfinal_state", "dfinal_scaled")
 # the array that a keyword of C++ has the name of.
 ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": dict(
-        q_or_w=("q", "w"),
+        q_or_w=("q", "q_read", "w"),
+        k=("k", "k_read"),
         v=("v", "u"),
         initial_state=("initial_state", "entering"),
         final_state=("final_state", "segment_h", "segment_p", "h", "p"),
@@ -39,8 +40,10 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "forward_residuals_hopper": dict(
         n_map=("corrections",), transfer_map=("segment_p",), h=("segment_h",)
     ),
-    "backward_state": dict(d_o=DO, dfinal_state=DFINAL),
+    "backward_state": dict(q=("q", "q_read"), k=("k", "k_read"), d_o=DO, dfinal_state=DFINAL),
     "backward_chunk": dict(d_o=DO),
+    "backward_channel": dict(d_o=DO),
+    "chunk_output": dict(q=("q", "q_read")),
     "backward_state_hopper": dict(
         do_map=DO,
         dfinal_state=DFINAL,
@@ -80,7 +83,7 @@ def signature(text: str, entry: str, macros: dict) -> list[Parameter]:
     for line in found.splitlines():
         directive, _, condition = line.strip().partition(" ")
         if directive == "#if":
-            names = {name: bool(macros[name]) for name in re.findall(r"\w+", condition)}
+            names = {name: macros[name] for name in re.findall(r"[A-Z]\w*", condition)}
             asked = condition.replace("||", " or ").replace("&&", " and ").replace("!", " not ")
             conditions.append(eval(asked, {}, names))
         elif directive == "#endif":

@@ -294,6 +294,7 @@ def test_step_in_float64_with_gate(emulated, on_reference):
 
 BLOCKS = [(dtype, varlen, None, False) for dtype in (BF16, F32) for varlen in (False, True)]
 BLOCKS += [(BF16, True, "scalar", True), (F32, True, "scalar", False), (F16, False, "scalar", True)]
+BLOCKS += [(BF16, True, "channel", True), (F32, False, "channel", False)]
 
 
 @pytest.mark.parametrize(("dtype", "varlen", "gate", "l2norm"), BLOCKS)

@@ -38,7 +38,6 @@ def problem(dtype=np.float16, chunk_size=None, qk_l2norm=False, **sizes):
         (dict(chunk_size=48), "chunk_size = 48: CuPy arrays support 16, 32 and 64, or None"),
         (dict(K=257), "K = 257: CuPy arrays support head sizes up to 256"),
         (dict(V=300), "V = 300: CuPy arrays support head sizes up to 256"),
-        (dict(gate="channel"), "g: a gate per key channel"),
     ],
 )
 def test_what_is_not_supported_is_named(options, words):
@@ -54,7 +53,7 @@ def test_a_chunk_too_large_for_the_gpu_is_named():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("K", [1, 64, 128, 192, 256])
 @pytest.mark.parametrize("V", [1, 64, 128, 256])
-@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 def test_every_head_size_fits_every_gpu(dtype, K, V, gate):
     p = problem(dtype=dtype, K=K, V=V, T=1, gate=gate)
     for plan in (plans.plan("training", p, SMALL), plans.plan("backward", p, SMALL)):
@@ -219,10 +218,16 @@ def test_pieces_prepare_keys_and_gates_once():
         assert [x.entry for x in launches] == names[operation].split()
 
 
-def test_pieces_refuse_a_gate_per_key_channel():
+def test_pieces_with_a_gate_per_key_channel_are_given_rows_with_decays():
+    names = {
+        "wy_factors": "channel_factors",
+        "transfer": "channel_factors forward forward",
+        "state_pass": "channel_factors forward",
+        "chunk_output": "channel_factors chunk_output",
+    }
     for operation, call in pieces("channel", qk_l2norm=False):
-        with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
-            plans.plan(operation, call, H200)
+        launches = plans.plan(operation, call, H200).launches
+        assert [x.entry for x in launches] == names[operation].split()
 
 
 def test_digest_changes_with_any_header(tmp_path):

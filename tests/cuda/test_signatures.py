@@ -12,7 +12,7 @@ from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
 from cupy_delta.cuda.plan import halves, made
 from cupy_delta.cuda.runtime.sources import kernel_folder
-from cupy_delta.cuda.spec import DeviceFacts, Launch, Plan
+from cupy_delta.cuda.spec import GATES, DeviceFacts, Launch, Plan
 from cupy_delta.cuda.tokens.affine import plan_affine
 from cupy_delta.raw import RawBeta, RawGate
 
@@ -34,11 +34,11 @@ def cases():
     )
     few_heads = replace(call, N=1, HV=2, H=1, T=40000)
     for facts in (A100, H200):
-        for gate in (None, "scalar"):
+        for gate in GATES:
             for operation in (*OPERATIONS, *PIECES):
                 for one in (call, few_heads):
                     yield operation, replace(one, gate=gate), facts
-    for facts, gate in itertools.product((A100, H200), (None, "scalar")):
+    for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):
         raw = RawGate("sigmoid", bf16, bias, -5.0)

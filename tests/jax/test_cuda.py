@@ -192,8 +192,8 @@ def test_integers_go_as_words_of_64_bits(planned):
 
 def test_what_the_kernels_lack_is_refused_by_name(planned, monkeypatch):
     monkeypatch.setattr(platforms, "default_platform", lambda: "cuda")
-    args, _ = make_inputs(20, K=16, V=16, gate="channel", dtype=np.float32)
-    with pytest.raises(NotImplementedError, match="g: a gate per key channel"):
+    args, _ = make_inputs(20, K=16, V=300, gate="channel", dtype=np.float32)
+    with pytest.raises(NotImplementedError, match="V = 300"):
         jax.jit(cdj.chunk_delta_rule)(*args)
     with pytest.raises(NotImplementedError, match="K = 300"):
         cdj.chunk_delta_rule(*make_inputs(20, K=300, V=16, dtype=np.float32)[0])

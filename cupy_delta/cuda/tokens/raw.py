@@ -25,11 +25,6 @@ def gates_per_head(call: Call) -> int:
     return call.K if call.gate == "channel" else 1
 
 
-def gate_shape(call: Call) -> tuple[int, ...]:
-    """Return the shape of g."""
-    return (*call.token_shape, call.K) if call.gate == "channel" else call.token_shape
-
-
 def beta_shape(call: Call) -> tuple[int, ...]:
     return call.value_shape if call.beta_per_value else call.token_shape
 
@@ -40,7 +35,7 @@ def formed(plan: Plan, call: Call) -> Plan:
     launches, workspace = [], {}
     if call.raw_gate is not None and "g" in read:
         launches.append(raw_gate_launch(call, plan.sums))
-        workspace["g"] = (gate_shape(call), plan.sums)
+        workspace["g"] = (call.gate_shape, plan.sums)
     if call.raw_beta is not None and "beta" in read:
         launches.append(raw_beta_launch(call, plan.sums))
         workspace["beta"] = (beta_shape(call), plan.sums)
@@ -55,7 +50,7 @@ def through_raw(plan: Plan, call: Call) -> Plan:
     if call.raw_gate is not None:
         between["dg"] = outputs.pop("dg")
         between["sums"] = ((gate_parts(call), call.HV, gates_per_head(call), 2), SUMS)
-        outputs["da"] = (gate_shape(call), call.raw_gate.dtype)
+        outputs["da"] = (call.gate_shape, call.raw_gate.dtype)
         outputs["dA_log"] = ((call.HV,), SUMS)
         if call.raw_gate.bias is not None:
             channels = (call.K,) if call.raw_gate.bias == "channel" else ()
