@@ -102,7 +102,9 @@ PRIM void multiply_state(TokenSums& R, TokenSums& O, const StateSums& S, const D
       Product::load_b(b, rows + at, K_PITCH, lane);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
-      if constexpr (!WITH_OUTPUT) continue;
+      // There are queries, but the compiler does not know: else it loads them early, and registers do not suffice. With
+      // all registers taken by S it does not.
+      if (!WITH_OUTPUT || (KP < 256 && queries == nullptr)) continue;
       Product::load_b(b, queries + at, K_PITCH, lane);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);

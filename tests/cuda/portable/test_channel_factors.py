@@ -1,10 +1,9 @@
 """The factors of a gate per key channel, alone, under the race-checking emulator."""
 
-from itertools import pairwise
-
 import ml_dtypes
 import numpy as np
 import pytest
+from channels import ROWS, factors_of, patterns
 from emulator import EmulatorDevice, Run, copy_in
 from helpers import make_inputs
 
@@ -14,8 +13,6 @@ from cupy_delta.cuda.spec import Plan
 from cupy_delta.problem import Problem
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
-NAMES = ("q", "k", "v", "beta", "g")
-ROWS = ("k_read", "q_read", "k_write")
 # Empty and one-token sequences, ends within, at and right after a chunk and a block.
 VARLEN = [0, 0, 1, 16, 33, 65, 97, 101]
 # Half a unit in the last place of numbers up to 1, and as much for products of rounded factors.
@@ -51,47 +48,9 @@ def computed(p, arrays, made, beside=(*ROWS, "channel_decays"), run=None, leg="s
     return {name: np.array(results[name], np.float64) for name in outputs}
 
 
-def chunks(p):
-    """Slot, batch row and rows of tokens of every chunk."""
-    C, spans = p.chunk_size, [(b, 0, p.T, b * p.chunk_slots(p.chunk_size)) for b in range(p.B)]
-    if p.cu_seqlens is not None:
-        ends = enumerate(pairwise(map(int, p.cu_seqlens)))
-        spans = [(0, start, stop, start // C + n) for n, (start, stop) in ends]
-    for b, start, stop, slot in spans:
-        for i, first in enumerate(range(start, stop, C)):
-            yield slot + i, b, slice(first, min(first + C, stop))
-
-
-def definition(p, arrays):
-    """Return all arrays in float64."""
-    q, k, v, beta, g = (np.asarray(arrays[name], np.float64) for name in NAMES)
-    C = p.chunk_size
-    sizes = {"core": C, "p": C, "t": C, "w": p.K, "u": p.V} | dict.fromkeys(ROWS, p.K)
-    found = {name: np.zeros((*p.token_shape, size)) for name, size in sizes.items()}
-    found["channel_decays"] = np.full((p.B * p.chunk_slots(C), p.HV, p.K), np.nan)
-    for slot, b, rows in chunks(p):
-        n = rows.stop - rows.start
-        for hv in range(p.HV):
-            h, at = hv // p.groups, (b, rows, hv)
-            Q, X, V, weight = q[b, rows, h], k[b, rows, h], v[at], beta[at][:, None]
-            G = np.cumsum(np.maximum(g[at], -1000), axis=0)
-            D = np.exp(np.minimum(G[:, None] - G[None], 0))
-            M = np.tril(np.einsum("ic,jc,ijc->ij", X, X, D), -1)
-            inverse = np.linalg.inv(np.eye(n) + weight * M)
-            t = inverse * weight.T
-            here = {"k_read": np.exp(G) * X, "q_read": np.exp(G) * Q}
-            here |= {"k_write": np.exp(G[-1] - G) * X, "core": -M @ inverse, "t": t}
-            here |= {"p": np.tril(np.einsum("ic,jc,ijc->ij", Q, X, D))}
-            here |= {"w": t @ here["k_read"], "u": t @ V}
-            for name, x in here.items():
-                found[name][at][:, : x.shape[1]] = x
-            found["channel_decays"][slot, hv] = np.exp(G[-1])
-    return found
-
-
 def check(p, arrays, made="core", **options):
     """Compare with float64: with unit keys no entry but of u is above 1, so errors are absolute."""
-    results, exact = computed(p, arrays, made, **options), definition(p, arrays)
+    results, exact = computed(p, arrays, made, **options), factors_of(p, arrays)
     for name, x in results.items():
         used = ~np.isnan(exact[name])
         off = np.abs(x - exact[name])[used]
@@ -115,22 +74,6 @@ def test_shapes(T, chunk, K, dtype, options, leg):
     check(*make_case(T, chunk, K=K, dtype=dtype, **options), leg=leg)
 
 
-def patterns(T, K):
-    """Return gates of T tokens and K channels by name."""
-    rng = np.random.default_rng(3)
-    found = {f"mean {mean}": -mean * rng.exponential(size=(T, K)) for mean in (0.01, 0.1, 1, 5)}
-    found["bound -5"] = -5 / (1 + np.exp(-4 * rng.standard_normal((T, K))))
-    found["some channels forget"] = g = -0.01 * rng.exponential(size=(T, K))
-    g[:, ::3] = -20
-    for reset in (-20, -88, -1000, -np.inf):
-        found[f"single resets of {reset}"] = g = -0.01 * rng.exponential(size=(T, K))
-        for token in (0, 15, 16, 31, 32, 40):
-            g[token, token % K] = reset
-            g[token, :: token % 5 + 2] = reset
-    found["all forgotten"] = np.full((T, K), -np.inf)
-    return found
-
-
 @pytest.mark.parametrize(("dtype", "chunk"), [(BF16, 32), (F16, 32), (F32, 16), (BF16, 64)])
 def test_decays_of_every_strength(dtype, chunk):
     T, K = 70, 20
@@ -139,7 +82,7 @@ def test_decays_of_every_strength(dtype, chunk):
     arrays["g"] = gates.astype(np.float32)
     results = check(p, arrays)
     for name in ("k_read", "q_read", "k_write", "channel_decays"):
-        exact = definition(p, arrays)[name]
+        exact = factors_of(p, arrays)[name]
         exact = np.where(np.abs(exact) > (6.2e-5 if dtype == F16 else 1e-35), exact, np.nan)
         worst = np.nanmax(np.abs(results[name] / exact - 1))
         assert worst < (3e-7 if name == "channel_decays" else BOUND[dtype] * 1.001), (name, worst)
