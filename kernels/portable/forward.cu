@@ -26,8 +26,8 @@ constexpr bool WITH_OUTPUT = !FROM_FACTORS && !TRANSFER;
 constexpr bool LATE_KEYS = PER_CHANNEL && !FROM_FACTORS;
 // Blocks per multiprocessor: all registers for two tiles, where shared memory holds no second block, and where the
 // compiler would rather spill; else as it sees fit.
-constexpr bool SPILLS =
-    PER_CHANNEL ? FROM_FACTORS : sizeof(DTYPE) == 4 && (HEAD_K <= 64 || (KSM >= 1200 && FROM_FACTORS));
+constexpr bool ON_120 = KSM >= 1200 && FROM_FACTORS && !WRITE_STATES;
+constexpr bool SPILLS = PER_CHANNEL ? FROM_FACTORS : sizeof(DTYPE) == 4 && (HEAD_K <= 64 || ON_120);
 constexpr int BLOCKS = ROW_TILES == 2 || (KSM >= 1200 && sizeof(DTYPE) == 2) || SPILLS ? 1 : 0;
 constexpr int WALKED = TRANSFER ? SEGMENTS - 1 : SEGMENTS;  // of each sequence's segments
 
