@@ -204,7 +204,7 @@ PRIM void multiply_pairs(const Tiles& s, int warp, int lane) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, CHUNK == 64 ? 1 : 4)
     channel_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
                     const int64_t* cu_seqlens, DTYPE* core, DTYPE* p, DTYPE* k_read, DTYPE* q_read, DTYPE* k_write,
                     float* channel_decays, DTYPE* t, DTYPE* w, DTYPE* u, int N, int T, int H, int HV) {

@@ -103,8 +103,8 @@ PRIM void multiply_state(TokenSums& R, TokenSums& O, const StateSums& S, const D
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(R[m][2 * j], R[m][2 * j + 1], a[m], b);
       // There are queries, but the compiler does not know: else it loads them early, and registers do not suffice. With
-      // all registers taken by S it does not.
-      if (!WITH_OUTPUT || (KP < 256 && queries == nullptr)) continue;
+      // all registers taken by S, or with two tiles, it does not.
+      if (!WITH_OUTPUT || (KP < 256 && ROW_TILES == 1 && queries == nullptr)) continue;
       Product::load_b(b, queries + at, K_PITCH, lane);
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) Product::multiply(O[m][2 * j], O[m][2 * j + 1], a[m], b);
