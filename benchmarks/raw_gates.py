@@ -5,7 +5,7 @@ them from logits of 16 bits, by a copy in float32 and one fused CuPy kernel each
 `SoftplusGate` and `SigmoidBeta`. Times are of CUDA graph replays, medians over turns. Outputs, and
 the gradients that all have, are compared with those of ``arrays``. The last table is of the kernels
 that form a gate per key channel and carry its gradient back, beside the time that a copy takes for
-as many bytes.
+as many bytes. Only ``raw`` carries gradients back to logits and parameters.
 
     python benchmarks/raw_gates.py
 """

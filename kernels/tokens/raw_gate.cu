@@ -3,16 +3,15 @@
 // A thread has the same VECTOR gates of every token, and forms A once.
 //
 // Numbers: REAL, which g is, too. Macros: A_DTYPE (of a), REAL (float or double), RAW_GATE, BIAS, CHANNELS (gates per
-// value head), VECTOR (neighbours per thread, which divides HV CHANNELS), WIDTH (threads side by side, a power of two),
-// ROWS (tokens per block). Grid: ceil(tokens / ROWS) * ceil(HV CHANNELS / (WIDTH VECTOR)) blocks of 256 threads. No
-// shared memory.
+// value head), VECTOR (neighbours per thread, which divides HV CHANNELS), WIDTH (threads side by side, a power of two).
+// Grid: ceil(tokens / rows) * ceil(HV CHANNELS / (WIDTH VECTOR)) blocks of 256 threads. No shared memory.
 #include "tiles/raw.cuh"
 
 constexpr int THREADS = 256, LANES = THREADS / WIDTH;
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    raw_gate(const A_DTYPE* a, const REAL* A_log, const REAL* dt_bias, REAL* g, REAL bound, int64_t tokens, int HV) {
-  const RawColumns<VECTOR, WIDTH> at(HV * CHANNELS, ROWS);
+extern "C" __global__ void __launch_bounds__(THREADS) raw_gate(const A_DTYPE* a, const REAL* A_log, const REAL* dt_bias,
+                                                               REAL* g, REAL bound, int64_t tokens, int rows, int HV) {
+  const RawColumns<VECTOR, WIDTH> at(HV * CHANNELS, rows);
   if (at.column >= at.columns) return;
   RawGate<REAL, RAW_GATE> raw[VECTOR];
   raw_gates_of<CHANNELS, BIAS>(raw, A_log, dt_bias, bound, at.column);

@@ -1,6 +1,6 @@
 // The gradient of a gate's logits from dg, and per run of tokens what its parameters' have of them:
 //
-//   da = dx,   sums = (sum of dx, sum of dA_log) over ROWS tokens, for every gate of a token; see tiles/raw.cuh
+//   da = dx,   sums = (sum of dx, sum of dA_log) over `rows` tokens, for every gate of a token; see tiles/raw.cuh
 //
 // Numbers: float, da rounded to A_DTYPE; a thread sums every LANES-th token, threads are summed in a fixed tree.
 // Macros, grid: those of tokens/raw_gate.cu. Shared memory: the sums of each thread.
@@ -10,8 +10,8 @@ constexpr int THREADS = 256, LANES = THREADS / WIDTH;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     raw_gate_gradient(const A_DTYPE* a, const float* A_log, const float* dt_bias, const float* dg, A_DTYPE* da,
-                      float2* sums, float bound, int64_t tokens, int HV) {
-  const RawColumns<VECTOR, WIDTH> at(HV * CHANNELS, ROWS);
+                      float2* sums, float bound, int64_t tokens, int rows, int HV) {
+  const RawColumns<VECTOR, WIDTH> at(HV * CHANNELS, rows);
   const bool inside = at.column < at.columns;
   const int thread = threadIdx.x;
   DynSmem smem;

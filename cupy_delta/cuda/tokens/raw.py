@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from ...call import Call
 from ..spec import BIASES, C_TYPES, SUMS, ArraySpecs, Launch, Plan, carve, i32, raw_macros
 
 THREADS = 256
-# Tokens whose gradients a block of raw_gate_gradient adds up, or a thread if those are more.
-RUN = dict(rows=128, lanes=8)
-SUM_THREADS = 1024
+# Tokens of a thread that forms gates, at least and where threads abound, and runs that one adds up.
+LEAST_ROWS, ROWS = 4, 16
+SUM_THREADS, PARTS_PER_THREAD = 1024, 16
 
 
 def gates_per_head(call: Call) -> int:
@@ -68,26 +68,42 @@ def through_raw(plan: Plan, call: Call) -> Plan:
     )
 
 
-def over_columns(call: Call, real: np.dtype, lanes: int, rows: int) -> tuple[dict[str, Any], int]:
-    """Return the macros of kernels in which a thread has some gates of all tokens, and the blocks.
+class Columns(NamedTuple):
+    """Of kernels in which a thread has the same gates of all its tokens: how they are divided.
 
-    A block has `rows` tokens, or as many more as give each of its threads `lanes`.
+    A thread has `vector` neighbours, a block `width` threads side by side and `rows` tokens.
     """
-    assert call.raw_gate is not None
-    channels = gates_per_head(call)
-    columns = call.HV * channels
-    vector = math.gcd(columns, 16 // real.itemsize)
-    width = width_of(columns // vector, THREADS)
-    rows = max(rows, lanes * (THREADS // width))
-    macros = dict(
-        A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
-        **raw_macros(call.raw_gate),
-        CHANNELS=channels,
-        VECTOR=vector,
-        WIDTH=width,
-        ROWS=rows,
-    )
-    return macros, -(-call.B * call.T // rows) * -(-columns // (vector * width))
+
+    columns: int
+    vector: int
+    width: int
+    rows: int
+
+    @classmethod
+    def of(cls, call: Call, real: np.dtype, most_parts: int | None = None) -> Columns:
+        """Divide a call's gates into many blocks, or into at most so many parts of its tokens."""
+        columns = call.HV * gates_per_head(call)
+        vector = math.gcd(columns, 16 // real.itemsize)
+        width = width_of(columns // vector, THREADS)
+        rows = ROWS if most_parts is None else -(-call.B * call.T // most_parts)
+        return cls(columns, vector, width, max(rows, LEAST_ROWS * (THREADS // width)))
+
+    def parts(self, call: Call) -> int:
+        """Return the runs of tokens."""
+        return -(-call.B * call.T // self.rows)
+
+    def grid(self, call: Call) -> int:
+        return self.parts(call) * -(-self.columns // (self.vector * self.width))
+
+    def macros(self, call: Call) -> dict[str, Any]:
+        assert call.raw_gate is not None
+        return dict(
+            A_DTYPE=C_TYPES[call.raw_gate.dtype.name],
+            **raw_macros(call.raw_gate),
+            CHANNELS=gates_per_head(call),
+            VECTOR=self.vector,
+            WIDTH=self.width,
+        )
 
 
 def width_of(columns: int, most: int) -> int:
@@ -98,12 +114,12 @@ def width_of(columns: int, most: int) -> int:
 def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
     """Every g."""
     assert call.raw_gate is not None
-    macros, grid = over_columns(call, real, lanes=4, rows=16)
+    divided = Columns.of(call, real)
     return Launch(
         "tokens/raw_gate.cu",
         "raw_gate",
-        (("REAL", C_TYPES[real.name]), *macros.items()),
-        grid,
+        (("REAL", C_TYPES[real.name]), *divided.macros(call).items()),
+        divided.grid(call),
         THREADS,
         0,
         (
@@ -113,6 +129,7 @@ def raw_gate_launch(call: Call, real: np.dtype) -> Launch:
             "g",
             real.type(call.raw_gate.bound),
             np.int64(call.B * call.T),
+            i32(divided.rows),
             i32(call.HV),
         ),
     )
@@ -149,17 +166,28 @@ def raw_beta_gradient_launch(call: Call) -> Launch:
     )
 
 
+def summed_columns(call: Call) -> Columns:
+    """Return how the gradients are divided: in few enough parts for their sums to be quick."""
+    lanes = SUM_THREADS // width_of(gates_per_head(call), SUM_THREADS)
+    return Columns.of(call, SUMS, most_parts=PARTS_PER_THREAD * lanes)
+
+
+def gate_parts(call: Call) -> int:
+    """Return the runs of tokens whose gradients are added up first."""
+    return summed_columns(call).parts(call)
+
+
 def raw_gate_gradient_launch(call: Call) -> Launch:
     """The gradients of the logits, and sums of those of the parameters."""
     assert call.raw_gate is not None
-    macros, grid = over_columns(call, SUMS, **RUN)
+    divided = summed_columns(call)
     return Launch(
         "tokens/raw_gate_gradient.cu",
         "raw_gate_gradient",
-        tuple(macros.items()),
-        grid,
+        tuple(divided.macros(call).items()),
+        divided.grid(call),
         THREADS,
-        carve((THREADS * macros["VECTOR"], 8)),
+        carve((THREADS * divided.vector, 8)),
         (
             "a",
             "A_log",
@@ -169,15 +197,10 @@ def raw_gate_gradient_launch(call: Call) -> Launch:
             "sums",
             SUMS.type(call.raw_gate.bound),
             np.int64(call.B * call.T),
+            i32(divided.rows),
             i32(call.HV),
         ),
     )
-
-
-def gate_parts(call: Call) -> int:
-    """Return the runs of tokens whose gradients are added up first."""
-    macros, _ = over_columns(call, SUMS, **RUN)
-    return -(-call.B * call.T // macros["ROWS"])
 
 
 def raw_gate_sums_launch(call: Call) -> Launch:
