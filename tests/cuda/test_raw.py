@@ -115,20 +115,21 @@ def test_logits_of_any_size(leg):
 
 # ---- by the whole way of a call ------------------------------------------------------------------
 
-# Compute capability, dtype, formula and dt_bias: of the ways of a backward every one.
+# Compute capability, dtype, formula, gate and dt_bias: of the ways of a backward every one.
 WAYS = [
-    (80, BF16, "softplus", "head"),
-    (80, F32, "sigmoid", None),
-    (80, F16, "softplus", None),
-    (90, BF16, "sigmoid", "head"),
-    (90, F16, "softplus", "head"),
+    (80, BF16, "softplus", "scalar", "head"),
+    (80, F32, "sigmoid", "scalar", None),
+    (80, F16, "softplus", "scalar", None),
+    (90, BF16, "sigmoid", "scalar", "head"),
+    (90, F16, "softplus", "scalar", "head"),
+    (80, BF16, "softplus", "channel", "channel"),
 ]
 
 
-@pytest.mark.parametrize(("sm", "dtype", "formula", "bias"), WAYS)
-def test_outputs_and_gradients_are_those_of_the_arrays(emulated, sm, dtype, formula, bias):
+@pytest.mark.parametrize(("sm", "dtype", "formula", "gate", "bias"), WAYS)
+def test_outputs_and_gradients_are_those_of_the_arrays(emulated, sm, dtype, formula, gate, bias):
     emulated(**(HOPPER if sm == 90 else {}))
-    args = inputs(formula, "scalar", bias, dtype)
+    args = inputs(formula, gate, bias, dtype)
     results = []
     for some in (args, [*args[:3], *(both(x).astype(np.float32) for x in args[3:])]):
         o, final, residuals = cd.chunk_delta_rule_fwd(*some, qk_l2norm=True)
