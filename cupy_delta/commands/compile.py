@@ -67,6 +67,12 @@ def add_arguments(parser) -> None:
         default=False,
         help="with a gate, one per head, or per key channel with --gate channel",
     )
+    parser.add_argument(
+        "--raw",
+        choices=("softplus", "sigmoid"),
+        help="with a SoftplusGate or SigmoidGate and a SigmoidBeta, their logits in the dtype of q,"
+        " and a dt_bias of (HV,), or (HV, K) with --gate channel",
+    )
     parser.add_argument("--varlen", action="store_true", help="with cu_seqlens")
     parser.add_argument("--qk-l2norm", action="store_true", help="with qk_l2norm=True")
     parser.add_argument(
@@ -93,6 +99,7 @@ def run_command(args) -> int:
             HV=args.value_heads,
             chunk_size=args.chunk_size,
             gate=args.gate,
+            raw=args.raw,
             varlen=args.varlen,
             qk_l2norm=args.qk_l2norm,
             state_layout=args.state_layout,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..arrays import FLOAT_DTYPES
 from ..call import Call, Gate
+from ..raw import Bias, Formula, RawBeta, RawGate
 from ..typing import StateLayout
 from .plan import plan
 from .runtime.sources import AT_ONCE
@@ -37,6 +38,7 @@ def launches_of(
     HV: int | None = None,
     chunk_size: int | None = None,
     gate: bool | Gate = False,
+    raw: Formula | None = None,
     varlen: bool = False,
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
@@ -54,6 +56,9 @@ def launches_of(
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
     gate : bool or {"scalar", "channel"}
         With one gate per value head, as True also means, or one per key channel.
+    raw : {"softplus", "sigmoid"}, optional
+        With a `SoftplusGate` or `SigmoidGate` whose bias is as its logits are, and a `SigmoidBeta`;
+        the logits of `dtype`.
     chunk_size, varlen, qk_l2norm, state_layout
         Options as in `chunk_delta_rule`.
 
@@ -68,9 +73,16 @@ def launches_of(
         As the call itself would.
     """
     HV = H if HV is None else HV
+    real = FLOAT_DTYPES[dtype]
+    kind: Gate | None = "scalar" if gate is True or (raw and not gate) else gate or None
+    raw_gate = raw_beta = None
+    if raw is not None:
+        bias: Bias = "channel" if kind == "channel" else "head"
+        # The numbers are arguments of kernels, whatever they are.
+        raw_gate, raw_beta = RawGate(raw, real, bias, -1.0), RawBeta(real, 1.0)
     batch, N = (1, B) if varlen else (B, B)
     call = Call(
-        dtype=FLOAT_DTYPES[dtype],
+        dtype=real,
         B=batch,
         T=T,
         N=N,
@@ -78,7 +90,9 @@ def launches_of(
         HV=HV,
         K=K,
         V=V,
-        gate="scalar" if gate is True else gate or None,
+        gate=kind,
+        raw_gate=raw_gate,
+        raw_beta=raw_beta,
         varlen=varlen,
         scale=K**-0.5,
         qk_l2norm=qk_l2norm,

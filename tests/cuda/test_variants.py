@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import make_inputs
+from raw import raw_gate
 
 import cupy_delta as cd
 from cupy_delta import dispatch
@@ -58,6 +59,8 @@ def recorder(monkeypatch):
 CASES = [
     dict(dtype=BF16, T=100),
     dict(dtype=BF16, T=100, gate="scalar", layout="vk"),
+    dict(dtype=BF16, T=100, gate="scalar", formula="softplus"),
+    dict(dtype=F32, T=100, gate="channel", formula="sigmoid"),
     dict(dtype=BF16, T=40000),
     dict(dtype=BF16, T=100, cu_seqlens=[0, 20, 100]),
     dict(dtype=F32, T=100, initial=True),
@@ -84,7 +87,13 @@ def run(passes, args, kw, **options):
 @pytest.mark.parametrize("passes", ["forward", "prefill", "backward", "recurrent"])
 def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2norm, passes):
     device, sizes = recorder(architecture), dict(H=2, G=1, K=64, V=64) | case
+    formula = sizes.pop("formula", None)
     args, kw = make_inputs(**sizes | dict(initial=passes == "prefill" or "initial" in case))
+    if formula is not None:
+        gate, dtype, rng = sizes["gate"], sizes["dtype"], np.random.default_rng(0)
+        bias = "channel" if gate == "channel" else "head"
+        args[3] = cd.SigmoidBeta(args[3])
+        args[4] = raw_gate(rng, formula, gate, bias, 1, sizes["T"], 2, 64, dtype)
     cu = sizes.get("cu_seqlens")
     options = dict(
         dtype=sizes["dtype"].name,
@@ -94,7 +103,8 @@ def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2
         T=sizes["T"],
         H=2,
         HV=2 * sizes["G"],
-        gate=sizes.get("gate") is not None,
+        gate=sizes.get("gate", False),
+        raw=formula,
         varlen=cu is not None,
         qk_l2norm=qk_l2norm,
         state_layout=sizes.get("layout", "kv"),
