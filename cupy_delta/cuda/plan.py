@@ -35,7 +35,9 @@ def made(operation: str, call: Call, facts: DeviceFacts) -> Plan:
         found = on_pool(found, call)
     if operation != "backward":
         return formed(found, call)
-    return through_raw(in_units(found, call) if call.dtype.name == "float16" else found, call)
+    found = through_raw(in_units(found, call) if call.dtype.name == "float16" else found, call)
+    # Of a gate per key channel g is as much as all else that is kept: it is formed again.
+    return formed(found, call, ("g",)) if call.gate == "channel" else found
 
 
 def plan_with_residuals(call: Call, facts: DeviceFacts) -> tuple[Plan, tuple[str, ...]]:

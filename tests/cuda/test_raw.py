@@ -203,6 +203,16 @@ def test_a_plan_forms_what_it_reads_and_nothing_else():
         assert {name for name, _ in backward.read} <= {*kept, "do", "dfinal_state"}
 
 
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_g_per_key_channel_is_not_kept(gate):
+    """It would be as much as all else: the backward forms it again."""
+    problem = problem_of(*inputs("sigmoid", gate, "head", BF16))
+    _, kept = plan_with_residuals(problem, A100)
+    backward = [x.entry for x in made("backward", problem, A100).launches]
+    assert {"a", "A_log", "dt_bias", "logits", "beta"} <= {*kept}
+    assert ("g" in kept) == (gate == "scalar") == ("raw_gate" not in backward)
+
+
 def test_without_raw_parameters_plans_have_no_launch_more():
     q, k, v, beta, g = inputs("sigmoid", "scalar", "head", BF16)
     problem = problem_of(q, k, v, *(both(x).astype(np.float32) for x in (beta, g)))

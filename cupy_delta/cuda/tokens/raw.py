@@ -29,9 +29,9 @@ def beta_shape(call: Call) -> tuple[int, ...]:
     return call.value_shape if call.beta_per_value else call.token_shape
 
 
-def formed(plan: Plan, call: Call) -> Plan:
-    """Return a plan that forms the g and beta that it reads, where logits are in their place."""
-    read = {name for name, _ in plan.read}
+def formed(plan: Plan, call: Call, names: tuple[str, ...] = ("g", "beta")) -> Plan:
+    """Return a plan that forms what it reads of these, where logits are in their place."""
+    read = {name for name, _ in plan.read}.intersection(names)
     launches, workspace = [], {}
     if call.raw_gate is not None and "g" in read:
         launches.append(raw_gate_launch(call, plan.sums))
