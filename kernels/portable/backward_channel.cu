@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-      if (slice == 0) exponentiate<KEYS, THREADS>(channels.e, channels.sums, thread);
+      if (slice == 0) exponentiate<KEYS, THREADS>(channels.e, channels.sums, channels.decays, thread);
       weigh_rows(s.values.n, s.values.r, s.b, s.b_sums, slice == 0, dv + at, stride, key_slice == 0, tokens, width,
                  warp, lane);
       __syncthreads();
@@ -173,9 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
     if (key_slice == 0 && thread < tokens) dbeta[value_row + (int64_t)thread * HV] = s.b_sums[thread];
     products.store(channels, scale, row, across, lane);
     if (has_unit) {
-      const int at = unit.a * KEYS + unit.c;
-      channels.decays[at] = exp_pair(channels.sums[at]);
-      channels.states[at] = states_dot * decay_of_blocks(channels.sums + unit.c, KEYS, 0, BLOCKS_OF_CHUNK);
+      const float decay = decay_of_blocks(channels.sums + unit.c, KEYS, 0, BLOCKS_OF_CHUNK);
+      channels.states[unit.a * KEYS + unit.c] = states_dot * decay;
     }
     __syncthreads();
     if (has_unit) {

@@ -37,8 +37,9 @@ struct Tiles {
   DTYPE *k, *q;
   DTYPE *k_late, *q_late, *k_early;  // x_i e^(G_i - s) of all blocks but the first, k_j e^(s - G_j) of all but the last
   DTYPE* k_read;
-  float* e;      // e^g
-  float2* sums;  // of the gates of every block
+  float* e;       // e^g
+  float2* sums;   // of the gates of every block
+  float* decays;  // their exponentials
   float *beta, *m;
   DTYPE *p, *v, *t;
 
@@ -54,6 +55,7 @@ struct Tiles {
     }
     s.e = smem.take<float>(E_SIZE, "decays, then the inverse");
     s.sums = smem.take<float2>(BLOCKS_OF_CHUNK * KP, "sums of gates");
+    s.decays = smem.take<float>(BLOCKS_OF_CHUNK * KP, "decays of blocks");
     if constexpr (WITH_M) {
       s.beta = smem.take<float>(CHUNK, "beta");
       s.m = smem.take<float>(CHUNK * A_PITCH, "m");
@@ -172,8 +174,8 @@ PRIM void multiply_between(float (&d)[2][4], const DTYPE* late, const Tiles& s, 
     typename Product::A rows;
     typename Product::B columns;
     Product::load_a(rows, late + (a - 1) * BLOCK * K_PITCH + k, K_PITCH, lane);
-    if (a > b + 1)
-      Product::scale_columns(rows, [&](int c) { return decay_of_blocks(s.sums + k + c, KP, b + 1, a); }, lane);
+    for (int between = b + 1; between < a; between++)
+      Product::scale_columns(rows, [&](int c) { return s.decays[between * KP + k + c]; }, lane);
     Product::load_b(columns, s.k_early + b * BLOCK * K_PITCH + k, K_PITCH, lane);
     Product::multiply(d[0], d[1], rows, columns);
   }
@@ -233,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CHUNK == 64 ? 1 : 4)
   }
   cp_async_wait<0>();
   __syncthreads();
-  exponentiate<KP, THREADS>(s.e, s.sums, thread);
+  exponentiate<KP, THREADS>(s.e, s.sums, s.decays, thread);
   __syncthreads();
 
   auto asked = [&](DTYPE* rows) { return rows == nullptr ? rows : rows + row * HEAD_K; };

@@ -13,9 +13,10 @@
 
 constexpr int BLOCK = 16, BLOCKS_OF_CHUNK = CHUNK / BLOCK;
 
-// e^g in place of g in a tile of CHUNK tokens and COLUMNS channels; the sum of the gates of every block and channel.
+// e^g in place of g in a tile of CHUNK tokens and COLUMNS channels; the sum of the gates of every block and channel,
+// and its exponential.
 template <int COLUMNS, int THREADS>
-PRIM void exponentiate(float* tile, float2* sums, int thread) {
+PRIM void exponentiate(float* tile, float2* sums, float* decays, int thread) {
   for (int unit = thread; unit < BLOCKS_OF_CHUNK * COLUMNS; unit += THREADS) {
     const int block = unit / COLUMNS, c = unit % COLUMNS;
     float2 sum = make_float2(0.0f, 0.0f);
@@ -27,6 +28,7 @@ PRIM void exponentiate(float* tile, float2* sums, int thread) {
       x = expf(gate);
     }
     sums[unit] = sum;
+    decays[unit] = exp_pair(sum);
   }
 }
 

@@ -3,9 +3,26 @@
 from itertools import pairwise
 
 import numpy as np
+from helpers import make_inputs
+
+from cupy_delta.problem import Problem
 
 GIVEN = ("q", "k", "v", "beta", "g")
 ROWS = ("k_read", "q_read", "k_write")
+
+
+def make_case(T, chunk, *, H=1, G=1, K=16, V=8, dtype, **options):
+    """Return a problem and its arrays, as the kernel is given them."""
+    options = dict(gate="channel") | options
+    args, kw = make_inputs(T, H=H, G=G, K=K, V=V, dtype=dtype, **options)
+    q, k, v, beta, g = args
+    cu = kw["cu_seqlens"]
+    cu = None if cu is None else np.asarray(cu, np.int64)
+    N = len(q) if cu is None else len(cu) - 1
+    call = dict(dtype=dtype, B=len(q), T=T, N=N, H=H, HV=H * G, K=K, V=V, gate="channel")
+    p = Problem(kind="numpy", **call, cu_seqlens=cu, varlen=cu is not None, chunk_size=chunk)
+    beta, g = beta.astype(np.float32), g.astype(np.float32)
+    return p, dict(q=q, k=k, v=v, beta=beta, g=g)
 
 
 def chunks(p):

@@ -69,7 +69,11 @@ def _shared(call: Call, chunk: int, with_q: bool, with_m: bool, factors: bool) -
     arrays = [rows, *[rows] * with_q]
     if chunk > BLOCK and (with_q or with_m):
         arrays += [scaled] * (1 + with_m + with_q)
-    arrays += [(max(chunk * pitch(K, 4), inverse), 4), (chunk // BLOCK * K, 8)]
+    arrays += [
+        (max(chunk * pitch(K, 4), inverse), 4),
+        (chunk // BLOCK * K, 8),
+        (chunk // BLOCK * K, 4),
+    ]
     if with_m:
         arrays += [(chunk, 4), (chunk * pitch(chunk, 4), 4)]
     arrays += [square] * with_q

@@ -3,11 +3,13 @@
 What walks would leave is drawn at random: the kernel is right for any of it.
 """
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
+from channels import chunks, make_case, patterns
 from emulator import EmulatorDevice, Run, copy_in
-from portable.test_channel_factors import chunks, make_case, patterns
 from rounded import error
 
 from cupy_delta.cuda.portable.backward_channel import backward_channel_launch
@@ -86,8 +88,6 @@ def check(p, arrays, **options):
 
 
 def case(*args, **options):
-    from dataclasses import replace
-
     p, arrays = make_case(*args, **options)
     p = replace(p, scale=SCALE)
     return p, walked(p, arrays)

@@ -3,34 +3,18 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from channels import ROWS, factors_of, patterns
+from channels import ROWS, factors_of, make_case, patterns
 from emulator import EmulatorDevice, Run, copy_in
-from helpers import make_inputs
 
 from cupy_delta.cuda.portable.channel_factors import channel_factors_launch
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.spec import Plan
-from cupy_delta.problem import Problem
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 # Empty and one-token sequences, ends within, at and right after a chunk and a block.
 VARLEN = [0, 0, 1, 16, 33, 65, 97, 101]
 # Half a unit in the last place of numbers up to 1, and as much for products of rounded factors.
 BOUND = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2e-6}
-
-
-def make_case(T, chunk, *, H=1, G=1, K=16, V=8, dtype=BF16, **options):
-    """Return a problem and its arrays, as the kernel is given them."""
-    options = dict(gate="channel") | options
-    args, kw = make_inputs(T, H=H, G=G, K=K, V=V, dtype=dtype, **options)
-    q, k, v, beta, g = args
-    cu = kw["cu_seqlens"]
-    cu = None if cu is None else np.asarray(cu, np.int64)
-    N = len(q) if cu is None else len(cu) - 1
-    call = dict(dtype=dtype, B=len(q), T=T, N=N, H=H, HV=H * G, K=K, V=V, gate="channel")
-    p = Problem(kind="numpy", **call, cu_seqlens=cu, varlen=cu is not None, chunk_size=chunk)
-    beta, g = beta.astype(np.float32), g.astype(np.float32)
-    return p, dict(q=q, k=k, v=v, beta=beta, g=g)
 
 
 def computed(p, arrays, made, beside=(*ROWS, "channel_decays"), run=None, leg="source"):
@@ -93,7 +77,7 @@ def test_decays_of_every_strength(dtype, chunk):
 )
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_what_is_asked_for_alone(made, beside, chunk):
-    p, arrays = make_case(70, chunk, K=40, G=2, cu_seqlens=[0, 5, 70])
+    p, arrays = make_case(70, chunk, K=40, G=2, dtype=BF16, cu_seqlens=[0, 5, 70])
     found = check(p, arrays, made, beside=beside)
     assert set(found) == set(beside) | ({"p"} if made == "p" else set())
 
@@ -109,7 +93,7 @@ def test_public_factors(chunk, dtype, K, V):
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_causal_to_the_bit_and_nan_stays(chunk):
     """Later gates change nothing of earlier tokens, not by their size, nor by being NaN."""
-    p, arrays = make_case(70, chunk, K=32, H=2)
+    p, arrays = make_case(70, chunk, K=32, H=2, dtype=BF16)
     first = computed(p, arrays, "core")
     for gate in (-1000.0, -3.0, np.nan):
         g = arrays["g"].copy()
