@@ -90,9 +90,7 @@ def begin_forward(problem: Problem, tells: Tells, residuals: bool) -> Begun | No
         halves = plans.halves(operation, problem, device.facts, tells)
         if halves is None:
             return None
-        names: tuple[str, ...] = ()
-        if residuals:
-            names = plans.residuals_of(plans.plan("backward", problem, device.facts), *halves)
+        names = plans.residuals_of_halves(problem, device.facts, tells) if residuals else ()
         arrays = execute(halves.first, vars(problem), device)
     told = arrays.get("told_p"), arrays.get("told_h")
     return Begun(told, halves.second, arrays, problem, names)

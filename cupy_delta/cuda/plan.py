@@ -80,6 +80,16 @@ def halves(operation: str, call: Call, facts: DeviceFacts, tells: Tells) -> Halv
     return found
 
 
+def residuals_of_halves(call: Call, facts: DeviceFacts, tells: Tells) -> tuple[str, ...]:
+    """Return the names of what the backward reads of a forward in halves."""
+    key = ("residuals of halves", facts, tells)
+    found = call.kept.get(key)
+    if found is None:
+        training = halves("training", call, facts, tells) or ()
+        found = call.kept[key] = residuals_of(plan("backward", call, facts), *training)
+    return found
+
+
 def _formed_before(first: Plan, second: Plan, call: Call) -> Plan:
     """Return the first half with what forms the g and beta that either half reads."""
     alone = Plan((*first.launches, *second.launches), {})

@@ -11,11 +11,16 @@ from rounded import error
 
 import cupy_delta as cd
 from cupy_delta import parallel
+from cupy_delta.arrays import FLOAT_DTYPES
+from cupy_delta.call import Call
+from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.sm90 import cost, shares
+from cupy_delta.cuda.spec import DeviceFacts
 
 LEGS = ["source"]
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 UNEVEN = [0, 0, 3, 260, 261, 390]
+H200 = DeviceFacts(132, 227 * 1024, (9, 0))
 
 
 @pytest.fixture
@@ -137,3 +142,34 @@ def test_shares(divided, on_reference, math, segments, gate, dtype, tokens, init
     assert (found[0][2].initial_state is None) == (not initial)
     if initial:
         assert error(found[0][2].initial_state, exact[2].initial_state) < bound
+
+
+def divided_as(HV, tells):
+    call = Call(
+        dtype=FLOAT_DTYPES["bfloat16"], B=1, T=65536, N=1, H=16, HV=HV, K=128, V=128, scale=1.0
+    )
+    least, factors = cost.traffic(call, written_rows=2), shares.FACTORS * HV * 1024
+    return shares.divide(call, H200, shares.TRAINING, tells, least, factors)
+
+
+def test_who_tells_nothing_transfers_no_more_than_one_device_would():
+    assert divided_as(32, "transfer").segments == 4
+    assert divided_as(32, "nothing").segments == 3
+
+
+@pytest.mark.parametrize("tells", ["nothing", "transfer"])
+def test_where_heads_fill_the_multiprocessors_a_transfer_is_of_the_whole_share(tells):
+    choice = divided_as(128, tells)
+    assert choice.segments == 1
+    assert shares.part_of(choice, tells).transferred == (tells == "transfer")
+
+
+def test_factors_are_made_while_others_wait():
+    call = Call(dtype=FLOAT_DTYPES["bfloat16"], B=1, T=65536, N=1, H=16, HV=32, K=128, V=128)
+    for tells in ("nothing", "state", "transfer"):
+        first, second = plans.halves("training", call, H200, tells)
+        names = [[x.entry for x in half.launches] for half in (first, second)]
+        assert ("wy_factors_hopper" in names[0]) == (tells == "nothing")
+        assert sum(x.count("wy_factors_hopper") for x in names) == 1
+        assert (names[0][-1] == "joined_transfer_hopper") == (tells != "nothing")
+        assert not {*first.outputs, *first.workspace} & {*second.outputs, *second.workspace}
