@@ -431,16 +431,19 @@ class Session:
         """Milliseconds until all has ended, and the error of o against float64."""
         if self.setting != "captured":
             return "in one setting alone"
-        forms, said = self.others()
-        for B, T, H, HV in ((1, 2048, 16, 16), (1, 8192, 16, 32)):
-            exact = self.exact_outputs(B, 512, H, HV)
-            arrays = self.arrays(B, T, H, HV, 128, 128, "bfloat16")
+        forms, left_out = self.others()
+        exact = self.exact_outputs(1, 512, 16, 32)
+        for T in (2048, 8192):
+            arrays = self.arrays(1, T, 16, 32, 128, 128, "bfloat16")
             for name, form in forms.items():
+                if "scan" in name and T > 2048:
+                    continue  # it takes as long per token, and keeps a state for each
                 try:
-                    said.append(f"{B}x{T} h{H}/{HV} {name}: {self.time_form(form, arrays, exact)}")
+                    said = self.time_form(form, arrays, exact)
                 except Exception as error:
-                    said.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-        return "\n    ".join(["", *said])
+                    said = f"{type(error).__name__}: {str(error)[:300]}"
+                print(f"    1x{T} h16/32 {name}: {said}", flush=True)
+        return "; ".join(left_out)
 
     def exact_outputs(self, *sizes):
         import numpy as np
