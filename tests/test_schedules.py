@@ -19,6 +19,7 @@ def test_float64(seed, gate, layout):
     assert min(schedule.done.values()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["float32", "float16", "bfloat16"])
 def test_pools_are_rounded_once_an_act(pool):
     dtype = np.dtype(getattr(ml_dtypes, pool, pool))

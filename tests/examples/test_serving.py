@@ -8,6 +8,7 @@ import serving
 import serving_model
 
 
+@pytest.mark.slow
 def test_every_request_is_served_as_it_is_alone(capsys, tmp_path):
     path = tmp_path / "pool.png"
     assert serving.main(["-o", str(path)]) == 0
