@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const float *own_m = m + half * TRIANGLE, *below_m = m21;
 #endif
     const Weights weights = {b + half * HALF};
-    invert_diagonal_blocks(own, own_m, weights, lane);
+    invert_diagonal_blocks<float>(own, own_m, weights, lane);
     float corner[2][4];
     merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
     __syncwarp();  // with a gate it takes the place of M's

@@ -77,9 +77,20 @@ PRIM void store_block(float* block, const float (&d)[TILES][4], int lane) {
           make_float2(d[j][2 * h], d[j][2 * h + 1]);
 }
 
+// x as T has it; T = float leaves it.
+template <class T>
+PRIM float rounded_to(float x) {
+  return unpack2<T>(pack2<T>(x, x)).x;
+}
+template <>
+PRIM float rounded_to<float>(float x) {
+  return x;
+}
+
 // L from M, or in its place, for the two blocks on the diagonal of 32 rows, whose own diagonal and what is above it are
-// zero.
-template <class B>
+// zero. Entries are rounded to T one row after the other, so that a row makes up for what the rounding of those before
+// it does to its token.
+template <class T, class B>
 PRIM void invert_diagonal_blocks(float* l, const float* m, B b, int lane) {
   const int c = lane % 16, at = lane / 16 * 16 * (INVERSE_PITCH + 1);
   const float* block = m + at;
@@ -101,7 +112,7 @@ PRIM void invert_diagonal_blocks(float* l, const float* m, B b, int lane) {
       if (k + 2 < i) sums[0] += x.z * weighted[k + 2];
       if (k + 3 < i) sums[1] += x.w * weighted[k + 3];
     }
-    column[i] = -(sums[0] + sums[1]);
+    column[i] = rounded_to<T>(-(sums[0] + sums[1]));
     weighted[i] = weight[i] * column[i];
   }
   __syncwarp();

@@ -38,41 +38,19 @@ PRIM void cut_below_diagonal(float (&d0)[4], float (&d1)[4], int lane) {
 // What rounding has left out.
 PRIM void keep_rest(float (&d)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) d[i] -= widen(narrow<DTYPE>(d[i]));
-}
-
-// 16 x 16 entries of X, rounded so that rows keep their sums: what rounding leaves out of an entry goes to the one
-// before it among a thread's own, and what a row's four threads are left with to its first one. Keys that are alike
-// have the same entries along a diagonal, off by the same, and a chunk would sum that up: with beta near 2, where X
-// stays large, it would be up to six times as far off as plain rounded products. An entry takes a small part of itself
-// at most: it may be what a decay has left of it, for a token whose values are as large, and a later token's is zero.
-PRIM void round_rows(float (&x)[2][4], int lane) {
-  auto take = [](float entry, float rest) { return fabsf(rest) < 0.03125f * fabsf(entry) ? entry + rest : entry; };
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float rest = 0.0f;
-#pragma unroll
-    for (int i = 3; i >= 0; i--) {
-      float& entry = x[i / 2][2 * h + i % 2];
-      const float rounded = widen(narrow<DTYPE>(take(entry, rest)));
-      rest += entry - rounded;
-      entry = rounded;
-    }
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) rest += __shfl_xor_sync(~0u, rest, distance);
-    if (lane % 4 == 0) x[0][2 * h] = take(x[0][2 * h], rest);
+  for (int i = 0; i < 4; i += 2) {
+    const float2 rounded = unpack2<DTYPE>(pack2<DTYPE>(d[i], d[i + 1]));
+    d[i] -= rounded.x, d[i + 1] -= rounded.y;
   }
 }
 
 // X - I for 32 tokens from `row` on, from A at `a`, by one warp.
 PRIM void make_x(DTYPE* tile, float* a, int row, int lane) {
-  invert_diagonal_blocks(a, a, Ones(), lane);
+  invert_diagonal_blocks<DTYPE>(a, a, Ones(), lane);
   float x[3][2][4];
   merge_diagonal_blocks<DTYPE>(x[1], a, a, Ones(), lane);
   load_block(x[0], a, lane);
   load_block(x[2], a + 16 * (INVERSE_PITCH + 1), lane);
-#pragma unroll
-  for (int i = 0; i < 3; i++) round_rows(x[i], lane);
 #pragma unroll
   for (int i = 0; i < 3; i++) write_box(tile, x[i][0], x[i][1], row + (i + 1) / 2 * 16, row + i / 2 * 16, lane);
 }

@@ -321,7 +321,7 @@ def test_hard_keys(divided, dtype, correlation, beta):
 @pytest.mark.parametrize("beta", [1.7, 1.9])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_keys_that_are_nearly_the_same(divided, dtype, beta):
-    """Rows of X are alike, and so are their errors; of four heads, lest a plain one be lucky."""
+    """Rows of X are alike, and so are errors of them; four heads, lest a plain one be lucky."""
     divided(2)
     options = dict(correlation=0.9999, beta=(beta, beta), initial=True)
     args, kw = make_inputs(128, H=4, K=64, V=64, dtype=dtype, **options)
