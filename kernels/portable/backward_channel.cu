@@ -70,24 +70,25 @@ struct Products {
   float dPqk[C_JOBS][2][4], E[C_JOBS][2][4];
   float from_q[K_JOBS][2][4], from_k[K_JOBS][2][4], from_n[K_JOBS][2][4];
 
-  PRIM void clear() {
+  PRIM Products() {
     clear_jobs(dPqk), clear_jobs(E);
     clear_jobs(from_q), clear_jobs(from_k), clear_jobs(from_n);
   }
-  PRIM void add(const Values& x, int row, int across, int lane) {
-    const int at = row * V_PITCH;
-    multiply_jobs<C_JOBS, SLICE, true>(dPqk, x.o + at, V_PITCH, x.n, V_PITCH, across, row + 16, lane);
-    multiply_jobs<C_JOBS, SLICE, true>(E, x.r + at, V_PITCH, x.n, V_PITCH, across, row + 16, lane);
-    multiply_jobs<K_JOBS, SLICE, false>(from_q, x.o + at, V_PITCH, x.s, K_PITCH, across, KEYS, lane);
-    multiply_jobs<K_JOBS, SLICE, false>(from_k, x.r + at, V_PITCH, x.s, K_PITCH, across, KEYS, lane);
-    multiply_jobs<K_JOBS, SLICE, false>(from_n, x.n + at, V_PITCH, x.d, K_PITCH, across, KEYS, lane);
+  PRIM void add(const Values& x, const Share& mine) {
+    const int rows = mine.row + 16;
+    multiply_jobs<C_JOBS, SLICE, true>(dPqk, x.o, V_PITCH, x.n, V_PITCH, rows, mine);
+    multiply_jobs<C_JOBS, SLICE, true>(E, x.r, V_PITCH, x.n, V_PITCH, rows, mine);
+    multiply_jobs<K_JOBS, SLICE, false>(from_q, x.o, V_PITCH, x.s, K_PITCH, KEYS, mine);
+    multiply_jobs<K_JOBS, SLICE, false>(from_k, x.r, V_PITCH, x.s, K_PITCH, KEYS, mine);
+    multiply_jobs<K_JOBS, SLICE, false>(from_n, x.n, V_PITCH, x.d, K_PITCH, KEYS, mine);
   }
-  PRIM void store(const Channels& s, float scale, int row, int across, int lane) const {
+  PRIM void store(const Channels& s, float scale, const Share& mine) const {
+    const int row = mine.row, lane = mine.lane;
 #pragma unroll
     for (int job = 0; job < C_JOBS; job++)
 #pragma unroll
       for (int x = 0; x < 8; x++) {
-        const int i = row + sum_row(lane, x % 4), j = (across + job * ACROSS) * 16 + sum_column(lane, x / 4, x % 4);
+        const int i = row + sum_row(lane, x % 4), j = mine.column(job) + sum_column(lane, x / 4, x % 4);
         if (j >= row + 16) continue;
         float2 pair = {scale * dPqk[job][x / 4][x % 4], E[job][x / 4][x % 4]};
         if (j >= i) pair.y = 0.0f;
@@ -99,7 +100,7 @@ struct Products {
     for (int job = 0; job < K_JOBS; job++)
 #pragma unroll
       for (int x = 0; x < 8; x++) {
-        const int column = (across + job * ACROSS) * 16 + sum_column(lane, x / 4, x % 4);
+        const int column = mine.column(job) + sum_column(lane, x / 4, x % 4);
         const int at = (row + sum_row(lane, x % 4)) * X_PITCH + column;
         if (column >= KEYS) continue;
         s.from_q[at] = scale * from_q[job][x / 4][x % 4];
@@ -117,17 +118,27 @@ PRIM float dot_states(const Values& x, int a, int c) {
   return sum;
 }
 
+// A unit's gradients of q and k, to rows `stride` apart.
+PRIM void write_unit(DTYPE* out, int64_t stride, const Rows& x, const Unit& unit, int tokens, int keys) {
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) {
+    const int token = unit.a * BLOCK + i;
+    if (token < tokens && unit.c < keys) out[token * stride + unit.c] = narrow<DTYPE>(x[i]);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
     backward_channel(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const DTYPE* corrections,
                      const DTYPE* dy, const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates,
                      const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg, float scale,
                      int N, int T, int H, int HV) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x;
   const int key_slice = blockIdx.x % KEY_SLICES, h = blockIdx.x / KEY_SLICES % H, groups = HV / H;
   const int64_t slot = blockIdx.x / (KEY_SLICES * H);
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
   if (chunk.tokens <= 0) return;
-  const int row = warp % ROWS * 16, across = warp / ROWS, tokens = chunk.tokens;
+  const int tokens = chunk.tokens;
+  const Share mine(thread);
   const int first_key = key_slice * KEYS, keys = min(KEYS, HEAD_K - first_key);
 
   DynSmem smem;
@@ -139,8 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
   load_tile<DTYPE, CHUNK, KEYS, HEAD_K, THREADS>(channels.k, k + key, key_stride, tokens, keys, thread);
 
   Rows sum_q = {}, sum_k = {};
-  Unit unit;
-  unit.a = thread / KEYS, unit.c = thread % KEYS;
+  Unit unit = {thread / KEYS, thread % KEYS};
   const bool has_unit = thread < UNITS;
   for (int group = 0; group < groups; group++) {
     const int64_t value_row = chunk.first * HV + h * groups + group, stride = (int64_t)HV * HEAD_V;
@@ -149,7 +159,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
     load_column<CHUNK, THREADS>(s.b, beta + value_row, HV, tokens, thread);
     load_tile<float, CHUNK, KEYS, HEAD_K, THREADS>(channels.e, g + gate_at, gate_stride, tokens, keys, thread);
     Products products;
-    products.clear();
     float states_dot = 0.0f;
     for (int slice = 0; slice < SLICES; slice++) {
       const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
@@ -163,15 +172,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
       cp_async_wait<0>();
       __syncthreads();
       if (slice == 0) exponentiate<KEYS, THREADS>(channels.e, channels.sums, channels.decays, thread);
-      weigh_rows(s.values.n, s.values.r, s.b, s.b_sums, slice == 0, dv + at, stride, key_slice == 0, tokens, width,
-                 warp, lane);
+      weigh_rows(s.values.n, s.values.r, s.b, s.b_sums, slice == 0, {dv + at, stride, key_slice == 0, tokens, width},
+                 thread);
       __syncthreads();
-      products.add(s.values, row, across, lane);
+      products.add(s.values, mine);
       if (has_unit) states_dot += dot_states(s.values, unit.a, unit.c);
       __syncthreads();
     }
     if (key_slice == 0 && thread < tokens) dbeta[value_row + (int64_t)thread * HV] = s.b_sums[thread];
-    products.store(channels, scale, row, across, lane);
+    products.store(channels, scale, mine);
     if (has_unit) {
       const float decay = decay_of_blocks(channels.sums + unit.c, KEYS, 0, BLOCKS_OF_CHUNK);
       channels.states[unit.a * KEYS + unit.c] = states_dot * decay;
@@ -195,11 +204,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
     __syncthreads();
   }
   if (!has_unit) return;
-#pragma unroll
-  for (int i = 0; i < BLOCK; i++) {
-    const int token = unit.a * BLOCK + i;
-    if (token >= tokens || unit.c >= keys) continue;
-    dq[key + token * key_stride + unit.c] = narrow<DTYPE>(sum_q[i]);
-    dk[key + token * key_stride + unit.c] = narrow<DTYPE>(sum_k[i]);
-  }
+  write_unit(dq + key, key_stride, sum_q, unit, tokens, keys);
+  write_unit(dk + key, key_stride, sum_k, unit, tokens, keys);
 }

@@ -37,44 +37,106 @@ constexpr int KP = padded(HEAD_K), SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE
 constexpr int K_PITCH = pitch_of<DTYPE>(KP), C_PITCH = pitch_of<DTYPE>(CHUNK);
 constexpr int K_JOBS = (KP / 16 + ACROSS - 1) / ACROSS, C_JOBS = (ROWS + ACROSS - 1) / ACROSS;
 
+// What is held of a chunk: Q and K, a slice of a value head, pairs of tokens, and what gates need.
+struct Tiles {
+  DTYPE *q, *k;
+  DTYPE *s, *d, *o, *n, *r;  // S, dS', dO, N^ then N, dY then -dR
+  DTYPE *pairs, *scaled_pairs, *symmetric;
+  float* Z;  // before the pairs in their place, with the same pitch
+  float *b, *b_sums;
+  Decay decay;
+  GateGradient gate;
+
+  static PRIM Tiles take(DynSmem& smem) {
+    Tiles x = {};
+    x.q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+    x.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+    x.s = smem.take<DTYPE>(SLICE * K_PITCH, "state");
+    x.d = smem.take<DTYPE>(SLICE * K_PITCH, "dstate");
+    x.o = smem.take<DTYPE>(CHUNK * V_PITCH, "do");
+    x.n = smem.take<DTYPE>(CHUNK * V_PITCH, "n");
+    x.r = smem.take<DTYPE>(CHUNK * V_PITCH, "minus dr");
+    x.pairs = smem.take<DTYPE>(2 * CHUNK * C_PITCH, "dp and scaled dp");
+    x.scaled_pairs = x.pairs + CHUNK * C_PITCH;
+    x.Z = (float*)x.pairs;
+    x.symmetric = smem.take<DTYPE>(CHUNK * C_PITCH, "e + e^t");
+    x.b = smem.take<float>(CHUNK, "beta");
+    x.b_sums = smem.take<float>(CHUNK, "dbeta");
+    x.decay = Decay::take(smem);
+    x.gate = GateGradient::take(smem);
+    return x;
+  }
+};
+
+struct Inputs {
+  const DTYPE *corrections, *dy, *d_o, *states, *dstates;
+};
+
+// A value head of the chunk: its first row, its state, and elements from token to token.
+struct Head {
+  int64_t row, state, stride;
+  int tokens;
+};
+
+// Loads a slice of values. The caller commits and waits.
+PRIM void load_slice(const Tiles& x, const Inputs& in, const Head& head, int first, int thread) {
+  const int width = min(SLICE, HEAD_V - first), tokens = head.tokens;
+  const int64_t at = head.row * HEAD_V + first, state = head.state + first * HEAD_K;
+  load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(x.s, in.states + state, HEAD_K, width, HEAD_K, thread);
+  load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(x.d, in.dstates + state, HEAD_K, width, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(x.o, in.d_o + at, head.stride, tokens, width, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(x.n, in.corrections + at, head.stride, tokens, width, thread);
+  load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(x.r, in.dy + at, head.stride, tokens, width, thread);
+}
+
+// Sums of a warp: by key channels, and by the tokens of a chunk.
+typedef float KeySums[K_JOBS][2][4];
+typedef float PairSums[C_JOBS][2][4];
+
 // d[job] += A^T B with A^T[row][k] = a[k][row], b[k][column].
-PRIM void multiply_transposed_jobs(float (&d)[K_JOBS][2][4], const DTYPE* a, const DTYPE* b, int across, int lane) {
+PRIM void multiply_transposed_jobs(KeySums& d, const DTYPE* a, const DTYPE* b, const Share& mine) {
 #pragma unroll
   for (int k = 0; k < CHUNK; k += Product::DEPTH) {
     Product::order_loads();
     typename Product::A fa;
-    Product::load_a_transposed(fa, a + k * C_PITCH, C_PITCH, lane);
+    Product::load_a_transposed(fa, a + mine.row + k * C_PITCH, C_PITCH, mine.lane);
 #pragma unroll
     for (int job = 0; job < K_JOBS; job++) {
-      const int column = (across + job * ACROSS) * 16;
+      const int column = mine.column(job);
       if (column >= KP) continue;
       typename Product::B fb;
-      Product::load_b_transposed(fb, b + k * K_PITCH + column, K_PITCH, lane);
+      Product::load_b_transposed(fb, b + k * K_PITCH + column, K_PITCH, mine.lane);
       Product::multiply(d[job][0], d[job][1], fa, fb);
     }
   }
 }
 
-// sum += diag(factor) A B for a slice of values, rows from `row` on. With a gate, dots[h] += weight * the dot products
-// of what is added with the rows of `keys`, the part of this lane.
-PRIM void multiply_decayed(float (&sum)[K_JOBS][2][4], const DTYPE* a, const DTYPE* b, const float (&factor)[2],
-                           const DTYPE* keys, float weight, float (&dots)[2], int row, int across, int lane) {
-  if constexpr (!Decay::GATED) {
-    multiply_jobs<K_JOBS, SLICE, false>(sum, a + row * V_PITCH, V_PITCH, b, K_PITCH, across, KP, lane);
-  } else {
-    float product[K_JOBS][2][4];
+// sum += diag(factor) A B for a slice of values, `factor` for the two rows of a thread. With a gate, dots[h] += weight
+// * the dot products of what is added with the rows of `keys`, the part of this lane.
+struct Decayed {
+  const DTYPE* keys;
+  float weight, factor[2];
+
+  PRIM void multiply(KeySums& sum, float (&dots)[2], const DTYPE* a, const DTYPE* b, const Share& mine) const {
+    if constexpr (!Decay::GATED) {
+      multiply_jobs<K_JOBS, SLICE, false>(sum, a, V_PITCH, b, K_PITCH, KP, mine);
+      return;
+    }
+    const int lane = mine.lane;
+    KeySums product;
     clear_jobs(product);
-    multiply_jobs<K_JOBS, SLICE, false>(product, a + row * V_PITCH, V_PITCH, b, K_PITCH, across, KP, lane);
+    multiply_jobs<K_JOBS, SLICE, false>(product, a, V_PITCH, b, K_PITCH, KP, mine);
 #pragma unroll
     for (int job = 0; job < K_JOBS; job++) {
-      const int first = (across + job * ACROSS) * 16;
+      const int first = mine.column(job);
       if (first >= KP) continue;
       __syncwarp();  // so that few keys are loaded at a time: registers are short
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const float2 key = load_pair(&keys[(row + sum_row(lane, 2 * h)) * K_PITCH + first + sum_column(lane, j, 0)]);
+          const int row = mine.row + sum_row(lane, 2 * h);
+          const float2 key = load_pair(&keys[row * K_PITCH + first + sum_column(lane, j, 0)]);
           const float x = factor[h] * product[job][j][2 * h], y = factor[h] * product[job][j][2 * h + 1];
           sum[job][j][2 * h] += x;
           sum[job][j][2 * h + 1] += y;
@@ -82,7 +144,7 @@ PRIM void multiply_decayed(float (&sum)[K_JOBS][2][4], const DTYPE* a, const DTY
         }
     }
   }
-}
+};
 
 // d = A B^T over all key channels, for 16 rows of either; in a loop, since registers are short.
 PRIM void multiply_keys(float (&d)[2][4], const DTYPE* a, const DTYPE* b, int lane) {
@@ -92,10 +154,11 @@ PRIM void multiply_keys(float (&d)[2][4], const DTYPE* a, const DTYPE* b, int la
 }
 
 // The part that this lane has of <S, dS'>, the trace of S dS'^T, over a slice of values.
-PRIM float dot_states(const DTYPE* states, const DTYPE* dstates, int warp, int lane) {
+PRIM float dot_states(const DTYPE* states, const DTYPE* dstates, int thread) {
+  const int lane = thread % 32;
   float sum = 0.0f;
 #pragma unroll 1
-  for (int tile = warp; tile < SLICE / 16; tile += WARPS) {
+  for (int tile = thread / 32; tile < SLICE / 16; tile += WARPS) {
     float d[2][4];
     multiply_keys(d, states + tile * 16 * K_PITCH, dstates + tile * 16 * K_PITCH, lane);
 #pragma unroll
@@ -107,39 +170,76 @@ PRIM float dot_states(const DTYPE* states, const DTYPE* dstates, int warp, int l
   return sum;
 }
 
-// dPqk and E with their decays, and Z, what their pairs are to the gate.
-PRIM void decay_pairs(float (&dPqk)[C_JOBS][2][4], float (&E)[C_JOBS][2][4], float* Z, const Decay& decay,
-                      const DTYPE* tile_q, const DTYPE* tile_k, float scale, int row, int across, int lane) {
-#pragma unroll
-  for (int job = 0; job < C_JOBS; job++) {
-    const int first = (across + job * ACROSS) * 16;
-    if (first > row) continue;  // the whole warp
-    float qk[2][4], kk[2][4];
-    multiply_keys(qk, tile_q + row * K_PITCH, tile_k + first * K_PITCH, lane);
-    multiply_keys(kk, tile_k + row * K_PITCH, tile_k + first * K_PITCH, lane);
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int r = row + sum_row(lane, i), column = first + sum_column(lane, j, i);
-        const float factor = decay.pair(max(r, column), min(r, column));
-        float &dp = dPqk[job][j][i], &e = E[job][j][i];
-        dp *= factor;
-        e *= factor;
-        Z[r * C_PITCH + column] = scale * dp * qk[j][i] + e * kk[j][i];
-      }
-  }
-}
+// What a warp has of a value head: dPqk and E, and of the gate's gradient reads and writes of its rows, and states.
+struct Pairs {
+  PairSums dPqk, E;
+  float rho[2] = {}, omega[2] = {}, state_dot = 0.0f;
 
-PRIM void write_jobs(DTYPE* out, int64_t stride, const float (&d)[K_JOBS][2][4], float factor, int row, int tokens,
-                     int across, int lane) {
+  // Adds a slice of values, to dQ and dK too.
+  PRIM void add(KeySums& sum_q, KeySums& sum_k, const Tiles& x, float scale, const Share& mine) {
+    multiply_jobs<C_JOBS, SLICE, true>(dPqk, x.o, V_PITCH, x.n, V_PITCH, mine.row + 16, mine);
+    multiply_jobs<C_JOBS, SLICE, true>(E, x.r, V_PITCH, x.n, V_PITCH, mine.row + 16, mine);
+    const int row = mine.row + mine.lane / 4;
+    const float read[2] = {x.decay.read(row), x.decay.read(row + 8)};
+    const float write[2] = {x.decay.write(row), x.decay.write(row + 8)};
+    Decayed{x.q, scale, {read[0], read[1]}}.multiply(sum_q, rho, x.o, x.s, mine);
+    Decayed{x.k, 1.0f, {write[0], write[1]}}.multiply(sum_k, omega, x.n, x.d, mine);
+    Decayed{x.k, 1.0f, {read[0], read[1]}}.multiply(sum_k, rho, x.r, x.s, mine);
+  }
+
+  // dPqk and E with their decays, and Z, what their pairs are to the gate.
+  PRIM void decay(const Tiles& x, float scale, const Share& mine) {
+    const int row = mine.row, lane = mine.lane;
+#pragma unroll
+    for (int job = 0; job < C_JOBS; job++) {
+      const int first = mine.column(job);
+      if (first > row) continue;  // the whole warp
+      float qk[2][4], kk[2][4];
+      multiply_keys(qk, x.q + row * K_PITCH, x.k + first * K_PITCH, lane);
+      multiply_keys(kk, x.k + row * K_PITCH, x.k + first * K_PITCH, lane);
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int r = row + sum_row(lane, i), column = first + sum_column(lane, j, i);
+          const float factor = x.decay.pair(max(r, column), min(r, column));
+          float &dp = dPqk[job][j][i], &e = E[job][j][i];
+          dp *= factor;
+          e *= factor;
+          x.Z[r * C_PITCH + column] = scale * dp * qk[j][i] + e * kk[j][i];
+        }
+    }
+  }
+
+  // To shared memory: dPqk, scale dPqk and E + E^T.
+  PRIM void store(const Tiles& x, float scale, const Share& mine) const {
+#pragma unroll
+    for (int job = 0; job < C_JOBS; job++)
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int column = mine.column(job) + sum_column(mine.lane, j, i), r = mine.row + sum_row(mine.lane, i);
+          if (column >= CHUNK) continue;
+          const float pair = column <= r ? dPqk[job][j][i] : 0.0f;
+          x.pairs[r * C_PITCH + column] = narrow<DTYPE>(pair);
+          x.scaled_pairs[r * C_PITCH + column] = narrow<DTYPE>(scale * pair);
+          if (column > r) continue;
+          const DTYPE e = narrow<DTYPE>(column < r ? E[job][j][i] : 0.0f);
+          x.symmetric[r * C_PITCH + column] = e;
+          if (column < r) x.symmetric[column * C_PITCH + r] = e;
+        }
+  }
+};
+
+PRIM void write_jobs(DTYPE* out, int64_t stride, const KeySums& d, float factor, int tokens, const Share& mine) {
 #pragma unroll
   for (int job = 0; job < K_JOBS; job++)
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        int token = row + sum_row(lane, i), column = (across + job * ACROSS) * 16 + sum_column(lane, j, i);
+        int token = mine.row + sum_row(mine.lane, i), column = mine.column(job) + sum_column(mine.lane, j, i);
         if (token < tokens && column < HEAD_K) out[token * stride + column] = narrow<DTYPE>(factor * d[job][j][i]);
       }
 }
@@ -154,107 +254,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int64_t slot = blockIdx.x / H;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
   if (chunk.tokens <= 0) return;
-  const int row = warp % ROWS * 16, across = warp / ROWS;
-
+  const Share mine(thread);
+  const Inputs inputs = {corrections, dy, d_o, states, dstates};
   DynSmem smem;
-  DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
-  DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
-  DTYPE* tile_s = smem.take<DTYPE>(SLICE * K_PITCH, "state");
-  DTYPE* tile_d = smem.take<DTYPE>(SLICE * K_PITCH, "dstate");
-  DTYPE* tile_o = smem.take<DTYPE>(CHUNK * V_PITCH, "do");
-  DTYPE* tile_n = smem.take<DTYPE>(CHUNK * V_PITCH, "n");
-  DTYPE* tile_r = smem.take<DTYPE>(CHUNK * V_PITCH, "minus dr");
-  DTYPE* pairs = smem.take<DTYPE>(2 * CHUNK * C_PITCH, "dp and scaled dp");
-  DTYPE* scaled_pairs = pairs + CHUNK * C_PITCH;
-  float* Z = (float*)pairs;  // before them, with the same pitch
-  DTYPE* symmetric = smem.take<DTYPE>(CHUNK * C_PITCH, "e + e^t");
-  float* b = smem.take<float>(CHUNK, "beta");
-  float* b_sums = smem.take<float>(CHUNK, "dbeta");
-  const Decay decay = Decay::take(smem);
-  const GateGradient gate = GateGradient::take(smem);
+  const Tiles x = Tiles::take(smem);
   smem.all_taken(SHARED_BYTES);
 
-  const int64_t key_row = chunk.first * H + h;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
-                                               thread);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
-                                               thread);
-
-  float sum_q[K_JOBS][2][4], sum_k[K_JOBS][2][4];
+  const int64_t key = (chunk.first * H + h) * HEAD_K, key_stride = (int64_t)H * HEAD_K;
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(x.q, q + key, key_stride, chunk.tokens, HEAD_K, thread);
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(x.k, k + key, key_stride, chunk.tokens, HEAD_K, thread);
+  KeySums sum_q, sum_k;
   clear_jobs(sum_q);
   clear_jobs(sum_k);
   for (int group = 0; group < groups; group++) {
     const int hv = h * groups + group;
-    const int64_t value_row = chunk.first * HV + hv, state_at = (slot * HV + hv) * HEAD_K * HEAD_V;
-    const int64_t stride = (int64_t)HV * HEAD_V;
-    float dPqk[C_JOBS][2][4], E[C_JOBS][2][4];
-    clear_jobs(dPqk);
-    clear_jobs(E);
-    float rho[2] = {}, omega[2] = {}, state_dot = 0.0f;
-    load_column<CHUNK, THREADS>(b, beta + value_row, HV, chunk.tokens, thread);
-    if (warp == 0) decay.sum(g + value_row, HV, chunk.tokens, lane);
+    const Head head = {chunk.first * HV + hv, (slot * HV + hv) * HEAD_K * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens};
+    Pairs pairs;
+    clear_jobs(pairs.dPqk);
+    clear_jobs(pairs.E);
+    load_column<CHUNK, THREADS>(x.b, beta + head.row, HV, chunk.tokens, thread);
+    if (warp == 0) x.decay.sum(g + head.row, HV, chunk.tokens, lane);
     for (int slice = 0; slice < SLICES; slice++) {
-      const int first = slice * SLICE, width = min(SLICE, HEAD_V - first);
-      const int64_t at = value_row * HEAD_V + first;
-      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_s, states + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
-                                                   thread);
-      load_tile<DTYPE, SLICE, KP, HEAD_K, THREADS>(tile_d, dstates + state_at + first * HEAD_K, HEAD_K, width, HEAD_K,
-                                                   thread);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_o, d_o + at, stride, chunk.tokens, width, thread);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_n, corrections + at, stride, chunk.tokens, width, thread);
-      load_tile<DTYPE, CHUNK, SLICE, HEAD_V, THREADS>(tile_r, dy + at, stride, chunk.tokens, width, thread);
+      const int first = slice * SLICE;
+      load_slice(x, inputs, head, first, thread);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-
-      weigh_rows(tile_n, tile_r, b, b_sums, slice == 0, dv + at, stride, true, chunk.tokens, width, warp, lane);
+      DTYPE* rows = dv + head.row * HEAD_V + first;
+      weigh_rows(x.n, x.r, x.b, x.b_sums, slice == 0,
+                 {rows, head.stride, true, chunk.tokens, min(SLICE, HEAD_V - first)}, thread);
       __syncthreads();
-
-      multiply_jobs<C_JOBS, SLICE, true>(dPqk, tile_o + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16,
-                                         lane);
-      multiply_jobs<C_JOBS, SLICE, true>(E, tile_r + row * V_PITCH, V_PITCH, tile_n, V_PITCH, across, row + 16, lane);
-      const float read[2] = {decay.read(row + lane / 4), decay.read(row + lane / 4 + 8)};
-      const float write[2] = {decay.write(row + lane / 4), decay.write(row + lane / 4 + 8)};
-      multiply_decayed(sum_q, tile_o, tile_s, read, tile_q, scale, rho, row, across, lane);
-      multiply_decayed(sum_k, tile_n, tile_d, write, tile_k, 1.0f, omega, row, across, lane);
-      multiply_decayed(sum_k, tile_r, tile_s, read, tile_k, 1.0f, rho, row, across, lane);
-      if constexpr (Decay::GATED) state_dot += dot_states(tile_s, tile_d, warp, lane);
+      pairs.add(sum_q, sum_k, x, scale, mine);
+      if constexpr (Decay::GATED) pairs.state_dot += dot_states(x.s, x.d, thread);
       __syncthreads();
     }
-    if (thread < chunk.tokens) dbeta[value_row + (int64_t)thread * HV] = b_sums[thread];
+    if (thread < chunk.tokens) dbeta[head.row + (int64_t)thread * HV] = x.b_sums[thread];
 
     if constexpr (Decay::GATED) {
-      decay_pairs(dPqk, E, Z, decay, tile_q, tile_k, scale, row, across, lane);
-      gate.put_rows(rho, omega, row, across, lane);
-      gate.put_state(state_dot, warp, lane);
+      pairs.decay(x, scale, mine);
+      x.gate.put_rows(pairs.rho, pairs.omega, mine.row, mine.across, lane);
+      x.gate.put_state(pairs.state_dot, warp, lane);
       __syncthreads();
-      gate.put_pairs(Z, C_PITCH, warp, lane);
+      x.gate.put_pairs(x.Z, C_PITCH, warp, lane);
       __syncthreads();
-      if (thread < chunk.tokens) dg[value_row + (int64_t)thread * HV] = gate.sum(thread, decay.carry());
+      if (thread < chunk.tokens) dg[head.row + (int64_t)thread * HV] = x.gate.sum(thread, x.decay.carry());
     }
-
-#pragma unroll
-    for (int job = 0; job < C_JOBS; job++)
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int column = (across + job * ACROSS) * 16 + sum_column(lane, j, i), r = row + sum_row(lane, i);
-          if (column >= CHUNK) continue;
-          const float pair = column <= r ? dPqk[job][j][i] : 0.0f;
-          pairs[r * C_PITCH + column] = narrow<DTYPE>(pair);
-          scaled_pairs[r * C_PITCH + column] = narrow<DTYPE>(scale * pair);
-          if (column > r) continue;
-          const DTYPE e = narrow<DTYPE>(column < r ? E[job][j][i] : 0.0f);
-          symmetric[r * C_PITCH + column] = e;
-          if (column < r) symmetric[column * C_PITCH + r] = e;
-        }
+    pairs.store(x, scale, mine);
     __syncthreads();
-    multiply_jobs<K_JOBS, CHUNK, false>(sum_q, pairs + row * C_PITCH, C_PITCH, tile_k, K_PITCH, across, KP, lane);
-    multiply_jobs<K_JOBS, CHUNK, false>(sum_k, symmetric + row * C_PITCH, C_PITCH, tile_k, K_PITCH, across, KP, lane);
-    multiply_transposed_jobs(sum_k, scaled_pairs + row, tile_q, across, lane);
+    multiply_jobs<K_JOBS, CHUNK, false>(sum_q, x.pairs, C_PITCH, x.k, K_PITCH, KP, mine);
+    multiply_jobs<K_JOBS, CHUNK, false>(sum_k, x.symmetric, C_PITCH, x.k, K_PITCH, KP, mine);
+    multiply_transposed_jobs(sum_k, x.scaled_pairs, x.q, mine);
     __syncthreads();
   }
-  write_jobs(dq + key_row * HEAD_K, (int64_t)H * HEAD_K, sum_q, scale, row, chunk.tokens, across, lane);
-  write_jobs(dk + key_row * HEAD_K, (int64_t)H * HEAD_K, sum_k, 1.0f, row, chunk.tokens, across, lane);
+  write_jobs(dq + key, key_stride, sum_q, scale, chunk.tokens, mine);
+  write_jobs(dk + key, key_stride, sum_k, 1.0f, chunk.tokens, mine);
 }

@@ -5,6 +5,10 @@
 //   dY = dN + core^T (b dN)
 //   dS = e^(G_C) dS' + Q^T (e^G dO^) - K^T (e^G b dY)
 //
+// or with a gate per key channel (HAS_GATE = 2), whose decays are in the rows, as in forward.cu,
+//
+//   dN = Pqk^T dO^ + K^ dS'       dS = diag(e^(G_C)) dS' + Q~^T dO^ - K~^T (b dY)
+//
 // with G the running sum of g in the chunk (all decays 1 without a gate, tiles/decay.cuh). dY = (I + A)^-T dN is the
 // adjoint of the triangular solve; b dY is the gradient of V. dS' of every chunk, (V, K), and dY are written for
 // backward_chunk.cu, which needs nothing else of this walk.
@@ -15,7 +19,8 @@
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of dfinal_state and dinitial_state),
 // WARPS, ROW_TILES.
 // Grid: N * HV * slices blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels.
-// Shared memory: two stages of K, Q and dO tiles, core, Pqk, beta and decays of a chunk; see
+// Shared memory: two stages of K, Q and dO tiles, core, Pqk, beta and decays of a chunk, or of K^ in place of K and Q
+// and then one of these; see
 // cupy_delta/cuda/portable/backward.py.
 #include "portable/walk.cuh"
 

@@ -40,9 +40,54 @@ PRIM void lower_products(float* out, const DTYPE* rows, const DTYPE* columns, in
   }
 }
 
-#if WRITE_WU
 constexpr int VP = padded(HEAD_V), V_PITCH = pitch_of<DTYPE>(VP);
-#endif
+
+struct Tiles {
+  DTYPE *k, *q, *v, *t;
+  float *qk, *kk, *m, *inverse, *scratch, *b;
+  Decay decay;
+
+  static PRIM Tiles take(DynSmem& smem) {
+    Tiles x = {};
+    x.k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
+    if constexpr (WRITE_CORE) {
+      x.q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
+      x.qk = smem.take<float>(CHUNK * A_PITCH, "qk");
+    } else {
+      x.v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
+      x.t = smem.take<DTYPE>(CHUNK * C_PITCH, "t");
+    }
+    x.kk = smem.take<float>(CHUNK * A_PITCH, "kk");
+    x.m = smem.take<float>(CHUNK * A_PITCH, "m");
+    x.inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
+    x.scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
+    x.b = smem.take<float>(CHUNK, "beta");
+    x.decay = Decay::take(smem);
+    return x;
+  }
+};
+
+// M with its decays, and Pqk to its rows, `stride` apart.
+PRIM void decay_pairs(const Tiles& x, DTYPE* p, int64_t stride, int tokens, int thread) {
+  for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+    const int r = i / CHUNK, c = i % CHUNK, at = r * A_PITCH + c;
+    const float factor = x.decay.pair(max(r, c), min(r, c));
+    x.m[at] = c < r ? x.kk[at] * factor : 0.0f;
+    if constexpr (WRITE_CORE) {
+      if (r < tokens) p[r * stride + c] = narrow<DTYPE>(c <= r ? x.qk[at] * factor : 0.0f);
+    }
+  }
+}
+
+// T diag(e^G): the decays of K go to T, which every value head has of its own.
+PRIM void decay_t(const Tiles& x, int tokens, int thread) {
+  for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
+    int r = i / CHUNK, c = i % CHUNK;
+    bool inside = c <= r && r < tokens;
+    float decayed = inside ? x.inverse[r * A_PITCH + c] * x.b[c] * x.decay.read(c) : 0.0f;
+    x.t[r * C_PITCH + c] = narrow<DTYPE>(decayed);
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wy_factors(const DTYPE* q, const DTYPE* k, const DTYPE* v, const float* beta, const float* g,
@@ -51,86 +96,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int h = blockIdx.x % H, groups = HV / H;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, blockIdx.x / H, N, T);
-  if (chunk.tokens <= 0) return;
-
+  const int tokens = chunk.tokens;
+  if (tokens <= 0) return;
   DynSmem smem;
-  DTYPE* tile_k = smem.take<DTYPE>(CHUNK * K_PITCH, "k");
-#if WRITE_CORE
-  DTYPE* tile_q = smem.take<DTYPE>(CHUNK * K_PITCH, "q");
-  float* qk = smem.take<float>(CHUNK * A_PITCH, "qk");
-#else
-  DTYPE* tile_v = smem.take<DTYPE>(CHUNK * V_PITCH, "v");
-  DTYPE* tile_t = smem.take<DTYPE>(CHUNK * C_PITCH, "t");
-#endif
-  float* kk = smem.take<float>(CHUNK * A_PITCH, "kk");
-  float* m = smem.take<float>(CHUNK * A_PITCH, "m");
-  float* inverse = smem.take<float>(CHUNK * A_PITCH, "inverse");
-  float* scratch = smem.take<float>(CHUNK / 2 * A_PITCH, "scratch");
-  float* b = smem.take<float>(CHUNK, "beta");
-  const Decay decay = Decay::take(smem);
+  const Tiles x = Tiles::take(smem);
   smem.all_taken(SHARED_BYTES);
 
-  const int64_t key_row = chunk.first * H + h;
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_k, k + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
-                                               thread);
-#if WRITE_CORE
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(tile_q, q + key_row * HEAD_K, (int64_t)H * HEAD_K, chunk.tokens, HEAD_K,
-                                               thread);
-#endif
+  const int64_t key = (chunk.first * H + h) * HEAD_K, key_stride = (int64_t)H * HEAD_K, stride = HV;
+  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(x.k, k + key, key_stride, tokens, HEAD_K, thread);
+  if constexpr (WRITE_CORE)
+    load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(x.q, q + key, key_stride, tokens, HEAD_K, thread);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  lower_products(kk, tile_k, tile_k, warp, lane);
-#if WRITE_CORE
-  lower_products(qk, tile_q, tile_k, warp, lane);
-#endif
+  lower_products(x.kk, x.k, x.k, warp, lane);
+  if constexpr (WRITE_CORE) lower_products(x.qk, x.q, x.k, warp, lane);
 
   for (int group = 0; group < groups; group++) {
     const int64_t row = chunk.first * HV + h * groups + group;  // of (token, value head)
-    load_column<CHUNK, THREADS>(b, beta + row, HV, chunk.tokens, thread);
-    if (warp == 0) decay.sum(g + row, HV, chunk.tokens, lane);
-#if WRITE_WU
-    load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(tile_v, v + row * HEAD_V, (int64_t)HV * HEAD_V, chunk.tokens, HEAD_V,
-                                                 thread);
-#endif
+    load_column<CHUNK, THREADS>(x.b, beta + row, HV, tokens, thread);
+    if (warp == 0) x.decay.sum(g + row, HV, tokens, lane);
+    if constexpr (WRITE_WU)
+      load_tile<DTYPE, CHUNK, VP, HEAD_V, THREADS>(x.v, v + row * HEAD_V, stride * HEAD_V, tokens, HEAD_V, thread);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    decay.store<THREADS>(decays + row, HV, chunk.tokens, thread);
-    for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-      const int r = i / CHUNK, c = i % CHUNK, at = r * A_PITCH + c;
-      const float factor = decay.pair(max(r, c), min(r, c));
-      m[at] = c < r ? kk[at] * factor : 0.0f;
-#if WRITE_CORE
-      if (r < chunk.tokens) p[(row + (int64_t)r * HV) * CHUNK + c] = narrow<DTYPE>(c <= r ? qk[at] * factor : 0.0f);
-#endif
-    }
+    x.decay.store<THREADS>(decays + row, HV, tokens, thread);
+    decay_pairs(x, p + row * CHUNK, stride * CHUNK, tokens, thread);
     __syncthreads();
-    invert_unit_lower<CHUNK, THREADS>(inverse, m, b, scratch, thread);
-
-#if WRITE_CORE
-    write_core<THREADS>(core + row * CHUNK, (int64_t)HV * CHUNK, m, inverse, chunk.tokens, warp, lane);
-    __syncthreads();
-#else
-    write_t<THREADS>(t + row * CHUNK, (int64_t)HV * CHUNK, tile_t, inverse, b, chunk.tokens, thread);
-    __syncthreads();
-    const int64_t stride = HV;
-    write_product<THREADS, HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, tile_t, tile_v, chunk.tokens, warp,
-                                            lane);
-    if constexpr (Decay::GATED) {
-      // The decays of K go to T, which every value head has of its own.
+    invert_unit_lower<CHUNK, THREADS>(x.inverse, x.m, x.b, x.scratch, thread);
+    if constexpr (WRITE_CORE) {
+      write_core<THREADS>(core + row * CHUNK, stride * CHUNK, x.m, x.inverse, tokens, warp, lane);
+    } else {
+      write_t<THREADS>(t + row * CHUNK, stride * CHUNK, x.t, x.inverse, x.b, tokens, thread);
       __syncthreads();
-      for (int i = thread; i < CHUNK * CHUNK; i += THREADS) {
-        int r = i / CHUNK, c = i % CHUNK;
-        bool inside = c <= r && r < chunk.tokens;
-        float decayed = inside ? inverse[r * A_PITCH + c] * b[c] * decay.read(c) : 0.0f;
-        tile_t[r * C_PITCH + c] = narrow<DTYPE>(decayed);
+      write_product<THREADS, HEAD_V, V_PITCH>(u + row * HEAD_V, stride * HEAD_V, x.t, x.v, tokens, warp, lane);
+      if constexpr (Decay::GATED) {
+        __syncthreads();
+        decay_t(x, tokens, thread);
+        __syncthreads();
       }
-      __syncthreads();
+      write_product<THREADS, HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, x.t, x.k, tokens, warp, lane);
     }
-    write_product<THREADS, HEAD_K, K_PITCH>(w + row * HEAD_K, stride * HEAD_K, tile_t, tile_k, chunk.tokens, warp,
-                                            lane);
     __syncthreads();
-#endif
   }
 }

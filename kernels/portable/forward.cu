@@ -5,6 +5,11 @@
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
 //   FROM_FACTORS:  N = U - W S,  S' as above        the building block: W holds e^G, no output
 //
+// With a gate per key channel (HAS_GATE = 2) its decays are in the rows, as channel_factors.cu leaves them, and one is
+// left for every channel of the state: K~ = e^G K and Q~ = e^G Q read it, K^ = e^(G_C - G) K is written.
+//
+//   R = V - K~ S       O = scale (Q~ S + Pqk N)       S' = diag(e^(G_C)) S + K^^T N
+//
 // A long sequence of few heads is cut into SEGMENTS. TRANSFER walks all but the last from zero and, with ZERO_V, from
 // the identity: what is left is H and P of S -> P S + H. segment_states.cu joins them to the states that enter the
 // segments, from which the walk with SEGMENTS goes through all of them at once.
@@ -18,7 +23,7 @@
 // entering each chunk, in STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and
 // states (K, V)), WARPS, ROW_TILES (16-row tiles of value channels per warp). Grid: N * segments walked * HV * slices
 // blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
-// and V tiles, core, Pqk, beta and decays of a chunk; see cupy_delta/cuda/portable/forward.py.
+// and V tiles, core, Pqk, beta and decays of a chunk, and one K^; see cupy_delta/cuda/portable/forward.py.
 #include "portable/walk.cuh"
 
 constexpr bool WITH_OUTPUT = !FROM_FACTORS && !TRANSFER;

@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == 0)
       load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
     else
-      make_values(s, work, beta, decays, dv, dbeta, warp - 1, lane);
+      make_values(s, work, beta, decays, {dv, dbeta}, warp - 1, lane);
   } else if (warpgroup == 1) {
     more_registers<QUERY_REGISTERS>();
     make_queries(s, work, beta, decays, dq, scale, thread);

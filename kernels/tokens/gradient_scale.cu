@@ -17,5 +17,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (chunk.tokens <= 0) return;
   const int n = find_owner<CHUNK>(cu_seqlens, slot, N, T);
   const float unit = units[(int64_t)n * H + h];
-  scale_elements<GROUP * HEAD_V, THREADS>(d_o, do_scaled, unit, chunk.first, chunk.tokens, h, H, thread);
+  scale_elements<GROUP * HEAD_V, THREADS>(d_o, do_scaled, unit, {chunk.first, chunk.tokens, h, H}, thread);
 }

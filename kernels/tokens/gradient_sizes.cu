@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
   if (chunk.tokens <= 0) return;
   float size = 0.0f;
-  for_elements<COLUMNS, STEP, THREADS>(chunk.first, chunk.tokens, h, H, thread, [&](int64_t at) {
+  for_elements<COLUMNS, STEP, THREADS>({chunk.first, chunk.tokens, h, H}, thread, [&](int64_t at) {
     if constexpr (STEP == 2) {
       const float2 both = unpack2<DTYPE>(*(const uint32_t*)&d_o[at]);
       size = larger(larger(size, both.x), both.y);

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int64_t head = blockIdx.x - pairs;
     const float factor = power_of_two(-exponent_of(units[head]));
     if (factor == 1.0f) return;
-    scale_elements<GROUP * HEAD_K * HEAD_V, THREADS>(dinitial_state, dinitial_state, factor, head, 1, 0, 1, thread);
+    scale_elements<GROUP * HEAD_K * HEAD_V, THREADS>(dinitial_state, dinitial_state, factor, {head, 1, 0, 1}, thread);
     return;
   }
   const int64_t slot = blockIdx.x / H;
@@ -30,12 +30,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int n = find_owner<CHUNK>(cu_seqlens, slot, N, T);
   const float factor = power_of_two(-exponent_of(units[(int64_t)n * H + h]));
   if (factor == 1.0f) return;
-  const int64_t first = chunk.first;
-  scale_elements<HEAD_K, THREADS>(dq, dq, factor, first, chunk.tokens, h, H, thread);
-  scale_elements<HEAD_K, THREADS>(dk, dk, factor, first, chunk.tokens, h, H, thread);
-  scale_elements<GROUP * HEAD_V, THREADS>(dv, dv, factor, first, chunk.tokens, h, H, thread);
-  scale_elements<GROUP, THREADS>(dbeta, dbeta, factor, first, chunk.tokens, h, H, thread);
+  const Rows rows = {chunk.first, chunk.tokens, h, H};
+  scale_elements<HEAD_K, THREADS>(dq, dq, factor, rows, thread);
+  scale_elements<HEAD_K, THREADS>(dk, dk, factor, rows, thread);
+  scale_elements<GROUP * HEAD_V, THREADS>(dv, dv, factor, rows, thread);
+  scale_elements<GROUP, THREADS>(dbeta, dbeta, factor, rows, thread);
 #if HAS_GATE
-  scale_elements<GATES, THREADS>(dg, dg, factor, first, chunk.tokens, h, H, thread);
+  scale_elements<GATES, THREADS>(dg, dg, factor, rows, thread);
 #endif
 }

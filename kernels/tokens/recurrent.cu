@@ -27,6 +27,20 @@ PRIM real sum_over_parts(real x) {
   return x;
 }
 
+// Of q or k of a token, of which this thread has every PARTS-th element from `part` on.
+PRIM Norm<real> norm_of_row(const real* row, int part) {
+  return norm_of<DTYPE, real>([&](real unit) {
+    real squares = 0;
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const int c = i * PARTS + part;
+      const real x = c < HEAD_K ? row[c] * unit : (real)0;
+      squares += x * x;
+    }
+    return sum_over_parts(squares);
+  });
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     recurrent(const DTYPE* q, const DTYPE* k, const DTYPE* v, const real* beta, const real* g,
               const real* initial_state, const int64_t* cu_seqlens, DTYPE* o, real* final_state, real scale, int T,
@@ -71,20 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
 
     Norm<real> q_norm = {1, 1}, k_norm = {1, 1};
-#if L2NORM
-    auto norm = [&](const real* row) {
-      return norm_of<DTYPE, real>([&](real unit) {
-        real squares = 0;
-#pragma unroll
-        for (int i = 0; i < KEYS; i++) {
-          const real x = key(i) < HEAD_K ? row[key(i)] * unit : (real)0;
-          squares += x * x;
-        }
-        return sum_over_parts(squares);
-      });
-    };
-    q_norm = norm(token_q), k_norm = norm(token_k);
-#endif
+    if constexpr (L2NORM) q_norm = norm_of_row(token_q, part), k_norm = norm_of_row(token_k, part);
     real recalled = 0;
 #pragma unroll
     for (int i = 0; i < KEYS; i++) {

@@ -7,25 +7,29 @@
 PRIM int exponent_of(float x) { return (int)(__float_as_uint(x) >> 23) - 127; }  // of x >= 0
 PRIM float power_of_two(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
 
-// Elements of `columns` per token and key head: tokens `first` on, of key head h. Calls f(place) for each, or for the
-// first of each STEP of them.
+// Rows of a key head h: those of tokens from `first` on.
+struct Rows {
+  int64_t first;
+  int tokens, h, H;
+};
+
+// Calls f(place) for each of the COLUMNS elements of such rows, or for the first of each STEP of them.
 template <int COLUMNS, int STEP, int THREADS, class F>
-PRIM void for_elements(int64_t first, int tokens, int h, int H, int thread, F f) {
-  for (int i = thread * STEP; i < tokens * COLUMNS; i += THREADS * STEP)
-    f(((first + i / COLUMNS) * H + h) * COLUMNS + i % COLUMNS);
+PRIM void for_elements(const Rows& rows, int thread, F f) {
+  for (int i = thread * STEP; i < rows.tokens * COLUMNS; i += THREADS * STEP)
+    f(((rows.first + i / COLUMNS) * rows.H + rows.h) * COLUMNS + i % COLUMNS);
 }
 
 // y = factor x, for such elements; y may be x.
 template <int COLUMNS, int THREADS, class T>
-PRIM void scale_elements(const T* x, T* y, float factor, int64_t first, int tokens, int h, int H, int thread) {
+PRIM void scale_elements(const T* x, T* y, float factor, const Rows& rows, int thread) {
   if constexpr (sizeof(T) == 2 && COLUMNS % 2 == 0)
-    for_elements<COLUMNS, 2, THREADS>(first, tokens, h, H, thread, [&](int64_t at) {
+    for_elements<COLUMNS, 2, THREADS>(rows, thread, [&](int64_t at) {
       const float2 both = unpack2<T>(*(const uint32_t*)&x[at]);
       *(uint32_t*)&y[at] = pack2<T>(factor * both.x, factor * both.y);
     });
   else
-    for_elements<COLUMNS, 1, THREADS>(first, tokens, h, H, thread,
-                                      [&](int64_t at) { y[at] = narrow<T>(factor * widen(x[at])); });
+    for_elements<COLUMNS, 1, THREADS>(rows, thread, [&](int64_t at) { y[at] = narrow<T>(factor * widen(x[at])); });
 }
 
 // The larger of a size and of that of x, if x is finite.

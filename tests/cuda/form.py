@@ -73,12 +73,17 @@ def functions(text: str) -> list[Function]:
 def declared(head: str) -> tuple[str, int] | None:
     """Return the name and the number of parameters if this is what comes before a body."""
     head = re.sub(r"\b__launch_bounds__\([^()]*\)", "", head)
-    signature = re.search(
-        r"(~?\w+|operator\S+)\s*\((?P<inner>.*)\)\s*(const)?\s*(:.*)?$", head, re.DOTALL
-    )
-    if signature is None or "=" in head[: signature.start()]:
+    bare = without_inner(head)
+    # What is initialised is listed after a colon that is no part of `::`.
+    bare = re.split(r"(?<!:):(?!:)", bare)[0]
+    found = re.fullmatch(r".*?(\w+)\s*\(([^()]*)\)\s*(const)?\s*", bare, re.DOTALL)
+    if found is None or "=" in bare[: found.start(1)]:
         return None
-    inner = signature["inner"]
-    while re.search(r"[(<\[{][^(<\[{)>\]}]*[)>\]}]", inner):
-        inner = re.sub(r"[(<\[{][^(<\[{)>\]}]*[)>\]}]", "", inner)
-    return signature[1], len(inner.split(",")) if inner.strip() else 0
+    return found[1], len(found[2].split(",")) if found[2].strip() else 0
+
+
+def without_inner(head: str) -> str:
+    """Return a head without what is in brackets within brackets, and without its template's."""
+    head = re.sub(r"<[^<>()]*>", "", head)
+    inner = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
+    return re.sub(inner, lambda m: "(" + re.sub(r"\([^()]*\)", "", m[0][1:-1]) + ")", head)

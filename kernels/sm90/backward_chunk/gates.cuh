@@ -13,7 +13,11 @@
 #include "sm90/backward_chunk/shared.cuh"
 #include "tiles/fragments.cuh"
 
-#if HAS_GATE
+// A factor for each of the two rows in which a thread has sums, and sums over its columns.
+struct DecayedRows {
+  float factor[2], sums[2] = {};
+};
+
 // x = sums over the four lanes that share these rows.
 PRIM void write_rows_of(float* x, const float (&rows)[2], int warp, int lane) {
 #pragma unroll
@@ -25,10 +29,10 @@ PRIM void write_rows_of(float* x, const float (&rows)[2], int warp, int lane) {
   }
 }
 
-// d += f A B, rows times f, and sums += rowsum(A B . x): A is a box of rows, B are 64 rows of a state, x the rows of Q
-// or K. In float, for 64 keys at a time: f never goes through DTYPE.
-PRIM void add_decayed(float (&d)[K_TILES][4], float (&sums)[2], const DTYPE* A, const DTYPE* B, const float (&f)[2],
-                      const DTYPE* x, int warp, int lane) {
+// d += f A B, rows times their factors, and sums += rowsum(A B . x): A is a box of rows, B are 64 rows of a state, x
+// the rows of Q or K. In float, for 64 keys at a time: f never goes through DTYPE.
+PRIM void add_decayed(float (&d)[K_TILES][4], DecayedRows& rows, const DTYPE* A, const DTYPE* B, const DTYPE* x,
+                      int warp, int lane) {
 #pragma unroll
   for (int box = 0; box < K_BOXES; box++) {
     float product[8][4];
@@ -48,11 +52,11 @@ PRIM void add_decayed(float (&d)[K_TILES][4], float (&sums)[2], const DTYPE* A, 
         const int tile = j + i / 2, half = i % 2;
         const float2 y = unpack2<DTYPE>(r[i]);
         const float low = product[tile][2 * half], high = product[tile][2 * half + 1];
-        d[box * 8 + tile][2 * half] += f[half] * low;
-        d[box * 8 + tile][2 * half + 1] += f[half] * high;
+        d[box * 8 + tile][2 * half] += rows.factor[half] * low;
+        d[box * 8 + tile][2 * half + 1] += rows.factor[half] * high;
         // One after the other: terms that wait to be added would take registers.
-        sums[half] += y.x * low;
-        sums[half] += y.y * high;
+        rows.sums[half] += y.x * low;
+        rows.sums[half] += y.y * high;
       }
     }
   }
@@ -145,4 +149,3 @@ PRIM void write_gate_gradient(float* dg, const Sums& sums, int tokens, int64_t s
   if (2 * lane < tokens) dg[2 * lane * stride] = result.x;
   if (2 * lane + 1 < tokens) dg[(2 * lane + 1) * stride] = result.y;
 }
-#endif

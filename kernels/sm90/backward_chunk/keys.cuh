@@ -3,130 +3,165 @@
 #include "sm90/backward_chunk/gates.cuh"
 #include "sm90/backward_chunk/pairs.cuh"
 
-PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dk, float* dg,
-                    int thread) {
-  const int warp = thread / 32, lane = thread % 32;
+struct Keys {
+  const Shared& s;
+  const Work& work;
+  const float *beta, *decays;
+  float* dg;
+  const int warp, lane;
   Ring<SLICE_STAGES> ring;
   Ring<KEY_STAGES> keys;
   Ring<1> pairs;
+
+  // Adds what a value head has to dK, from row (first token, value head) on.
+  PRIM void add_head(float (&dK)[K_TILES][4], int64_t first, int tokens, const float* decay_rows) {
+    float b[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int t = warp * 16 + half * 8 + lane / 4;
+      b[half] = t < tokens ? beta[first + (int64_t)t * work.HV] : 0.0f;
+    }
+    DecayedRows reads, writes;
+    float E[8][4];
+    if constexpr (HAS_GATE) {
+      load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
+      load_rows_of(writes.factor, decay_rows + WRITES * CHUNK, warp, lane);
+      reads.factor[0] *= -b[0], reads.factor[1] *= -b[1];
+      writes.factor[0] *= b[0], writes.factor[1] *= b[1];
+      clear(E);
+      add_slices_decayed(E, dK, reads, writes);
+    } else {
+      add_slices(E, dK, b);
+    }
+    add_pairs(E, dK);
+    if constexpr (HAS_GATE) sum_gates(E, reads, writes, first, tokens);
+    pairs.advance();
+  }
+
+  PRIM const DTYPE* q() const { return s.q + keys.stage * K_BOXES * TILE; }
+  PRIM const DTYPE* k() const { return s.k + keys.stage * K_BOXES * TILE; }
+
+  // E = dY N^^T and dK += b (N^ dS'^T - dY S^T), slice after slice.
+  PRIM void add_slices(float (&E)[8][4], float (&dK)[K_TILES][4], const float (&b)[2]) {
+    float sum[K_TILES][4];
+    clear(sum);
+    uint32_t n[STEPS][4], dy[STEPS][4];
+    clear(E);
+    for (int slice = 0; slice < SLICES; slice++) {
+      const DTYPE* stage = s.stages + ring.stage * STAGE;
+      mbarrier_wait(s.full + ring.stage, ring.parity);
+      load_rows<false>(n, stage + N_AT, warp, lane);
+      load_rows<false>(dy, stage + DY_AT, warp, lane);
+      pin(n), pin(dy), pin(E), pin(sum);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < STEPS; step++)
+        wgmma<DTYPE, false>(E, dy[step], step_along_rows(stage + N_AT, step), true);
+#pragma unroll
+      for (int step = 0; step < STEPS; step++)
+        wgmma<DTYPE, true>(sum, n[step], step_of_rows(stage + DS_AT, step), true);
+#pragma unroll
+      for (int step = 0; step < STEPS; step++)
+        wgmma<DTYPE, true, true>(sum, dy[step], step_of_rows(stage + S_AT, step), true);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(sum);
+      pin(E);
+      free_slice();
+    }
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) dK[j][i] += b[i / 2] * sum[j][i];
+  }
+
+  // The same with decays of reads and writes, of which dg has the sums.
+  PRIM void add_slices_decayed(float (&E)[8][4], float (&dK)[K_TILES][4], DecayedRows& reads, DecayedRows& writes) {
+    for (int slice = 0; slice < SLICES; slice++) {
+      const DTYPE* stage = s.stages + ring.stage * STAGE;
+      mbarrier_wait(s.full + ring.stage, ring.parity);
+      pin(E);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < STEPS; step++)
+        wgmma<DTYPE, false, false>(E, step_along_rows(stage + DY_AT, step), step_along_rows(stage + N_AT, step), true);
+      wgmma_commit();
+      mbarrier_wait(s.keys_full + keys.stage, keys.parity);
+      add_decayed(dK, writes, stage + N_AT, stage + DS_AT, k(), warp, lane);
+      add_decayed(dK, reads, stage + DY_AT, stage + S_AT, k(), warp, lane);
+      pin(E);
+      free_slice();
+    }
+  }
+
+  PRIM void free_slice() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(s.free + ring.stage);
+    ring.advance();
+  }
+
+  // E becomes that of the chunk, and dK += scale dPqk^T Q + (E + E^T) K.
+  PRIM void add_pairs(float (&E)[8][4], float (&dK)[K_TILES][4]) {
+    uint32_t d_pqk[STEPS][4], symmetric[STEPS][4];
+    mbarrier_wait(s.pairs_full, pairs.parity);
+    load_rows<true>(d_pqk, s.pairs, warp, lane);
+    const float* columns = s.columns + pairs.parity * COLUMNS;
+    float minus_b[2];
+    load_rows_of(minus_b, columns, warp, lane);
+    minus_b[0] *= -1.0f, minus_b[1] *= -1.0f;
+    weigh_pairs<true>(E, minus_b, columns, warp, lane);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) write_symmetric(s.symmetric, E[j], E[j + 1], warp * 16, j * 8, lane);
+    named_barrier(KEY_BARRIER, 128);
+    load_rows<false>(symmetric, s.symmetric, warp, lane);
+    __syncwarp();
+    // The first warp says so when it has read the sums, too.
+    if (lane == 0 && !(HAS_GATE && warp == 0)) mbarrier_arrive(s.pairs_free);
+    mbarrier_wait(s.keys_full + keys.stage, keys.parity);
+    pin(d_pqk), pin(symmetric), pin(dK);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, d_pqk[step], step_of_rows(q(), step), true);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, symmetric[step], step_of_rows(k(), step), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(dK);
+  }
+
+  // What keys have part in, and by the first warp all of dg.
+  PRIM void sum_gates(float (&E)[8][4], DecayedRows& reads, DecayedRows& writes, int64_t first, int tokens) {
+    multiply_pairs(E, k(), k());
+    sum_rectangles(s.sums.pairs + (4 + warp) * CHUNK, E, warp, lane);
+    reads.sums[0] *= reads.factor[0], reads.sums[1] *= reads.factor[1];
+    writes.sums[0] *= writes.factor[0], writes.sums[1] *= writes.factor[1];
+    write_rows_of(s.sums.key_reads, reads.sums, warp, lane);
+    write_rows_of(s.sums.writes, writes.sums, warp, lane);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(s.sums.full);
+    if (warp == 0) {
+      mbarrier_wait(s.sums.full, pairs.parity);
+      write_gate_gradient(dg + first, s.sums, tokens, work.HV, lane);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(s.pairs_free);
+    }
+    __syncwarp();
+  }
+};
+
+PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dk, float* dg,
+                    int thread) {
+  Keys role = {s, work, beta, decays, dg, thread / 32, thread % 32};
   for_each_pair(work, [&](const Chunk& chunk, int slot, int h) {
     const int groups = work.HV / work.H;
-    const DTYPE *q = s.q + keys.stage * K_BOXES * TILE, *k = s.k + keys.stage * K_BOXES * TILE;
     float dK[K_TILES][4];
     clear(dK);
     for (int group = 0; group < groups; group++) {
       const int hv = h * groups + group;
-      const int64_t first = chunk.first * work.HV + hv;
-      float b[2];
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int t = warp * 16 + half * 8 + lane / 4;
-        b[half] = t < chunk.tokens ? beta[first + (int64_t)t * work.HV] : 0.0f;
-      }
-#if HAS_GATE
-      const float* decay_rows = decays_of(decays, slot, hv, work.HV);
-      float reads[2], writes[2], read_sums[2] = {}, write_sums[2] = {};
-      load_rows_of(reads, decay_rows + READS * CHUNK, warp, lane);
-      load_rows_of(writes, decay_rows + WRITES * CHUNK, warp, lane);
-      reads[0] *= -b[0], reads[1] *= -b[1];
-      writes[0] *= b[0], writes[1] *= b[1];
-#else
-      float sum[K_TILES][4];  // N^ dS'^T - dY S^T
-      clear(sum);
-#endif
-      float E[8][4];
-      uint32_t n[STEPS][4], dy[STEPS][4];
-      clear(E);
-      for (int slice = 0; slice < SLICES; slice++) {
-        const DTYPE* stage = s.stages + ring.stage * STAGE;
-        mbarrier_wait(s.full + ring.stage, ring.parity);
-#if HAS_GATE
-        pin(E);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, false, false>(E, step_along_rows(stage + DY_AT, step), step_along_rows(stage + N_AT, step),
-                                     true);
-        wgmma_commit();
-        mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-        add_decayed(dK, write_sums, stage + N_AT, stage + DS_AT, writes, k, warp, lane);
-        add_decayed(dK, read_sums, stage + DY_AT, stage + S_AT, reads, k, warp, lane);
-#else
-        load_rows<false>(n, stage + N_AT, warp, lane);
-        load_rows<false>(dy, stage + DY_AT, warp, lane);
-        pin(n), pin(dy), pin(E), pin(sum);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, false>(E, dy[step], step_along_rows(stage + N_AT, step), true);
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, true>(sum, n[step], step_of_rows(stage + DS_AT, step), true);
-#pragma unroll
-        for (int step = 0; step < STEPS; step++)
-          wgmma<DTYPE, true, true>(sum, dy[step], step_of_rows(stage + S_AT, step), true);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(sum);
-#endif
-        pin(E);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(s.free + ring.stage);
-        ring.advance();
-      }
-#if !HAS_GATE
-#pragma unroll
-      for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) dK[j][i] += b[i / 2] * sum[j][i];
-#endif
-
-      mbarrier_wait(s.pairs_full, pairs.parity);
-      load_rows<true>(n, s.pairs, warp, lane);
-      const float* columns = s.columns + pairs.parity * COLUMNS;
-      float minus_b[2];
-      load_rows_of(minus_b, columns, warp, lane);
-      minus_b[0] *= -1.0f, minus_b[1] *= -1.0f;
-      weigh_pairs<true>(E, minus_b, columns, warp, lane);
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) write_symmetric(s.symmetric, E[j], E[j + 1], warp * 16, j * 8, lane);
-      named_barrier(KEY_BARRIER, 128);
-      load_rows<false>(dy, s.symmetric, warp, lane);
-      __syncwarp();
-      // The first warp says so when it has read the sums, too.
-      if (lane == 0 && !(HAS_GATE && warp == 0)) mbarrier_arrive(s.pairs_free);
-      mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-      pin(n), pin(dy), pin(dK);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, n[step], step_of_rows(q, step), true);
-#pragma unroll
-      for (int step = 0; step < STEPS; step++) wgmma<DTYPE, true>(dK, dy[step], step_of_rows(k, step), true);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(dK);
-#if HAS_GATE
-      multiply_pairs(E, k, k);
-      sum_rectangles(s.sums.pairs + (4 + warp) * CHUNK, E, warp, lane);
-      read_sums[0] *= reads[0], read_sums[1] *= reads[1];
-      write_sums[0] *= writes[0], write_sums[1] *= writes[1];
-      write_rows_of(s.sums.key_reads, read_sums, warp, lane);
-      write_rows_of(s.sums.writes, write_sums, warp, lane);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(s.sums.full);
-      if (warp == 0) {
-        mbarrier_wait(s.sums.full, pairs.parity);
-        write_gate_gradient(dg + first, s.sums, chunk.tokens, work.HV, lane);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(s.pairs_free);
-      }
-      __syncwarp();
-#endif
-      pairs.advance();
+      role.add_head(dK, chunk.first * work.HV + hv, chunk.tokens,
+                    HAS_GATE ? decays_of(decays, slot, hv, work.HV) : nullptr);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
-    keys.advance();
-    write_gradient(dk, dK, 1.0f, chunk, work.H, h, warp, lane);
+    free_keys(s, role.keys, role.lane);
+    write_gradient(dk, dK, 1.0f, chunk, work.H, h, thread);
   });
 }

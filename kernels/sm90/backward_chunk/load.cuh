@@ -83,9 +83,14 @@ PRIM float dot(const uint4& x, const uint4& y) {
   return sum;
 }
 
+struct Gradients {
+  DTYPE* dv;
+  float* dbeta;
+};
+
 // dV = b dY and dbeta = rowsum(dY . N^), eight lanes per token, eight channels each; and with a gate c <S, dS'>.
-PRIM void make_values(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dv,
-                      float* dbeta, int warp, int lane) {
+PRIM void make_values(const Shared& s, const Work& work, const float* beta, const float* decays, const Gradients& to,
+                      int warp, int lane) {
   constexpr int ROUNDS = (CHUNK / 4 + VALUE_WARPS - 1) / VALUE_WARPS;
   Ring<SLICE_STAGES> ring;
   Ring<1> pairs;
@@ -124,7 +129,7 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, cons
             out[i] = pack2<DTYPE>(b[round] * y.x, b[round] * y.y);
           }
           if (channel < HEAD_V)
-            *(uint4*)&dv[(first + (int64_t)t * work.HV) * HEAD_V + channel] =
+            *(uint4*)&to.dv[(first + (int64_t)t * work.HV) * HEAD_V + channel] =
                 make_uint4(out[0], out[1], out[2], out[3]);
         }
         __syncwarp();
@@ -136,7 +141,7 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, cons
         const int t = (round * VALUE_WARPS + warp) * 4 + lane / 8;
 #pragma unroll
         for (int bits = 4; bits > 0; bits /= 2) sums[round] += __shfl_xor_sync(~0u, sums[round], bits);
-        if (piece == 0 && t < chunk.tokens) dbeta[first + (int64_t)t * work.HV] = sums[round];
+        if (piece == 0 && t < chunk.tokens) to.dbeta[first + (int64_t)t * work.HV] = sums[round];
       }
 #if HAS_GATE
 #pragma unroll

@@ -89,9 +89,17 @@ PRIM void write_symmetric(DTYPE* box, const float (&e0)[4], const float (&e1)[4]
   stmatrix_x4(box + swizzled(row + lane % 16, column + lane / 16 * 8), r);
 }
 
-// `factor` times the warp's 16 rows of a sum, to rows of (token, key head).
+// `factor` times a sum, 16 rows of which a warp has, to rows of (token, key head).
 PRIM void write_gradient(DTYPE* out, const float (&d)[K_TILES][4], float factor, const Chunk& chunk, int H, int h,
-                         int warp, int lane) {
-  const int64_t row = (chunk.first + warp * 16) * H + h;
-  store_wide(out + row * HEAD_K, (int64_t)H * HEAD_K, d, factor, chunk.tokens - warp * 16, HEAD_K, lane);
+                         int thread) {
+  const int first = thread / 32 * 16;
+  const int64_t row = (chunk.first + first) * H + h;
+  store_wide(out + row * HEAD_K, (int64_t)H * HEAD_K, d, factor, chunk.tokens - first, HEAD_K, thread % 32);
+}
+
+// A warp is done with Q and K.
+PRIM void free_keys(const Shared& s, Ring<KEY_STAGES>& keys, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
+  keys.advance();
 }
