@@ -168,7 +168,7 @@ def test_gradient_through_the_norm(dtype):
     check(args, kw, output_gradient(args), None, l2norm=True, chunk=16)
 
 
-@pytest.mark.parametrize("gate", [None, "scalar"])
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 def test_plain_products_are_the_gradients_without_rounding(gate):
     options = dict(cu_seqlens=[0, 0, 1, 70], layout="vk", initial=True, gate=gate)
     args, kw = make_inputs(70, H=2, G=2, K=24, V=20, beta=(0.0, 2.0), **options)

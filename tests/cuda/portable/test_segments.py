@@ -77,7 +77,18 @@ def test_options_and_uneven_sequences(
         assert error(x, y) < 5e-6
 
 
-@pytest.mark.parametrize("gate", [None, "scalar"])
+def test_a_gate_per_key_channel(emulated, on_reference, short_segments):
+    options = dict(gate="channel", layout="vk", initial=True, cu_seqlens=UNEVEN)
+    args, kw = make_inputs(901, K=24, V=40, G=2, dtype=F32, **options)
+    args[4][:, 200, :, ::3] = -np.inf
+    emulated(**FACTS)
+    result = cd.chunk_delta_rule(*args, **kw, chunk_size=16)
+    assert_cut(emulated)
+    for x, y in zip(result, on_reference(cd.chunk_delta_rule, *args, **kw), strict=True):
+        assert error(x, y) < 5e-6
+
+
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segments, gate):
     args, kw = make_inputs(200, K=32, V=16, dtype=F32, initial=True, gate=gate)
     emulated(**FACTS)
