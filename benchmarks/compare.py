@@ -1,7 +1,8 @@
 """The chunked delta rule on a GPU beside its peers and its floor, in one process.
 
 Contestants: cupy_delta; flash-linear-attention (its delta rule, and its gated one); FlashQLA;
-FlashInfer's gated delta rule prefill. Where a row has no gate, gated ones are given g = 0, or none.
+FlashInfer's gated delta rule prefill; for gates per key channel the KDA of flash-linear-attention
+and of cuDNN frontend. Where a row has no gate, gated ones are given g = 0, or none.
 Each that can be imported takes its turn on the same arrays in every repeat. Timed by CUDA events:
 replays of CUDA graphs and eager calls, on inputs that the L2 cache has forgotten. A row is printed
 and the JSON file rewritten as soon as it is measured; beside the JSON file lie a Markdown page and

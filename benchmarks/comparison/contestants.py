@@ -101,6 +101,7 @@ class TorchContestant:
     widths: tuple[int, ...] | None = None
     repeats_keys = False
     takes_gates = True
+    per_channel = False  # gates per key channel, and nothing else
 
     def __init__(self, inputs: Inputs):
         import torch
@@ -129,6 +130,8 @@ class TorchContestant:
             return "no backward"
         if row.gated and not cls.takes_gates:
             return "no gate"
+        if row.per_channel != cls.per_channel:
+            return "gates per key channel only" if cls.per_channel else "no gate per key channel"
         if cls.widths and not {row.K, row.V} <= set(cls.widths):
             return "head sizes " + ", ".join(map(str, cls.widths)) + " only"
         return None
@@ -286,7 +289,52 @@ class FlashInfer(TorchContestant):
         return o.reshape(*self.row.batch, self.row.HV, self.row.V)
 
 
-CONTESTANTS = {c.name: c for c in (Ours, Fla, FlaGated, FlashQla, FlashInfer)}
+class FlaChannel(TorchContestant):
+    name = "fla_kda"
+    distribution = "fla-core"
+    repeats_keys = True
+    per_channel = True
+    notes = "flash-linear-attention, `chunk_kda` with safe_gate and its bound of -5"
+
+    @staticmethod
+    def load():
+        from fla.ops.kda import chunk_kda
+
+        return chunk_kda
+
+    def call(self, tensors, final_state: bool):
+        q, k, v, beta = tensors
+        options = {"output_final_state": final_state, "cu_seqlens": self.cu_seqlens}
+        return self.rule(q, k, v, self.g, beta, safe_gate=True, lower_bound=-5.0, **options)[0]
+
+
+class Cudnn(TorchContestant):
+    name = "cudnn"
+    distribution = "nvidia-cudnn-frontend"
+    repeats_keys = True
+    per_channel = True
+    notes = "cuDNN frontend, `cudnn.linear_attention.ops.kda.kimi_delta_attention`, tokens packed"
+
+    def __init__(self, inputs: Inputs):
+        super().__init__(inputs)
+        ends = [0, *accumulate(self.row.lengths)]
+        self.ends = self.torch.tensor(ends, dtype=self.torch.int32, device="cuda")
+
+    @staticmethod
+    def load():
+        from cudnn.linear_attention.ops.kda import kimi_delta_attention
+
+        return kimi_delta_attention
+
+    def call(self, tensors, final_state: bool):
+        q, k, v, beta = (x.reshape(self.row.tokens, *x.shape[2:]) for x in tensors)
+        g = self.g.reshape(self.row.tokens, *self.g.shape[2:])
+        done = self.rule(q, k, v, g, beta, self.ends, output_final_state=final_state)
+        o = done[0] if isinstance(done, tuple) else done
+        return o.reshape(*self.row.batch, self.row.HV, self.row.V)
+
+
+CONTESTANTS = {c.name: c for c in (Ours, Fla, FlaGated, FlashQla, FlashInfer, FlaChannel, Cudnn)}
 
 
 def torch_stream(stream):

@@ -19,7 +19,7 @@ from .timing import one_line
 
 VERSIONS = (
     *("cupy-cuda12x", "cupy-cuda13x", "numpy", "torch", "triton", "fla-core", "flash_qla"),
-    *("tilelang", "flashinfer-python", "nvidia-cutlass-dsl"),
+    *("tilelang", "flashinfer-python", "nvidia-cutlass-dsl", "nvidia-cudnn-frontend"),
 )
 CACHES = (
     *("CUPY_CACHE_DIR", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR", "TILELANG_CACHE_DIR"),

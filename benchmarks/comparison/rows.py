@@ -32,7 +32,8 @@ class Row:
 
     `lengths` holds one length per sequence. A `ragged` row packs them end to end with cu_seqlens.
     Where `decay` is not 0 there is a log decay per token and value head, exponentially distributed
-    with this mean. beta is uniform between 0 and `largest_beta`.
+    with this mean. A row that is `per_channel` has one per key channel instead, of -5 u^4 with
+    uniform u. beta is uniform between 0 and `largest_beta`.
     """
 
     group: str
@@ -44,10 +45,16 @@ class Row:
     ragged: bool = False
     decay: float = 0.0
     largest_beta: float = 1.0
+    per_channel: bool = False
 
     @property
     def gated(self) -> bool:
-        return self.decay != 0
+        return self.decay != 0 or self.per_channel
+
+    @property
+    def gates(self) -> int:
+        """Gates per token and value head."""
+        return self.K if self.per_channel else int(self.gated)
 
     @property
     def name(self) -> str:
@@ -61,7 +68,9 @@ class Row:
             parts.append(f"k{self.K} v{self.V}")
         elif self.K != 128:
             parts.append(f"d{self.K}")
-        if self.gated:
+        if self.per_channel:
+            parts.append("per channel")
+        elif self.gated:
             parts.append("gated" if self.decay == MEAN_DECAY else f"gated {self.decay:g}")
         if self.largest_beta != 1:
             parts.append(f"beta {self.largest_beta:g}")
@@ -79,7 +88,7 @@ class Row:
     @property
     def input_bytes(self) -> int:
         """Bytes of q, k, v, beta and g."""
-        columns = 4 * (1 + self.gated)
+        columns = 4 * (1 + self.gates)
         return self.tokens * (2 * self.H * self.K * BYTES + self.HV * (self.V * BYTES + columns))
 
     def shortened(self) -> Row:
@@ -130,6 +139,9 @@ def _rows() -> tuple[Row, ...]:
         replace(wide, lengths=(32768,)),
         Row("gated_more", tail, 16, 64, ragged=True, decay=MEAN_DECAY),
         *(gated((4, 8192, 16, 64), group="gated_more", decay=x)[0] for x in (1.0, 2.0, 5.0)),
+        *several("channel", *((1, T, 32, 32) for T in (8192, 32768)), per_channel=True),
+        *several("channel", (4, 8192, 32, 32), (1, 32768, 8, 8), per_channel=True),
+        *several("channel", (1, 8192, 96, 96), per_channel=True),
     )
 
 
@@ -158,7 +170,7 @@ def flops(row: Row, passes: str, chunk: int = FLOOR_CHUNK) -> float:
 def traffic(row: Row, passes: str, states: int = 1) -> float:
     """Bytes: every input read once, every output written once; `states` float32 ones per head."""
     K, V, G = row.K, row.V, row.HV / row.H
-    columns = 1 + row.gated
+    columns = 1 + row.gates
     if passes == "forward":  # q, k | v, o | beta, g
         each = 2 * K * BYTES / G + 2 * V * BYTES + 4 * columns
         ends = states * len(row.lengths) * row.HV * K * V * 4
@@ -218,6 +230,9 @@ def draw(row: Row, xp, seed: int = 0, dtype: str = "bfloat16") -> Inputs:
     beta = rng.random((B, T, row.HV), xp.float32) * xp.float32(row.largest_beta)
     ends = xp.asarray([0, *accumulate(row.lengths)], xp.int64) if row.ragged else None
     g = None
-    if row.gated:
+    if row.per_channel:
+        g = rng.random((B, T, row.HV, row.K), xp.float32)
+        g = g * g * g * g * xp.float32(-5)
+    elif row.gated:
         g = rng.standard_exponential((B, T, row.HV), xp.float32) * xp.float32(-row.decay)
     return Inputs(row, q, k, v, beta, do, ends, g)

@@ -58,6 +58,15 @@ FAMILIES = (
         },
     ),
     Family(
+        "sm90",
+        sm90.tiles.supports_channels,
+        {
+            "forward": sm90.channel.plan_forward,
+            "training": sm90.channel.plan_training,
+            "backward": sm90.channel.plan_backward,
+        },
+    ),
+    Family(
         "portable",
         _always,
         {
@@ -77,7 +86,7 @@ FAMILIES = (
     ),
 )
 TOKENS = ("recurrent", "step")
-CHUNKED = tuple(FAMILIES[1].plans)
+CHUNKED = tuple(FAMILIES[2].plans)
 
 
 class Limit(NamedTuple):

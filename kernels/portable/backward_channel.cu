@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
       unit.load(channels);
       unit.from_before(channels, sum_q, sum_k);
       unit.from_behind(channels, sum_k);
-      unit.within(channels, sum_q, sum_k);
+      unit.within(&channels.pairs[unit.a * BLOCK * (PAIR_PITCH + 1)], PAIR_PITCH, sum_q, sum_k);
     }
     __syncthreads();
     if (has_unit) {

@@ -68,6 +68,10 @@ struct Unit {
   // What comes from the state and from earlier blocks.
   PRIM void from_before(const Channels& s, Rows& dq, Rows& dk) {
     Rows to_q, to_k;
+    gather_before(s, to_q, to_k);
+    add_before(to_q, to_k, dq, dk);
+  }
+  PRIM void gather_before(const Channels& s, Rows& to_q, Rows& to_k) const {
 #pragma unroll
     for (int i = 0; i < BLOCK; i++) {
       const int at = (a * BLOCK + i) * X_PITCH + c;
@@ -96,6 +100,8 @@ struct Unit {
         }
       }
     }
+  }
+  PRIM void add_before(const Rows& to_q, const Rows& to_k, Rows& dq, Rows& dk) {
     float f = 1.0f;
 #pragma unroll
     for (int i = 0; i < BLOCK; i++) {
@@ -122,6 +128,10 @@ struct Unit {
   // What comes from the leaving state's gradient and from later blocks.
   PRIM void from_behind(const Channels& s, Rows& dk) {
     Rows to_k;
+    gather_behind(s, to_k);
+    add_behind(to_k, dk);
+  }
+  PRIM void gather_behind(const Channels& s, Rows& to_k) const {
     float later = 1.0f;
 #pragma unroll
     for (int j = 0; j < BLOCK; j++) to_k[j] = s.from_n[(a * BLOCK + j) * X_PITCH + c];
@@ -147,6 +157,8 @@ struct Unit {
         }
       }
     }
+  }
+  PRIM void add_behind(const Rows& to_k, Rows& dk) {
     float f = 1.0f;
     Rows early;
 #pragma unroll
@@ -162,10 +174,11 @@ struct Unit {
   }
 
   // The pairs of the block itself, column after column: y_i = k_j e^(G_i - G_j) downwards, and what comes back upwards.
-  PRIM void within(const Channels& s, Rows& dq, Rows& dk) {
+  // `own` pairs are [j][i].
+  PRIM void within(const float2* own, int pitch, Rows& dq, Rows& dk) {
 #pragma unroll
     for (int j = 0; j < BLOCK; j++) {
-      const float2* pairs = &s.pairs[(a * BLOCK + j) * PAIR_PITCH + a * BLOCK];
+      const float2* pairs = &own[j * pitch];
       const float diagonal = pairs[j].x;
       dq[j] += diagonal * k[j];
       dk[j] += diagonal * q[j];

@@ -4,6 +4,8 @@
 //
 //   dN = Pqk^T dO^ + w K dS'        dY = dN + core^T (b dN)        dS = c dS' + Q^T (r dO^) - K^T (r b dY)
 //
+// with K r, Q r and K w for K and Q, and c per channel, where the gate has one value per key channel.
+//
 // dS' of every chunk, (V, K), and dY are written for the gradients of the chunks.
 //
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
@@ -19,7 +21,8 @@
 // Numbers: dS in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
-// STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, MATH (1 or 2), CHUNK_STAGES. Grid: N *
+// STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), MATH (1 or 2),
+// CHUNK_STAGES. Grid: N *
 // segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
 // CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
@@ -47,19 +50,17 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, con
   }
 }
 
-// Returns the decay over all chunks, of a transfer.
-PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates, const Rows& dy,
-                float scale, int warpgroup, int HV, int thread) {
+// Returns what all chunks leave of a state, of a transfer.
+PRIM Carried walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates, const Rows& dy,
+                  float scale, int warpgroup, int HV, int thread) {
   const int warp = thread / 32, lane = thread % 32;
-  float decay = 1.0f;
-  if (work.chunks == 0) return decay;
-#if !TRANSFER
+  Carried over_chunks;
+  if (work.chunks == 0) return over_chunks;
   const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
   DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
-#endif
   Ring<CHUNK_STAGES> ring;
   float dN[8][4];  // then dY
-#if HAS_GATE
+#if HAS_GATE == 1
   float KD[8][4];
 #endif
   uint32_t state[K_STEPS][4], dO[4][4], a[4][4];
@@ -83,12 +84,14 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
     const DTYPE *k = s.k + ring.stage * K_BOXES * TILE, *q = s.q + ring.stage * K_BOXES * TILE;
     const DTYPE* core = s.core + ring.stage * TILE;
     const float* b = s.beta + ring.stage * CHUNK;
-#if HAS_GATE
+    const DTYPE* writing = PER_CHANNEL ? s.writing + ring.stage * K_BOXES * TILE : k;
+    const float* carried = s.carried + ring.stage * KP;
+#if HAS_GATE == 1
     const float *reads = s.reads + ring.stage * CHUNK, *writes = s.writes + ring.stage * CHUNK;
     float (&sum)[8][4] = KD;
 #else
     float (&sum)[8][4] = dN;
-    pin(dS);
+    if constexpr (!PER_CHANNEL) pin(dS);
 #endif
     // dN += w K dS', and half of dS += Q^T (r dO^) while b dN is made.
     pin(state);
@@ -96,22 +99,27 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false>(sum, state[step], step_along_rows(k, step), !HAS_GATE || step > 0);
+      wgmma<DTYPE, false>(sum, state[step], step_along_rows(writing, step), !PER_TOKEN || step > 0);
     wgmma_commit();
-#if HAS_GATE
+#if HAS_GATE == 1
     carry(dS, reads);
-    if (TRANSFER) decay *= reads[CHUNK - 1];
+    if (TRANSFER) over_chunks.multiply(reads, 0);
     load_gradient(dO, rows(ring.stage), scale, reads, !work.values, warp, lane);
     pin(dO);
-    pin(dS);
-    wgmma_fence();
+#elif HAS_GATE == 2
+    scale_columns(dS, carried, lane);
+    if (TRANSFER) over_chunks.multiply(carried, value + lane / 4);
 #endif
+    if constexpr (HAS_GATE) {
+      pin(dS);
+      wgmma_fence();
+    }
 #pragma unroll
     for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
     wgmma_wait<1>();
     pin(sum);
-#if HAS_GATE
+#if HAS_GATE == 1
     scale_columns(KD, writes, lane);
 #pragma unroll
     for (int j = 0; j < 8; j++)
@@ -129,21 +137,19 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
 #pragma unroll
     for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
-#if !TRANSFER
     const int c = work.chunk(i);
-    stage_state(state_boxes, state, lane);
-    async_proxy_fence();
-    __syncwarp();
-    if (lane == 0) send_state(dstates, state_boxes, work, value, c);
-#endif
+    if constexpr (STATES) {
+      stage_state(state_boxes, state, lane);
+      async_proxy_fence();
+      __syncwarp();
+      if (lane == 0) send_state(dstates, state_boxes, work, value, c);
+    }
     wgmma_wait<1>();
     pin(dN);
     // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
-#if !TRANSFER
     uint32_t dY[4][4];
-    round_sums<DTYPE>(dY, dN);
-#endif
-#if HAS_GATE
+    if constexpr (STATES) round_sums<DTYPE>(dY, dN);
+#if HAS_GATE == 1
     round_columns<DTYPE>(a, dN, b, reads, lane);
 #else
     round_columns<DTYPE>(a, dN, b, lane);
@@ -158,9 +164,8 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
     if (i + 1 < work.chunks) next.advance();
     mbarrier_wait(s.full + next.stage, next.parity);
     begin(next.stage);
-#if !TRANSFER
-    send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
-#endif
+    if constexpr (STATES)
+      send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
     wgmma_wait<1>();
     pin(dS);
     free_stage(s, ring.stage, thread);
@@ -170,11 +175,14 @@ PRIM float walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], cons
     ring = next;
   }
   if (lane == 0) tma_store_wait_read<0>();
-  return decay;
+  return over_chunks;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+#if HAS_GATE == 2
+                          const __grid_constant__ TensorMap k_write_map,
+#endif
                           const __grid_constant__ TensorMap core_map, const __grid_constant__ TensorMap p_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap dstates_map,
                           const __grid_constant__ TensorMap dy_map,
@@ -193,7 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
   start(s, joins);
 #endif
-  const Maps maps = {&q_map, &k_map, &core_map, &p_map, &do_map};
+  Maps maps = {&q_map, &k_map, &core_map, &p_map, &do_map};
+#if HAS_GATE == 2
+  maps.writing = &k_write_map;
+#endif
   if (!computes(s, joins, maps, work, beta, decays, HV, warpgroup, warp, lane)) return;
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
@@ -209,18 +220,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
   if constexpr (JOINS)
     join(dS, joins, work.n * (int64_t)transferred, work.step, column, work.hv, HV, warpgroup, thread);
-  const float decay = walk(s, work, dS, &dstates_map, {&dy_map, dy}, scale, warpgroup, HV, thread);
+  const Carried over_chunks = walk(s, work, dS, &dstates_map, {&dy_map, dy}, scale, warpgroup, HV, thread);
 #if TRANSFER
-  if (work.values)
-    keep_transfer(h, dS, work.part, work.hv, HV, column, thread);
-  else
-    send_transfer(&transfer_map, s.states + warpgroup * K_BOXES * TILE, dS, decay, column, work.part, work.hv,
-                  1 + warpgroup, thread);
-#if HAS_GATE
-  if (!work.values && column == 0 && thread == 0) segment_decays[(int64_t)work.part * HV + work.hv] = decay;
-#endif
+  leave_transfer(s, work, dS, &transfer_map, h, segment_decays, over_chunks, column, HV, warpgroup, thread);
 #else
-  (void)decay;
+  (void)over_chunks;
   // One per sequence, from its first segment.
   if (work.last) {
 #pragma unroll

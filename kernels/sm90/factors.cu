@@ -15,41 +15,20 @@
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128, a multiple of 8), CHUNK (64), HAS_GATE, VARLEN.
 // Grid: slots * H blocks of 128 threads. Shared memory: K and Q, and in their place M and two cores; beta; G of each
 // warp's value head; see cupy_delta/cuda/sm90/training.py.
+#include "sm90/core.cuh"
 #include "sm90/decays.cuh"
 #include "tiles/sequence.cuh"
-#include "tiles/store.cuh"
 #include "tiles/swizzled.cuh"
-#include "tiles/unit_inverse.cuh"
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
 // As many blocks as registers admit without spilling; value heads at a time.
 constexpr int THREADS = 128, BLOCKS = 4, HEADS = 2;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16;
-constexpr int TILE = CHUNK * BOX, HALF = 32, TRIANGLE = HALF * INVERSE_PITCH;
+constexpr int TILE = CHUNK * BOX;
 // M and a core as blocks of 32 x 32 in rows of INVERSE_PITCH: the two on the diagonal, and for M the one below them.
 // With a gate a core has an M of its own, in whose place it is formed.
 constexpr int CORE = 2 + HAS_GATE;
 constexpr int SOLVING = (3 + CORE * HEADS) * TRIANGLE * 4, LOADED = 2 * K_BOXES * TILE * 2;
-
-// core's 32 rows from `row` on, as far as they lie in the block on the diagonal, and zero to the right of it.
-PRIM void write_diagonal_block(DTYPE* core, int64_t stride, const float* block, int row, int tokens, int lane) {
-  const int piece = lane % 4;
-#pragma unroll
-  for (int i = 0; i < HALF; i += 8) {
-    const int r = i + lane / 4;
-    uint4 x = {};
-    if (piece / 2 <= i / 16) {
-      const float4 low = *(const float4*)&block[r * INVERSE_PITCH + piece * 8];
-      const float4 high = *(const float4*)&block[r * INVERSE_PITCH + piece * 8 + 4];
-      x = make_uint4(pack2<DTYPE>(low.x, low.y), pack2<DTYPE>(low.z, low.w), pack2<DTYPE>(high.x, high.y),
-                     pack2<DTYPE>(high.z, high.w));
-    }
-    if (row + r >= tokens) continue;
-    DTYPE* to = core + (row + r) * stride + piece * 8;
-    *(uint4*)(to + row) = x;
-    if (row == 0) *(uint4*)(to + HALF) = uint4{};
-  }
-}
 
 #if HAS_GATE
 // (HIGH, LOW) of two neighbouring tokens.
@@ -187,13 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int r = row + sum_row(lane, i);
       if (sum_column(lane, j, i) >= r || r >= chunk.tokens) d[j][i] = 0.0f;
     }
-  typedef const float (&Columns)[4][4];
-  if (row < HALF) {
-    store_block(m + row * INVERSE_PITCH, (Columns)d[0], lane);
-  } else {
-    store_block(m21 + (row - HALF) * INVERSE_PITCH, (Columns)d[0], lane);
-    store_block(m + row * INVERSE_PITCH, (Columns)d[4], lane);
-  }
+  store_rows_of_m(m, d, row, lane);
   __syncthreads();
 
   for (int group = warp / 2; group < groups; group += HEADS) {
@@ -216,18 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
     const float *own_m = m + half * TRIANGLE, *below_m = m21;
 #endif
-    const Weights weights = {b + half * HALF};
-    invert_diagonal_blocks<float>(own, own_m, weights, lane);
-    float corner[2][4];
-    merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
-    __syncwarp();  // with a gate it takes the place of M's
-    store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
-    named_barrier(1 + pair, 64);
-    float l21[4][4];
-    const int below = HALF + half * 16;
-    merge_blocks<float, HALF>(l21, below_m, l + TRIANGLE, l, Weights{b}, half * 16, lane);
-    store_wide(out + below * stride, stride, l21, 1.0f, chunk.tokens - below, HALF, lane);
-    write_diagonal_block(out, stride, own, half * HALF, chunk.tokens, lane);
+    write_core(out, stride, l, own_m, below_m, b, half, chunk.tokens, 1 + pair, lane);
     named_barrier(1 + pair, 64);  // both are done with the core
   }
 }

@@ -6,9 +6,11 @@
 // H_i^T, with c_i the decay over the segment, 1 without a gate. Where beta is small, P_i is nearly c_i I: so only the
 // difference is rounded to DTYPE, once per segment; S is taken to twice the digits; sums are float.
 //
+// With a gate per key channel c I is a diagonal matrix, whose entries multiply the columns of S^T.
+//
 // Arrays: p (N cut, HV, K, K), of P - c I; h (N, cut, HV, blocks of 64 value channels, K_TILES, 128, 4) in float, as
-// the threads of a math warpgroup hold H; decays (N cut, HV), of c, with a gate; `cut` segments of every sequence were
-// transferred. Shared memory: two buffers of KP x KP.
+// the threads of a math warpgroup hold H; decays (N cut, HV), or (N cut, HV, K), of c, with a gate; `cut` segments of
+// every sequence were transferred. Shared memory: two buffers of KP x KP.
 #pragma once
 #include "sm90/sums.cuh"
 
@@ -40,11 +42,13 @@ PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, i
   for (int j = 0; j < K_TILES; j++) to[j * 128] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
 }
 
-// 64 columns of P - c I from `column` on, by a warpgroup that holds P's transposed, through boxes of its own.
-PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][4], float c, int column, int64_t index,
+// 64 columns of P - c I from `column` on, by a warpgroup that holds P's transposed, through boxes of its own. c is one
+// number, or those of the thread's two rows.
+template <class Decay>
+PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][4], Decay c, int column, int64_t index,
                         int hv, int barrier, int thread) {
   const int warp = thread / 32, lane = thread % 32;
-  add_identity(S, -c, column + warp * 16, lane);
+  subtract_diagonal(S, c, column + warp * 16, lane);
   uint32_t a[K_STEPS][4];
   round_sums<DTYPE>(a, S);
 #pragma unroll
@@ -96,6 +100,16 @@ PRIM Joins take_joins(DynSmem& smem, const TensorMap& p, float* h, float* decays
   return {&p, h, decays, first, second, barriers, barriers + 2, barriers + 4};
 }
 
+// S^T times the decays of its columns, of which there are HEAD_K.
+PRIM void decay_channels(float (&S)[K_TILES][4], const float* decays, int lane) {
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++) {
+    const int column = sum_column(lane, j, 0);
+    const float2 c = column < HEAD_K ? *(const float2*)&decays[column] : make_float2(0.0f, 0.0f);
+    S[j][0] *= c.x, S[j][1] *= c.y, S[j][2] *= c.x, S[j][3] *= c.y;
+  }
+}
+
 // S += x P^T.
 PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS][4], const DTYPE* P) {
 #pragma unroll
@@ -129,17 +143,19 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #pragma unroll
         for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
     };
-#if HAS_GATE
+#if HAS_GATE == 1
     const float c = joins.decays[(index + i) * HV + hv];
 #endif
     if (WITH_H && EARLY_H) load_h();
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
     split_sums(high, rest, S);
-#if HAS_GATE
+#if HAS_GATE == 1
 #pragma unroll
     for (int j = 0; j < K_TILES; j++)
 #pragma unroll
       for (int l = 0; l < 4; l++) S[j][l] *= c;
+#elif HAS_GATE == 2
+    decay_channels(S, joins.decays + ((index + i) * HV + hv) * HEAD_K, lane);
 #endif
     if (WITH_H && H_FIRST) {
       load_h();

@@ -76,3 +76,16 @@ PRIM void add_identity(float (&d)[TILES][4], float factor, int row, int lane) {
     for (int i = 0; i < 4; i++)
       if (row + sum_row(lane, i) == sum_column(lane, j, i)) d[j][i] += factor;
 }
+// d -= c on the diagonal: one number, or one of each of a thread's two rows.
+template <int TILES>
+PRIM void subtract_diagonal(float (&d)[TILES][4], float c, int row, int lane) {
+  add_identity(d, -c, row, lane);
+}
+template <int TILES>
+PRIM void subtract_diagonal(float (&d)[TILES][4], float2 c, int row, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (row + sum_row(lane, i) == sum_column(lane, j, i)) d[j][i] -= i < 2 ? c.x : c.y;
+}

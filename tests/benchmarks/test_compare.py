@@ -59,6 +59,21 @@ def test_a_row_is_named_by_what_it_is():
     assert len({row.name for row in rows.ROWS}) == len(rows.ROWS)
 
 
+def test_rows_with_a_gate_per_key_channel():
+    row = rows.Row("", (64,), 1, 2, per_channel=True)
+    assert row.name == "1x64 h1/2 per channel"
+    g = rows.draw(row, np).g
+    assert g.shape == (1, 64, 2, 128) and -5 <= g.min() < g.max() <= 0
+    plain = rows.Row("", (64,), 1, 2)
+    gates = 4 * 128 * 64 * 2
+    assert rows.traffic(row, "forward") - rows.traffic(plain, "forward") == gates
+    assert rows.traffic(row, "backward") - rows.traffic(plain, "backward") == 2 * gates
+    for contestant in (contestants.FlaChannel, contestants.Cudnn):
+        assert contestant.refusal(row, "backward") is None
+        assert contestant.refusal(plain, "forward") == "gates per key channel only"
+    assert contestants.FlaGated.refusal(row, "forward") == "no gate per key channel"
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_inputs_are_copied_until_the_cache_is_exceeded_three_times(decay):
     row = rows.Row("", (2048,), 2, 8, 96, 192, decay=decay)

@@ -38,13 +38,22 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         final_state=("final_state", "after_first"),
     ),
     "forward_residuals_hopper": dict(
-        n_map=("corrections",), transfer_map=("segment_p",), h=("segment_h",)
+        q_map=("q", "q_read"),
+        k_map=("k", "k_read"),
+        decays=("decays", "channel_decays"),
+        n_map=("corrections",),
+        transfer_map=("segment_p",),
+        h=("segment_h",),
     ),
     "backward_state": dict(q=("q", "q_read"), k=("k", "k_read"), d_o=DO, dfinal_state=DFINAL),
     "backward_chunk": dict(d_o=DO),
     "backward_channel": dict(d_o=DO),
+    "backward_channel_hopper": dict(d_o=DO),
     "chunk_output": dict(q=("q", "q_read")),
     "backward_state_hopper": dict(
+        q_map=("q", "q_read"),
+        k_map=("k", "k_read"),
+        decays=("decays", "channel_decays"),
         do_map=DO,
         dfinal_state=DFINAL,
         transfer_map=("segment_p",),

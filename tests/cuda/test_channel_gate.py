@@ -6,6 +6,7 @@ Every pattern of gates has a head of its own, and is judged by itself.
 import ml_dtypes
 import numpy as np
 import pytest
+from emulator import HOPPER
 from helpers import make_inputs
 from rounded import error, rounded_gradients, rounded_products, wide
 
@@ -63,9 +64,13 @@ def of_head(name, x, h):
     return x[:, h] if name in ("final_state", "initial_state") else x[:, :, h]
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_decays_of_every_strength(emulated, on_reference, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "facts"), [(BF16, {}), (F16, {}), (F32, {}), (BF16, HOPPER), (F16, HOPPER)]
+)
+def test_decays_of_every_strength(emulated, on_reference, dtype, facts):
     """Outputs within 2x and gradients within 3x of plain rounded products; float of NumPy's 4x."""
+    emulated(None, **facts)
+    chunk = 64 if facts else CHUNK[dtype]
     args, kw, do, dfinal = inputs(dtype)
     found = results(args, kw, do, dfinal)
     wide_args, wide_kw = wide(args, kw)
@@ -73,8 +78,8 @@ def test_decays_of_every_strength(emulated, on_reference, dtype):
     if dtype == F32:
         other = on_reference(results, args, kw, do, dfinal)
     else:
-        plain = rounded_products(args, kw, CHUNK[dtype])
-        plain += rounded_gradients(args, kw, do, dfinal, CHUNK[dtype])
+        plain = rounded_products(args, kw, chunk)
+        plain += rounded_gradients(args, kw, do, dfinal, chunk)
         other = dict(zip(NAMES, plain, strict=True))
     assert found["g"].dtype == np.float32 and found["g"].shape == args[4].shape
     for name, x in found.items():

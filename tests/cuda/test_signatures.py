@@ -45,6 +45,8 @@ def cases():
         gated = dict(gate="scalar", raw_gate=raw, raw_beta=RawBeta(f32, 2.0))
         for operation, facts in (("backward", A100), ("recurrent", A100), ("forward", H200)):
             yield operation, replace(call, **gated), facts
+    for dtype in (bf16, FLOAT_DTYPES["float16"]):
+        yield "backward", replace(call, HV=2, gate="channel", dtype=dtype), H200
     yield "forward", replace(call, dtype=f32), A100
     yield "recurrent", replace(call, dtype=FLOAT_DTYPES["float64"]), A100
 

@@ -24,7 +24,7 @@ from .tiles import BARRIER, BOX, CHUNK, TILE, box
 from .training import chunk_decays, given_walk_launch
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
-WALK_STAGES = {1: 3, 2: 3}
+WALK_STAGES, CHANNEL_WALK_STAGES = {1: 3, 2: 3}, {1: 2, 2: 2}
 THREADS = 384
 # Buffers of 64 value channels, by boxes of 64 keys.
 STAGES = {1: 4, 2: 3}
@@ -37,16 +37,23 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule_bwd`, from what `plan_training` has left."""
     choice = cost.choose_backward(call, facts)
     outputs, workspace = gradient_arrays(call, CHUNK)
-    launches = []
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
-        launches.append(backward_state_hopper_launch(call, choice, choice.segments - 1, True))
-    launches += [
-        backward_state_hopper_launch(call, choice, choice.segments - 1),
+    launches = [
+        *walk_launches(call, choice),
         backward_chunk_hopper_launch(call, facts),
         *through_norm(call),
     ]
     return Plan(tuple(launches), outputs, workspace)
+
+
+def walk_launches(call: Call, choice: cost.Choice) -> list[Launch]:
+    """The reverse walk, after transfers of its segments."""
+    transferred = choice.segments - 1
+    walk = backward_state_hopper_launch(call, choice, transferred)
+    if not transferred:
+        return [walk]
+    return [backward_state_hopper_launch(call, choice, transferred, True), walk]
 
 
 def backward_state_hopper_launch(
@@ -63,7 +70,7 @@ def backward_state_hopper_launch(
         ("dstates", "dy"),
         (start, "cu_seqlens", "dy", end),
         tiles=tiles,
-        stages=WALK_STAGES[tiles],
+        stages=(CHANNEL_WALK_STAGES if call.gate == "channel" else WALK_STAGES)[tiles],
         segments=choice.segments,
         transferred=transferred,
         transfer=transfer,

@@ -34,6 +34,10 @@ class Rates(NamedTuple):
 FORWARD = Rates({1: 1.66, 2: 2.4}, {1: 1.25, 2: 1.46}, {1: 1.54, 2: 2.4}, 1.27)
 # Measured on an H200.
 TRAINING = Rates({1: 1.7, 2: 2.55}, {1: 1.38, 2: 1.9})
+# With a gate per key channel, walks that read three tiles of keys and queries.
+CHANNEL_FORWARD = Rates({1: 1.4, 2: 1.9}, {1: 1.1, 2: 1.45})
+CHANNEL_TRAINING = Rates({1: 1.75, 2: 2.6}, {1: 1.1, 2: 1.45})
+CHANNEL_BACKWARD = Rates({1: 1.95, 2: 2.4}, {1: 1.3, 2: 1.85})
 BACKWARD = Rates({1: 1.5, 2: 1.85}, {1: 0.98, 2: 1.4})
 
 
@@ -68,7 +72,18 @@ def choose_training(call: Call, facts: DeviceFacts) -> Choice:
 
 def choose_backward(call: Call, facts: DeviceFacts) -> Choice:
     """Choose for the reverse walk, which writes gradients of states and G."""
-    return cheapest(call, facts, BACKWARD, traffic(call, written_rows=1))
+    rates = CHANNEL_BACKWARD if call.gate == "channel" else BACKWARD
+    return cheapest(call, facts, rates, traffic(call, written_rows=1))
+
+
+def choose_channel_forward(call: Call, facts: DeviceFacts) -> Choice:
+    """Choose for `chunk_delta_rule` with a gate per key channel."""
+    return cheapest(call, facts, CHANNEL_FORWARD, traffic(call, written_rows=1, states=False))
+
+
+def choose_channel_training(call: Call, facts: DeviceFacts) -> Choice:
+    """Choose for the walk with such a gate that leaves what the gradients read."""
+    return cheapest(call, facts, CHANNEL_TRAINING, traffic(call, written_rows=2))
 
 
 def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -> Choice:
@@ -127,13 +142,14 @@ def cost(choice: Choice, call: Call, facts: DeviceFacts, rates: Rates, least: fl
     return time + rounds(blocks) * before + LAUNCH + JOIN * (walked - 1)
 
 
-def traffic(call: Call, written_rows: int) -> float:
+def traffic(call: Call, written_rows: int, states: bool = True) -> float:
     """Return the microseconds for what a walk with factors given moves.
 
     Per chunk and value head: keys, rows of values and factors, a state.
     """
-    rows = 2 * call.K / call.groups + (1 + written_rows) * call.V + 2 * CHUNK
-    size = (CHUNK * rows + call.K * call.V) * call.dtype.itemsize
+    keys = 3 if call.gate == "channel" else 2 / call.groups
+    rows = keys * call.K + (1 + written_rows) * call.V + 2 * CHUNK
+    size = (CHUNK * rows + states * call.K * call.V) * call.dtype.itemsize
     return call.N * call.HV * chunks_per_sequence(call) * size / BANDWIDTH
 
 

@@ -36,7 +36,9 @@ def segment_arrays(call: Call, transferred: int, keeps_x: bool = False) -> dict:
         "segment_p": ((call.N * transferred, call.HV, call.K, call.K), call.dtype),
     }
     if call.gate is not None:
-        arrays["segment_decays"] = ((call.N * transferred, call.HV), call.state_dtype)
+        channels = (call.K,) if call.gate == "channel" else ()
+        shape = (call.N * transferred, call.HV, *channels)
+        arrays["segment_decays"] = (shape, call.state_dtype)
     if keeps_x:
         arrays["segment_x"] = ((slots(call, CHUNK), call.HV, CHUNK, CHUNK), call.dtype)
     return arrays

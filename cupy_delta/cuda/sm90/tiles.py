@@ -19,10 +19,18 @@ CLUSTER = 2
 
 def supports(operation: str, call: Call, facts: DeviceFacts) -> bool:
     """Whether these kernels compute an operation that the family has."""
+    return call.gate != "channel" and _fits(call, facts)
+
+
+def supports_channels(operation: str, call: Call, facts: DeviceFacts) -> bool:
+    """Whether they do with a gate per key channel."""
+    return call.gate == "channel" and _fits(call, facts)
+
+
+def _fits(call: Call, facts: DeviceFacts) -> bool:
     return (
         facts.capability == (9, 0)
         and call.dtype.itemsize == 2
-        and call.gate != "channel"
         and call.chunk_size in (None, CHUNK)
         and call.K % 8 == 0
         and call.V % 8 == 0

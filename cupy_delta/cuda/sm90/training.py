@@ -71,14 +71,14 @@ def core_arrays(call: Call) -> dict:
         "core": ((*call.token_shape, CHUNK), call.dtype),
         "p": ((call.B, call.T, heads, CHUNK), call.dtype),
     }
-    if call.gate is not None:
+    if call.gate == "scalar":
         rows = (slots(call, CHUNK), call.HV, DECAY_ROWS, CHUNK)
         arrays["decays"] = (rows, np.dtype(np.float32))
     return arrays
 
 
 def chunk_decays(call: Call) -> str | None:
-    return None if call.gate is None else "decays"
+    return {None: None, "scalar": "decays", "channel": "channel_decays"}[call.gate]
 
 
 def factors_shared(K: int, gated: bool) -> int:
@@ -120,17 +120,25 @@ def wy_factors_hopper_launch(call: Call) -> Launch:
 
 
 def given_walk_shared(
-    K: int, value_tiles: int, stages: int, gated: bool, output: bool, joins: bool
+    K: int,
+    value_tiles: int,
+    stages: int,
+    gate: str | None = None,
+    *,
+    queries: bool = True,
+    states: bool = True,
+    output: bool = False,
+    joins: bool = False,
 ) -> int:
     """Return the bytes of shared memory of either walk, as sm90/training/walk.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
-    keys, square, rows = stages * boxes, stages, stages * value_tiles
-    tiles = [keys, keys, square, square, rows, value_tiles * boxes] + [value_tiles] * output
+    keys = 1 + queries + (gate == "channel")
+    tiles = stages * (keys * boxes + 1 + queries + value_tiles)
+    tiles += value_tiles * (states * boxes + output)
+    columns = {None: CHUNK, "scalar": 3 * CHUNK, "channel": CHUNK + BOX * boxes}[gate]
     barriers = [(count, BARRIER) for count in (stages, stages, 1)]
-    start = carve(*((n * count, size) for n in tiles), align=1024)
-    columns = 3 if gated else 1
-    end = carve((columns * stages * CHUNK, 4), *barriers, start=start)
+    end = carve((stages * columns, 4), *barriers, start=tiles * count * size)
     return end + joins * JOIN_BARRIERS * BARRIER
 
 
@@ -148,24 +156,22 @@ def given_walk_launch(
     transferred: int,
     transfer: bool = False,
 ) -> Launch:
-    """A walk with core and P given: over `rows` of value channels.
-
-    Its `results`, states first and rows of value channels, leave by TMA.
-    """
+    """A walk with core and P given: over `rows` of value channels; its `results` leave by TMA."""
     p = call
     walked = transferred if transfer else segments
     joins = segments > 1 and not transfer
     slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
-    keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
+    values = (p.B, p.T, p.HV, p.V)
+    # A warp stores 16 value channels of 64 key channels.
+    state_box = (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)
+    states = [name for name in results if name in ("states", "dstates")]
+    output = "o" in results and not transfer
     maps: tuple = (
-        box(normal(p, "q"), keys),
-        box(normal(p, "k"), keys),
+        *key_boxes(p),
         box("core", (p.B, p.T, p.HV, CHUNK)),
         box("p", core_arrays(p)["p"][0]),
         box(rows, values),
-        # A warp stores 16 value channels of 64 key channels.
-        TensorBox(results[0], (slots(p, CHUNK), p.HV, p.V, p.K), (1, 1, 16, BOX)),
-        *(box(name, values) for name in results[1:]),
+        *(TensorBox(x, *state_box) if x in states else box(x, values) for x in results),
     )
     if transfer or joins:
         segment_decays = None if p.gate is None else "segment_decays"
@@ -176,6 +182,7 @@ def given_walk_launch(
         STATE_VK=int(p.state_layout == "vk"),
         JOINS=int(joins),
         TRANSFER=int(transfer),
+        STATES=int(bool(states) and not transfer),
         MATH=tiles,
         CHUNK_STAGES=stages,
     )
@@ -186,10 +193,29 @@ def given_walk_launch(
         defines,
         p.N * walked * p.HV * slices,
         384 if tiles == 2 else 160,
-        given_walk_shared(p.K, tiles, stages, p.gate is not None, len(results) > 2, joins),
+        given_walk_shared(
+            p.K,
+            tiles,
+            stages,
+            p.gate,
+            queries=output or "o" not in results,
+            states=bool(states) or transfer,
+            output=output and bool(states),
+            joins=joins,
+        ),
         (*maps, "beta", chunk_decays(p), *arguments, *sizes),
         arch="sm_90a",
     )
+
+
+def key_boxes(call: Call) -> tuple[TensorBox, ...]:
+    """Tiles of queries and keys; of a gate per key channel, what is read and what is written."""
+    p = call
+    if p.gate == "channel":
+        rows = (p.B, p.T, p.HV, p.K)
+        return tuple(box(name, rows) for name in ("q_read", "k_read", "k_write"))
+    rows = (p.B, p.T, p.H, p.K)
+    return box(normal(p, "q"), rows), box(normal(p, "k"), rows)
 
 
 def forward_residuals_hopper_launch(call: Call, choice: cost.Choice, transferred: int) -> Launch:
@@ -199,7 +225,7 @@ def forward_residuals_hopper_launch(call: Call, choice: cost.Choice, transferred
         "sm90/training.cu",
         "forward_residuals_hopper",
         "v",
-        ("states", "o", "corrections"),
+        ("states", "corrections", "o"),
         ("initial_state", "cu_seqlens", "o", "final_state", "corrections"),
         tiles=choice.value_tiles,
         stages=STAGES[choice.value_tiles],

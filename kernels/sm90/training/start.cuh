@@ -1,4 +1,5 @@
-// How sm90/training.cu and sm90/backward_state.cu start: shared memory and its barriers, and who loads.
+// How sm90/training.cu and sm90/backward_state.cu start: shared memory and its barriers, and who loads; and how their
+// transfers end.
 #pragma once
 #include "sm90/training/walk.cuh"
 // With the sizes that it has:
@@ -28,4 +29,14 @@ PRIM bool computes(const Shared& s, const Joins& joins, const Maps& maps, const 
   }
   if constexpr (MATH == 2) more_registers<MATH_REGISTERS>();
   return true;
+}
+
+// P or H of a transfer, and decays over all its chunks.
+PRIM void leave_transfer(const Shared& s, const Work& work, float (&S)[K_TILES][4], const TensorMap* map, float* h,
+                         float* segment_decays, const Carried& carried, int column, int HV, int warpgroup, int thread) {
+  if (work.values) return keep_transfer(h, S, work.part, work.hv, HV, column, thread);
+  send_transfer(map, s.states + warpgroup * K_BOXES * TILE, S, carried.c, column, work.part, work.hv, 1 + warpgroup,
+                thread);
+  const int64_t row = (int64_t)work.part * HV + work.hv;
+  carried.store(segment_decays, row, column, thread);
 }

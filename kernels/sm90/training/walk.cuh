@@ -2,6 +2,10 @@
 // warp that loads, and how results leave. Both read core and Pqk of a chunk from sm90/factors.cu, and `rows` of
 // value channels: V, or dO.
 //
+// With a gate per key channel K and Q are those that meet the state that enters, K e^G and Q e^G, a third tile has what
+// is written into the state that leaves, K e^(G_C - G), all of them per value head, and what is left of the state has a
+// factor for each of its columns: so a walk is the one without a gate but for these.
+//
 // The first MATH warpgroups hold 64 value channels each; the last warp loads K, Q, core, Pqk and rows by TMA, and beta
 // and decays, up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that
 // it is done with one.
@@ -12,6 +16,9 @@
 #include "tiles/swizzled.cuh"
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
+constexpr bool PER_TOKEN = HAS_GATE == 1, PER_CHANNEL = HAS_GATE == 2;
+// A forward transfer makes no outputs.
+constexpr bool READS_QUERIES = BACKWARD || !TRANSFER;
 constexpr int THREADS = MATH == 2 ? 384 : 160, SLICE = 64 * MATH;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8;
 constexpr int VALUE_SLICES = (HEAD_V + SLICE - 1) / SLICE;
@@ -28,27 +35,27 @@ constexpr int LOADER_REGISTERS = 40, MATH_REGISTERS = 232;
 static_assert(LOADER_REGISTERS + 2 * MATH_REGISTERS <= 3 * 168, "a warpgroup would wait for registers for ever");
 
 struct Shared {
-  DTYPE *k, *q, *core, *p, *rows, *states, *o;
-  float *beta, *reads, *writes;
+  DTYPE *k, *q, *writing, *core, *p, *rows, *states, *o;
+  float *beta, *reads, *writes, *carried;
   uint64_t *full, *free, *landed;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
   Shared s = {};
   s.k = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "k", 1024);
-  s.q = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "q", 1024);
+  if constexpr (READS_QUERIES) s.q = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "q", 1024);
+  if constexpr (PER_CHANNEL) s.writing = smem.take<DTYPE>(CHUNK_STAGES * K_BOXES * TILE, "k of writes", 1024);
   s.core = smem.take<DTYPE>(CHUNK_STAGES * TILE, "core", 1024);
-  s.p = smem.take<DTYPE>(CHUNK_STAGES * TILE, "p", 1024);
+  if constexpr (READS_QUERIES) s.p = smem.take<DTYPE>(CHUNK_STAGES * TILE, "p", 1024);
   s.rows = smem.take<DTYPE>(CHUNK_STAGES * MATH * TILE, "rows", 1024);
-  s.states = smem.take<DTYPE>(MATH * K_BOXES * TILE, "states", 1024);
-#if !BACKWARD
-  s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
-#endif
+  if constexpr (STATES || TRANSFER) s.states = smem.take<DTYPE>(MATH * K_BOXES * TILE, "states", 1024);
+  if constexpr (STATES && !BACKWARD) s.o = smem.take<DTYPE>(MATH * TILE, "o", 1024);
   s.beta = smem.take<float>(CHUNK_STAGES * CHUNK, "beta");
-#if HAS_GATE
-  s.reads = smem.take<float>(CHUNK_STAGES * CHUNK, "reads");
-  s.writes = smem.take<float>(CHUNK_STAGES * CHUNK, "writes");
-#endif
+  if constexpr (PER_TOKEN) {
+    s.reads = smem.take<float>(CHUNK_STAGES * CHUNK, "reads");
+    s.writes = smem.take<float>(CHUNK_STAGES * CHUNK, "writes");
+  }
+  if constexpr (PER_CHANNEL) s.carried = smem.take<float>(CHUNK_STAGES * KP, "decays of the state");
   s.full = smem.take<uint64_t>(CHUNK_STAGES, "full");
   s.free = smem.take<uint64_t>(CHUNK_STAGES, "free");
   s.landed = smem.take<uint64_t>(1, "last chunk landed");
@@ -61,7 +68,6 @@ PRIM void init_barriers(const Shared& s) {
   mbarrier_init_fence();
 }
 
-#if HAS_GATE
 // d[column t] times factor[t].
 template <int TILES>
 PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
@@ -91,6 +97,29 @@ PRIM void carry(float (&d)[K_TILES][4], const float* reads) {
 #pragma unroll
     for (int i = 0; i < 4; i++) d[j][i] *= c;
 }
+
+// What all chunks of a transfer leave of a state: a factor, or with a gate per key channel those of the two rows of P^T
+// that a thread has.
+struct OneFactor {
+  float c = 1.0f;
+  PRIM void multiply(const float* reads, int) { c *= reads[CHUNK - 1]; }
+  PRIM void store(float* decays, int64_t row, int column, int thread) const {
+    if (HAS_GATE && column == 0 && thread == 0) decays[row] = c;
+  }
+};
+struct TwoRows {
+  float2 c = {1.0f, 1.0f};
+  PRIM void multiply(const float* carried, int row) { c.x *= carried[row % KP], c.y *= carried[(row + 8) % KP]; }
+  PRIM void store(float* decays, int64_t row, int column, int thread) const {
+    const int channel = column + thread / 32 * 16 + thread % 32 / 4;
+    if (thread % 4 == 0 && channel < HEAD_K) decays[row * HEAD_K + channel] = c.x;
+    if (thread % 4 == 0 && channel + 8 < HEAD_K) decays[row * HEAD_K + channel + 8] = c.y;
+  }
+};
+#if HAS_GATE == 2
+typedef TwoRows Carried;
+#else
+typedef OneFactor Carried;
 #endif
 
 // What a block works on: a slice of value channels, or of P's columns, of one segment.
@@ -145,29 +174,31 @@ PRIM void free_stage(const Shared& s, int stage, int thread) {
 }
 
 struct Maps {
-  const TensorMap *q, *k, *core, *p, *rows;
+  const TensorMap *q, *k, *core, *p, *rows, *writing;
 };
 
 // By one warp. `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* joined, const float* beta,
                const float* decays, int HV, int lane) {
-  constexpr int BYTES = 2 * TILE * (2 * K_BOXES + 2 + MATH);
-  // Two tokens per lane, read a chunk ahead.
-  float b[2];
-#if HAS_GATE
-  float reads[2], writes[2];
-#endif
+  constexpr int BYTES = 2 * TILE * ((1 + READS_QUERIES + PER_CHANNEL) * K_BOXES + 1 + READS_QUERIES + MATH);
+  const int h = PER_CHANNEL ? work.hv : work.h;
+  // Two tokens per lane, read a chunk ahead; of decays of the state, KP / 32 channels.
+  float b[2], reads[2], writes[2], carried[KP / 32];
   auto load_columns = [&](int i) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int t = work.chunk(i) * CHUNK + j * 32 + lane;
       const bool inside = i < work.chunks && t < work.sequence.tokens;
       b[j] = inside ? beta[(work.sequence.first + t) * HV + work.hv] : 0.0f;
-#if HAS_GATE
-      if (i >= work.chunks) continue;
+      if (!PER_TOKEN || i >= work.chunks) continue;
       const float* rows = decays + ((work.sequence.slot + work.chunk(i)) * HV + work.hv) * DECAY_ROWS * CHUNK;
       reads[j] = rows[READS * CHUNK + j * 32 + lane], writes[j] = rows[WRITES * CHUNK + j * 32 + lane];
-#endif
+    }
+    if constexpr (PER_CHANNEL) {
+      if (i >= work.chunks) return;
+      const float* row = decays + ((work.sequence.slot + work.chunk(i)) * HV + work.hv) * HEAD_K;
+#pragma unroll
+      for (int j = 0; j < KP / 32; j++) carried[j] = j * 32 + lane < HEAD_K ? row[j * 32 + lane] : 0.0f;
     }
   };
   Ring<CHUNK_STAGES> ring;
@@ -176,6 +207,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
     const int c = work.chunk(i), token = work.start + c * CHUNK, tokens = work.tokens(c), stage = ring.stage;
     DTYPE *k = s.k + stage * K_BOXES * TILE, *q = s.q + stage * K_BOXES * TILE, *rows = s.rows + stage * MATH * TILE;
     DTYPE *core = s.core + stage * TILE, *p = s.p + stage * TILE;
+    DTYPE* writing = PER_CHANNEL ? s.writing + stage * K_BOXES * TILE : nullptr;
     // In a batch, tokens past the end lie outside the arrays and come as zeros.
     const bool clears = VARLEN && tokens < CHUNK;
     uint64_t* landed = clears ? s.landed : s.full + stage;
@@ -185,31 +217,36 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, uint64_t* jo
     for (int j = 0; j < 2; j++) {
       const int at = stage * CHUNK + j * 32 + lane;
       s.beta[at] = b[j];
-#if HAS_GATE
-      s.reads[at] = reads[j], s.writes[at] = writes[j];
-#endif
+      if constexpr (PER_TOKEN) s.reads[at] = reads[j], s.writes[at] = writes[j];
+    }
+    if constexpr (PER_CHANNEL) {
+#pragma unroll
+      for (int j = 0; j < KP / 32; j++) s.carried[stage * KP + j * 32 + lane] = carried[j];
     }
     __syncwarp();
     if (lane == 0) {
       mbarrier_arrive_expect(landed, BYTES);
 #pragma unroll
-      for (int box = 0; box < K_BOXES; box++)
-        tma_load(k + box * TILE, maps.k, landed, box * BOX, work.h, token, work.batch);
+      for (int box = 0; box < K_BOXES; box++) tma_load(k + box * TILE, maps.k, landed, box * BOX, h, token, work.batch);
 #pragma unroll
       for (int box = 0; box < MATH; box++)
         tma_load(rows + box * TILE, maps.rows, landed, work.channel + box * BOX, work.hv, token, work.batch);
-      tma_load(p, maps.p, landed, 0, HAS_GATE ? work.hv : work.h, token, work.batch);
+      if constexpr (READS_QUERIES) tma_load(p, maps.p, landed, 0, HAS_GATE ? work.hv : work.h, token, work.batch);
       tma_load(core, maps.core, landed, 0, work.hv, token, work.batch);
 #pragma unroll
-      for (int box = 0; box < K_BOXES; box++)
-        tma_load(q + box * TILE, maps.q, landed, box * BOX, work.h, token, work.batch);
+      for (int box = 0; box < K_BOXES; box++) {
+        if constexpr (PER_CHANNEL)
+          tma_load(writing + box * TILE, maps.writing, landed, box * BOX, h, token, work.batch);
+        if constexpr (READS_QUERIES) tma_load(q + box * TILE, maps.q, landed, box * BOX, h, token, work.batch);
+      }
     }
     if (clears) {
       mbarrier_wait(landed, 0);
       clear_rows(k, K_BOXES, tokens, lane);
-      clear_rows(q, K_BOXES, tokens, lane);
+      if constexpr (READS_QUERIES) clear_rows(q, K_BOXES, tokens, lane);
+      if constexpr (PER_CHANNEL) clear_rows(writing, K_BOXES, tokens, lane);
       clear_rows(core, 1, tokens, lane);
-      clear_rows(p, 1, tokens, lane);
+      if constexpr (READS_QUERIES) clear_rows(p, 1, tokens, lane);
       clear_rows(rows, MATH, tokens, lane);
       async_proxy_fence();
       __syncwarp();

@@ -1,0 +1,208 @@
+"""A gate per key channel on compute capability 9.0: factors with tiles that hold it, and walks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...call import Call
+from ..portable.backward_channel import backward_channel_launch
+from ..portable.decays import channel_arrays
+from ..spec import (
+    C_TYPES,
+    DeviceFacts,
+    Launch,
+    Plan,
+    carve,
+    gradient_arrays,
+    i32,
+    normal,
+    pitch,
+    slots,
+    variant,
+)
+from ..tokens.l2norm import normalised, through_norm
+from . import cost
+from .backward import walk_launches
+from .segments import segment_arrays
+from .tiles import BOX, CHUNK
+from .training import core_arrays, given_walk_launch
+
+BLOCKS = 4  # of 16 tokens in a chunk
+# Chunks that are loaded ahead, by tiles of value channels per block.
+STAGES = {1: 2, 2: 2}
+# Without states of chunks, and of a transfer.
+OUTPUT_STAGES, TRANSFER_STAGES = {1: 3, 2: 2}, {1: 3, 2: 2}
+
+
+def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule`."""
+    return channel_walked(call, cost.choose_channel_forward(call, facts))
+
+
+def plan_training(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_fwd`, which leaves what the gradients read."""
+    return channel_walked(call, cost.choose_channel_training(call, facts), "states", "corrections")
+
+
+def channel_walked(call: Call, choice: cost.Choice, *kept: str) -> Plan:
+    """Plan factors and the walk, which leaves o, final_state and what is kept."""
+    outputs = {
+        "o": (call.value_shape, call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
+    }
+    launches, workspace = normalised(call, "q", "k")
+    workspace |= core_arrays(call) | channel_arrays(call, CHUNK)
+    if kept:
+        workspace["states"] = (call.states_shape(CHUNK), call.dtype)
+        workspace["corrections"] = (call.value_shape, call.dtype)
+    if choice.segments > 1:
+        workspace |= segment_arrays(call, choice.segments - 1)
+    launches.append(channel_factors_hopper_launch(call))
+    launches += channel_walk_launches(call, choice, *kept)
+    return Plan(tuple(launches), outputs, workspace)
+
+
+def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
+    """Plan `chunk_delta_rule_bwd`, from what `plan_training` has left."""
+    choice = cost.choose_backward(call, facts)
+    outputs, workspace = gradient_arrays(call, CHUNK)
+    if choice.segments > 1:
+        workspace |= segment_arrays(call, choice.segments - 1)
+    if call.groups == 1:
+        gradients = backward_channel_hopper_launch(call)
+    else:
+        gradients = backward_channel_launch(call, CHUNK, facts)
+    launches = (*walk_launches(call, choice), gradients, *through_norm(call))
+    return Plan(launches, outputs, workspace)
+
+
+def channel_walk_launches(call: Call, choice: cost.Choice, *kept: str) -> list[Launch]:
+    """The forward walk, after transfers of its segments; `kept` are what gradients read."""
+    segments = choice.segments
+    walk = channel_walk_launch(call, choice.value_tiles, segments, *kept)
+    if segments == 1:
+        return [walk]
+    return [channel_walk_launch(call, choice.transfer_tiles, segments, transfer=True), walk]
+
+
+def channel_walk_launch(
+    call: Call, width: int, segments: int, *kept: str, transfer: bool = False
+) -> Launch:
+    stages = TRANSFER_STAGES if transfer else STAGES if kept else OUTPUT_STAGES
+    final = (None, None) if transfer else ("final_state", kept[1] if kept else None)
+    return given_walk_launch(
+        call,
+        "sm90/training.cu",
+        "forward_residuals_hopper",
+        "v",
+        (*kept, "o"),
+        (None if transfer else "initial_state", "cu_seqlens", "o", *final),
+        tiles=width,
+        stages=stages[width],
+        segments=segments,
+        transferred=segments - 1,
+        transfer=transfer,
+    )
+
+
+def channel_factors_shared(K: int, itemsize: int) -> int:
+    """Return the bytes of shared memory, as sm90/channel_factors/gates.cuh carves them."""
+    keys = -(-K // BOX) * BOX
+    rows = CHUNK * pitch(keys, itemsize), itemsize
+    sums = BLOCKS * keys, 4
+    return carve((CHUNK * keys, 4), rows, rows, sums, sums, sums, sums, (CHUNK, 4), (4 * BLOCKS, 4))
+
+
+def channel_factors_hopper_launch(call: Call) -> Launch:
+    """The core, P and the tiles that hold the gate, of every chunk and value head at once."""
+    p = call
+    return Launch(
+        "sm90/channel_factors.cu",
+        "channel_factors_hopper",
+        variant(p, CHUNK),
+        slots(p, CHUNK) * p.HV,
+        128,
+        channel_factors_shared(p.K, p.dtype.itemsize),
+        (
+            normal(p, "q"),
+            normal(p, "k"),
+            "beta",
+            "g",
+            "cu_seqlens",
+            "core",
+            "p",
+            "k_read",
+            "q_read",
+            "k_write",
+            "channel_decays",
+            i32(p.N),
+            i32(p.T),
+            i32(p.H),
+            i32(p.HV),
+        ),
+        arch="sm_90a",
+    )
+
+
+def backward_channel_shared(K: int, itemsize: int) -> int:
+    """Return the bytes of shared memory, as sm90/backward_channel/blocks.cuh carves them."""
+    keys = gradient_keys(K)
+    tile, floats = CHUNK * pitch(keys, itemsize) * itemsize, CHUNK * pitch(keys, 4) * 4
+    values = CHUNK * pitch(BOX, itemsize) * itemsize
+    units = 2 * BLOCKS * keys
+    through = BLOCKS * (BLOCKS - 1) * keys
+    place = max(4 * tile + 3 * values, 6 * floats)
+    sums = (units, 8), (units, 4), (through, 4), (units, 4), (units, 4)
+    pairs = (values, 1), (values, 1), (CHUNK * 18, 8)
+    rows = (2 * tile, 1), (2 * tile, 1), (2 * floats, 1)
+    return carve(*rows, *sums, *pairs, (CHUNK, 4), (CHUNK, 4), (place, 1))
+
+
+def gradient_keys(K: int) -> int:
+    """Key channels of four warps of the gradients."""
+    return 32 if K <= 64 else 64
+
+
+def backward_channel_hopper_launch(call: Call) -> Launch:
+    """The chunk-parallel gradients, a block per chunk and head."""
+    p = call
+    defines = dict(
+        DTYPE=C_TYPES[p.dtype.name],
+        HEAD_K=p.K,
+        HEAD_V=p.V,
+        CHUNK=CHUNK,
+        VARLEN=int(p.varlen),
+        WARPS=8,
+        SLICE=BOX,
+        KEYS=gradient_keys(p.K),
+    )
+    return Launch(
+        "sm90/backward_channel.cu",
+        "backward_channel_hopper",
+        tuple(defines.items()),
+        slots(p, CHUNK) * p.H,
+        256,
+        backward_channel_shared(p.K, p.dtype.itemsize),
+        (
+            normal(p, "q"),
+            normal(p, "k"),
+            "beta",
+            "g",
+            "corrections",
+            "dy",
+            "do",
+            "states",
+            "dstates",
+            "cu_seqlens",
+            "dq",
+            "dk",
+            "dv",
+            "dbeta",
+            "dg",
+            np.float32(p.scale),
+            i32(p.N),
+            i32(p.T),
+            i32(p.H),
+        ),
+        arch="sm_90a",
+    )
