@@ -85,6 +85,10 @@ PRIM void init_barriers(const Shared& s, const Work& work) {
   }
   for (int i = 0; i < A_STAGES; i++) mbarrier_init(s.a_full + i, 4), mbarrier_init(s.a_free + i, 2);
   for (int i = 0; i < 2; i++) mbarrier_init(s.landed + i, 1);
+#if WITH_OUTPUT
+  mbarrier_init(s.output_full, 4 * MATH);
+  mbarrier_init(s.output_free, 1);
+#endif
   mbarrier_init_fence();
 }
 
@@ -102,13 +106,15 @@ PRIM bool meets_pairs(const Work& work, int* found) {
 
 // ---- roles of warpgroups ----------------------------------------------------------------------------------------
 
-// One warp loads; the others invert, or take X that is kept, or send it.
-PRIM void supply(const Shared& s, const Work& work, const Maps& maps, TokenLoader tokens, const TensorMap* kept,
-                 uint64_t* joined, int warp) {
+// One warp loads; the others invert, or take X that is kept, or send it, or O.
+PRIM void supply(const Shared& s, const Work& work, const Maps& maps, const Rows& o, TokenLoader tokens,
+                 const TensorMap* kept, uint64_t* joined, int warp) {
   fewer_registers<LOADER_REGISTERS>();
   const int lane = tokens.lane;
   if (warp == 0) {
-    load(s, maps, work, tokens, joined, lane);
+    load(s, maps, work, o, tokens, joined, lane);
+  } else if (WITH_OUTPUT && warp == SENDER) {
+    for (int c = 0; c < work.chunks; c++) send_output(s, work, o, c, lane);
   } else if (WITH_GIVEN && work.given) {
     if (warp == 1 && lane == 0) load_kept(s, kept, work);
   } else if (WITH_INVERTERS && warp <= INVERTERS) {
@@ -120,7 +126,7 @@ PRIM void supply(const Shared& s, const Work& work, const Maps& maps, TokenLoade
 }
 
 // From the state that enters to the one that leaves, 64 value channels of it (or 64 columns of P).
-PRIM void walk(const Shared& s, const Work& work, const States& states, const Joins& joins, const Rows& o, float scale,
+PRIM void walk(const Shared& s, const Work& work, const States& states, const Joins& joins, float scale,
                const Place& at) {
   more_registers<MATH_REGISTERS>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
@@ -136,8 +142,12 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
   }
   if constexpr (JOINS) join(S, joins, at.n * (int64_t)at.transferred, at.step, column, work.hv, work.HV, half, thread);
-  Walker walker = {s, work, o, S, half, warp, lane, scale};
-  const float decay = walker.walk();
+  float decay = 1.0f;
+  if (WITH_PAIRS && work.pairs) {
+    if constexpr (WITH_PAIRS) decay = Walker<true>{s, work, S, half, warp, lane, scale}.walk();
+  } else {
+    if constexpr (WITHOUT_PAIRS) decay = Walker<false>{s, work, S, half, warp, lane, scale}.walk();
+  }
   if constexpr (TRANSFER) {
     const int64_t index = at.n * (int64_t)at.walked + at.step;
     // The buffers of V are free: P has none.
@@ -189,11 +199,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   if constexpr (JOINS)
     joins =
         take_joins(smem, *states.p, states.h, states.decays, s.k + JOIN_STAGE * KEYS, s.k + (JOIN_STAGE + 1) * KEYS);
-  int* found = CHOOSES_BLOCKS ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
+  int* found = LOOKS_FIRST ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
-  static_assert(CLUSTER == 1 || !CHOOSES_BLOCKS, "its cluster would wait for a block that leaves");
-  if constexpr (CHOOSES_BLOCKS)
-    if (meets_pairs(work, found) != WITH_PAIRS) return;
+  work.pairs = WITH_PAIRS;
+  if constexpr (LOOKS_FIRST) {
+    work.pairs = uniform(meets_pairs(work, found));
+    if (work.pairs ? !WITH_PAIRS : !WITHOUT_PAIRS) return;
+  }
   if (threadIdx.x == 0) {
     if constexpr (JOINS) joins.init();
     init_barriers(s, work);
@@ -206,20 +218,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
-    supply(s, work, {&q_map, &k_map, &v_map}, {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane},
-           kept, joins.joined, warp);
+    supply(s, work, {&q_map, &k_map, &v_map}, {&o_map, o},
+           {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane}, kept, joins.joined, warp);
   } else if (warpgroup <= MATH) {
-    walk(s, work, states, joins, {&o_map, o}, scale, at);
+    walk(s, work, states, joins, scale, at);
   } else {
     fewer_registers<SOLVER_REGISTERS>();
     const int solver = SOLVERS == 1 ? 0 : warpgroup - 1 - MATH;
-    if constexpr (WITH_GIVEN) {
-      if (work.given)
-        solve<true>(s, work, solver, threadIdx.x % 128);
-      else
-        solve<false>(s, work, solver, threadIdx.x % 128);
+    if (WITH_PAIRS && work.pairs) {
+      if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
     } else {
-      solve<false>(s, work, solver, threadIdx.x % 128);
+      if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
     }
   }
   // No block leaves while others still read what it sends or say that they are done.

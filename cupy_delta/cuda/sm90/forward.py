@@ -21,7 +21,6 @@ from .tiles import (
     JOIN_BARRIERS,
     RECORD_WORDS,
     TILE,
-    WARP_CHANNELS,
     box,
     slices_of,
     transfer_cluster,
@@ -74,19 +73,17 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
 def forward_hopper_launches(
     call: Call, tiles: int, part: Part = WHOLE, *, concurrent: bool = False, **given
 ) -> list[Launch]:
-    """A walk with output; with a gate two launches, of blocks without and with paired chunks.
+    """A walk with output; of two tiles with a gate two launches, without and with paired chunks.
 
-    All gated chunks of float16 are paired. Blocks with such chunks make X again that transfers have
-    kept: it would take registers that they need.
+    All gated chunks of float16 are paired. Blocks with such chunks have registers for one tile.
     """
-    if call.gate is None:
+    if call.gate is not None and call.dtype.name == "float16":
+        tiles = 1
+    if call.gate is None or tiles == 1:
         return [forward_hopper_launch(call, tiles, part, concurrent=concurrent, **given)]
-    of_pairs = given | dict(reuse_x=False)
-    if call.dtype.name == "float16":
-        return [forward_hopper_launch(call, 1, part, concurrent=concurrent, **of_pairs)]
     return [
         forward_hopper_launch(call, tiles, part, paired=0, concurrent=concurrent, **given),
-        forward_hopper_launch(call, 1, part, paired=1, **of_pairs),
+        forward_hopper_launch(call, 1, part, paired=1, **given),
     ]
 
 
@@ -129,7 +126,8 @@ def forward_hopper_launch(
     stages = CLUSTER_STAGES if cluster > 1 else (GATED_STAGES if gate else STAGES)[tiles]
     grid = p.N * part.walked * p.HV * slices
     warpgroups = 1 + tiles + solvers
-    choosing_warps = 4 * warpgroups if gate and paired < 2 else 0
+    looks = gate and not transfer and p.dtype.name != "float16"
+    choosing_warps = 4 * warpgroups if looks else 0
     defines = variant(
         p,
         CHUNK,
@@ -157,7 +155,7 @@ def forward_hopper_launch(
         box(queries, keys),
         box(normal(p, "k"), keys),
         box("v", values),
-        box(output, values, WARP_CHANNELS),
+        box(output, values),
         *transfers,
         None if gate else "beta",
         "token_factors" if gate else None,
@@ -203,6 +201,6 @@ def forward_shared(
     tiles += [(values * value_tiles * count, size), (factors * count, size)]
     words = RECORD_WORDS if gate else CHUNK
     rest = [(A_STAGES * INVERSE, 4), (keys * words, 4)]
-    barriers = 2 * (keys + values + factors + A_STAGES) + 2 + joins * JOIN_BARRIERS
+    barriers = 2 * (keys + values + factors + A_STAGES + output) + 2 + joins * JOIN_BARRIERS
     end = carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER
     return carve((choosing_warps, 4), start=end) if choosing_warps else end

@@ -7,7 +7,6 @@ from ..spec import DeviceFacts, TensorBox
 
 CHUNK = 64
 BOX = 64  # elements of 16 bits in a row of a swizzled tile
-WARP_CHANNELS = 16  # of an output that a warp sends
 TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5

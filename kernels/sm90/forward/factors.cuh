@@ -108,6 +108,7 @@ PRIM void load_kept(const Shared& s, const TensorMap* kept, const Work& work) {
 }
 
 // What a solving warp makes of its 16 rows of K K^T, and of its 16 columns of Q K^T, of a chunk.
+template <bool PAIRS>
 struct Solver {
   const float* F;  // references of tokens, null unless paired
   float b_low, b_high;
@@ -120,7 +121,7 @@ struct Solver {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 > warp || j / 4 < warp / 2) continue;
-      if (HAS_GATE && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if (PAIRS && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_above_diagonal(M[j], M[j + 1], lane);
       float* at = a + row * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
       *(float2*)at = make_float2(b_low * M[j][0], b_low * M[j][1]);
@@ -136,7 +137,7 @@ struct Solver {
     if (warp < 2) return;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      if (HAS_GATE && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if (PAIRS && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       write_box(tile, M[j], M[j + 1], warp * 16, j * 8, lane);
       keep_rest(M[j]);
       keep_rest(M[j + 1]);
@@ -150,15 +151,15 @@ struct Solver {
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
       float (&p0)[4] = products[FIRST + j], (&p1)[4] = products[FIRST + j + 1];
-      if (HAS_GATE && F != nullptr) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
+      if (PAIRS && F != nullptr) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
   }
 };
 
-// GIVEN: P alone.
-template <bool GIVEN>
+// GIVEN: P alone. PAIRS: chunks may be paired.
+template <bool GIVEN, bool PAIRS>
 PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_warpgroup) {
   const int id = SOLVER_BARRIER + solver;
   constexpr bool INVERTS = !WITH_INVERTERS && !GIVEN;
@@ -190,13 +191,14 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     if constexpr (INVERTS) named_barrier(id, 128);  // everyone is done with the A of the chunk before
     const float* tokens = tokens_of(s, keys.stage);
     const int row = warp * 16 + lane / 4;
-    const Solver mine = {is_paired(tokens) ? tokens + REFERENCE_AT : nullptr, tokens[BETA_AT + factor_place(row)],
-                         tokens[BETA_AT + factor_place(row + 8)], warp, lane};
+    const Solver<PAIRS> mine = {PAIRS && is_paired(tokens) ? tokens + REFERENCE_AT : nullptr,
+                                tokens[BETA_AT + factor_place(row)], tokens[BETA_AT + factor_place(row + 8)], warp,
+                                lane};
     DTYPE* x = s.x + factors.stage * TILE;
     float* a = s.a + stages.stage * CHUNK * INVERSE_PITCH;
     wgmma_wait<0>();
     pin(products);
-    const bool reads_more = HAS_GATE && mine.F != nullptr;
+    const bool reads_more = PAIRS && mine.F != nullptr;
     if (lane == 0 && !reads_more) mbarrier_arrive(s.keys_free + keys.stage);
     // The blocks of A to be inverted, which takes longest, then M21, then P.
     if constexpr (!GIVEN) {
@@ -220,4 +222,11 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     }
     advance(CLUSTER * SOLVERS, SOLVERS);
   }
+}
+template <bool PAIRS>
+PRIM void solve_chunks(const Shared& s, const Work& work, int solver, int thread_in_warpgroup) {
+  if constexpr (WITH_GIVEN) {
+    if (work.given) return solve<true, PAIRS>(s, work, solver, thread_in_warpgroup);
+  }
+  solve<false, PAIRS>(s, work, solver, thread_in_warpgroup);
 }

@@ -2,6 +2,7 @@
 // what is to be known of each token.
 #pragma once
 #include "sm90/forward/tokens.cuh"
+#include "sm90/sums.cuh"
 
 // Boxes of 64 channels of a chunk's tokens, PITCH elements from one to the next.
 template <int BOXES, int PITCH>
@@ -12,14 +13,43 @@ PRIM void load_boxes(DTYPE* tiles, const TensorMap* map, uint64_t* barrier, cons
     tma_load(tiles + box * PITCH, map, barrier, channel + box * BOX, head, work.start + c * CHUNK, work.batch);
 }
 
+// The output of chunk c, by a warp: by TMA, or row by row where what follows in memory is another sequence's. Walkers
+// do not wait until their writes are seen by TMA: it is for the sender to make them so.
+PRIM void send_output(const Shared& s, const Work& work, const Rows& o, int c, int lane) {
+  mbarrier_wait(s.output_full, c % 2);
+  const int tokens = work.tokens(c);
+#pragma unroll
+  for (int half = 0; half < MATH; half++) {
+    const DTYPE* box = s.o + half * TILE;
+    const int channel = work.channel + half * BOX;
+    if (!VARLEN || tokens == CHUNK) {
+      if (lane > 0) continue;
+      if (half == 0) async_proxy_fence();
+      tma_store(o.map, box, channel, work.hv, work.start + c * CHUNK, work.batch);
+      if (half == MATH - 1) tma_store_commit(), tma_store_wait_read<0>();
+    } else {
+      const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * work.HV + work.hv;
+#pragma unroll 1
+      for (int warp = 0; warp < 4; warp++)
+        write_rows(o.rows + row * HEAD_V + channel + warp * 16, (int64_t)work.HV * HEAD_V, box, tokens,
+                   HEAD_V - channel - warp * 16, warp, lane);
+    }
+  }
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(s.output_free);
+}
+
 // `joined`: from JOIN_STAGE on, buffers of K and Q serve others first.
-PRIM void load(const Shared& s, const Maps& maps, const Work& work, TokenLoader& tokens, uint64_t* joined, int lane) {
+PRIM void load(const Shared& s, const Maps& maps, const Work& work, const Rows& o, TokenLoader& tokens,
+               uint64_t* joined, int lane) {
   // The solvers want K and Q some chunks before the walk wants V.
   constexpr int AHEAD = KEY_STAGES - VALUE_STAGES;
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
   tokens.ask(0);
-  for (int i = 0; i < work.chunks + AHEAD; i++) {
+  // The last output comes a buffer's round after the last K.
+  constexpr bool SENDS = WITH_OUTPUT && SENDER == 0;
+  for (int i = 0; i < work.chunks + (SENDS ? KEY_STAGES : AHEAD); i++) {
     // Tokens past the end: in a batch they lie outside the array and come as zeros, else they are another sequence's.
     auto clears = [&](int c) { return VARLEN && work.tokens(c) < CHUNK; };
     if (JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
@@ -48,7 +78,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, TokenLoader&
       }
       keys.advance();
     }
-    if (int c = i - AHEAD; c >= 0 && work.values) {
+    if (int c = i - AHEAD; c >= 0 && c < work.chunks && work.values) {
       DTYPE* v = s.v + values.stage * MATH * TILE;
       uint64_t *full = s.values_full + values.stage, *barrier = clears(c) ? s.landed + 1 : full;
       if (lane == 0) {
@@ -67,5 +97,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, TokenLoader&
       values.advance();
     }
     if (i < work.chunks) tokens.ask(i + 1);
+    if constexpr (SENDS)
+      if (int c = i - KEY_STAGES; c >= 0) send_output(s, work, o, c, lane);
   }
 }

@@ -8,19 +8,22 @@
 #define WITH_OUTPUT (!TRANSFER)
 // X that transfers have kept is given to all segments that have a transfer.
 #define WITH_GIVEN (JOINS && KEPT)
-// A walk with output has no registers to spare for paired chunks (sm90/tokens.cuh), so there are two launches: with
-// PAIRED 0 blocks that would meet one leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
+// A walk with output that may meet paired chunks (sm90/tokens.cuh) is a slow one, so a block looks at its chunks first.
+// Two slices leave no registers for both walks, so there are two launches: with PAIRED 0 blocks that would meet such a
+// chunk leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
 #if HAS_GATE
 #define WITH_PAIRS (PAIRED > 0)
-#define CHOOSES_BLOCKS (PAIRED < 2)
+#define LOOKS_FIRST (WITH_OUTPUT && !IsHalf<DTYPE>::value)
+#define WITHOUT_PAIRS (PAIRED == 0 || (PAIRED == 2 && LOOKS_FIRST))
 #else
 #define WITH_PAIRS 0
-#define CHOOSES_BLOCKS 0
+#define LOOKS_FIRST 0
+#define WITHOUT_PAIRS 1
 #endif
-// Where registers suffice, Q S is under way while R is formed.
-#define EARLY_OUTPUT (WITH_OUTPUT && MATH == 1 && !WITH_PAIRS)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
+// Who sends the output: a warp that is idle else, or the loading one.
+#define SENDER (WITH_INVERTERS ? 0 : 3)
 // With a gate or two slices registers do not suffice for the output of the chunk before beside the last products.
 #define SEND_FIRST (MATH == 2 || HAS_GATE)
 // V, whose rows a gate scales, is added to K S; without one it is where sums start.
@@ -70,6 +73,7 @@ struct Shared {
   DTYPE *k, *q, *v, *o, *x, *p;
   float *a, *tokens;
   uint64_t *keys_full, *keys_free, *values_full, *values_free, *factors_full, *factors_free, *a_full, *a_free, *landed;
+  uint64_t *output_full, *output_free;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -94,6 +98,10 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.a_full = barriers(A_STAGES, "a full");
   s.a_free = barriers(A_STAGES, "a free");
   s.landed = barriers(2, "last chunk landed");
+#if WITH_OUTPUT
+  s.output_full = barriers(1, "output full");
+  s.output_free = barriers(1, "output free");
+#endif
   return s;
 }
 
@@ -113,6 +121,7 @@ struct Work {
   Sequence sequence;
   int chunks, channel, h, hv, HV, batch;  // channel: the block's first one
   bool values;                            // or P
+  bool pairs;                             // some of its chunks may be paired
   bool keeps, given;                      // X: stored for the walk that follows; stored by the transfer before
   int start;                              // coordinate of its first token in the tensor maps
   int rank;                               // in its cluster: it solves chunks rank, rank + CLUSTER, ...

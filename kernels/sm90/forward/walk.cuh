@@ -10,6 +10,7 @@ PRIM void scale_tiles(float (&d0)[4], float (&d1)[4], float4 f) {
   d0[0] *= f.x, d0[1] *= f.y, d0[2] *= f.x, d0[3] *= f.y;
   d1[0] *= f.z, d1[1] *= f.w, d1[2] *= f.z, d1[3] *= f.w;
 }
+PRIM float4 times(float4 f, float x) { return make_float4(f.x * x, f.y * x, f.z * x, f.w * x); }
 // Two tiles from what ldmatrix gives of them.
 PRIM void widen_tiles(float (&d0)[4], float (&d1)[4], const uint32_t (&a)[4]) {
 #pragma unroll
@@ -59,74 +60,69 @@ PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], uint64_t L, ui
   multiply_rounded<PENDING, REST>(d, L, a0, a1, meanwhile);
 }
 
-// Where a token's half of the 16 value channels of a warp lies in its box: rows of 32 bytes, swizzled.
-PRIM int staged(int token, int half) { return token * 16 + (half ^ token / 4 % 2) * 8; }
-
 // In bytes, from X11 to M21 and to what rounding left out of that; to the second half of a chunk's keys, too.
 constexpr int BELOW = 32 * BOX * sizeof(DTYPE), BESIDE = 32 * sizeof(DTYPE);
 
+// PAIRS: it may meet paired chunks.
+template <bool PAIRS>
 struct Walker {
+  // Where registers suffice, Q S is under way while R is formed.
+  static constexpr bool EARLY_OUTPUT = WITH_OUTPUT && MATH == 1 && !PAIRS;
+
   const Shared& s;
   const Work& work;
-  const Rows& o;
   float (&S)[K_TILES][4];
   const int warpgroup, warp, lane;
   const float scale;
-  // Where this thread finds its part: of factors, of a box of V, and of its warp's box of O. All else is constants.
+  // Where this thread finds its part: of factors, and of a box of V or O. All else is constants.
   const int at_factors = factor_row(lane % 4);
   const int at_values = swizzled(lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8);
-  const int at_output = staged(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
   Ring<FACTOR_STAGES> factors;
   // Left operands: S, N; and what leaves of the chunk before, or of this one.
   uint32_t state[K_STEPS][4], a[4][4], out[4][4];
   float R[8][4], O[8][4];
-  // Of the chunk that comes next: see ChunkGates. carry: of this one; decay: over all of them.
+  // S is in the units of the chunk before, so are products that read it: `carry` takes them into true ones, `enter`
+  // into those of this chunk. decay: over all chunks. paired: of the chunk that comes next.
   bool paired;
-  float forget, next_carry, enter, carry, decay;
+  float carry, enter, decay;
   float4 beta[4], up[4];  // of the tokens in whose columns this thread has sums
 
   // Over all chunks; returns what gates leave of the state. A branch beside products under way would cost a third of a
   // chunk, so a paired chunk has a walk of its own.
   PRIM float walk() {
     const int chunks = uniform(work.chunks);
-    decay = 1.0f;
+    decay = carry = 1.0f;
     look_at(0, keys);
-    if constexpr (HAS_GATE) scale_all(S, enter);
     round_sums<DTYPE>(state, S);
     for (int c = 0; c < chunks;) {
-      for (; c < chunks && !(WITH_PAIRS && paired); c++) step(c);
-      if constexpr (WITH_PAIRS)
+      for (; c < chunks && !(PAIRS && paired); c++) step(c);
+      if constexpr (PAIRS)
         if (c < chunks) step_paired(c++);
     }
     if constexpr (WITH_OUTPUT) {
-      if (chunks > 0) send(chunks - 1);
-      if (lane == 0) tma_store_wait_read<0>();
+      if (chunks > 0) {
+        mbarrier_wait(s.output_free, chunks % 2);
+        hand_over(chunks - 1);
+      }
     }
+    if constexpr (HAS_GATE) scale_all(S, carry);
     return decay;
   }
   PRIM void step(int c) {
-    if constexpr (HAS_GATE) {
-      carry = next_carry;
-      if (forget != 1.0f) scale_all(S, forget);  // products read S in 16 bits
-    }
     correct(c);
     write();
     update(c);
     round_output();
     keys.advance(), values.advance(), factors.advance();
   }
-  // What gates do in chunk c, whose K lies at `at`, once it is there.
+  // Whether chunk c, whose K lies at `at`, is paired, once it is there.
   PRIM void look_at(int c, const Ring<KEY_STAGES>& at) {
-    if constexpr (HAS_GATE) {
-      enter = 1.0f;
+    if constexpr (PAIRS) {
       if (c >= work.chunks) return;
       mbarrier_wait(s.keys_full + at.stage, at.parity);
-      const float* gates = tokens_of(s, at.stage) + GATES_AT;
-      const float4 x = *(const float4*)gates;
-      paired = x.x != 0.0f, forget = x.y, next_carry = x.z, enter = gates[4];
-      if constexpr (TRANSFER) decay *= x.w;
+      paired = is_paired(tokens_of(s, at.stage));
     }
   }
   PRIM void look_ahead(int c) {
@@ -135,14 +131,34 @@ struct Walker {
     look_at(c + 1, next);
   }
 
+  // S into units of this chunk, of which products read it in 16 bits: what gates leave of it afterwards besides `carry`
+  // may be less.
+  PRIM void enter_chunk(bool paired) {
+    if constexpr (HAS_GATE) {
+      const float* gates = tokens() + GATES_AT;
+      const float4 x = *(const float4*)gates;
+      enter = carry * gates[4];
+      scale_all(S, enter * (paired ? x.z : x.y));
+      carry = paired ? 1.0f : x.z;
+      if constexpr (TRANSFER) decay *= x.w;
+    }
+  }
+
   PRIM const float* tokens() const { return tokens_of(s, keys.stage); }
   PRIM const DTYPE* k() const { return s.k + keys.stage * KEYS; }
   PRIM const DTYPE* v() const { return s.v + (values.stage * MATH + warpgroup) * TILE; }
 
   // R = V - K S.
   PRIM void correct(int c) {
+    // Nothing is waited for while products are under way that would be there anyway: a loop there costs them time.
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    if constexpr (!LATE_VALUES) start_from_values();
+    if (WITH_OUTPUT && c > 0) mbarrier_wait(s.output_free, c % 2);
+    if constexpr (LATE_VALUES) {
+      if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
+      mbarrier_wait(s.factors_full + factors.stage, factors.parity);
+    } else {
+      start_from_values();
+    }
     pin(state);
     wgmma_fence();
 #pragma unroll
@@ -150,13 +166,13 @@ struct Walker {
       wgmma<DTYPE, false, true>(R, state[step], step_along_rows<KEY_PITCH>(k(), step), !LATE_VALUES || step > 0);
     wgmma_commit();
     read_ahead(0);
+    enter_chunk(false);
     // The output of the chunk before, while the tensor cores are at this one.
-    if (WITH_OUTPUT && SEND_FIRST && c > 0) send(c - 1);
-    mbarrier_wait(s.factors_full + factors.stage, factors.parity);
+    if (WITH_OUTPUT && SEND_FIRST && c > 0) hand_over(c - 1);
+    if constexpr (!LATE_VALUES) mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     uint32_t V[4][4];
     float4 down[4];
     if (LATE_VALUES && work.values) {
-      mbarrier_wait(s.values_full + values.stage, values.parity);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         ldmatrix_x4_trans(V[j], v() + at_values + j * 16 * BOX);
@@ -169,7 +185,9 @@ struct Walker {
     if constexpr (LATE_VALUES) load_beta();
     if (LATE_VALUES && work.values) {
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) add_values(R[j], R[j + 1], V[j / 2], down[j / 2]);
+      for (int j = 0; j < 8; j += 2) add_values(R[j], R[j + 1], V[j / 2], down[j / 2], enter);
+    } else if (HAS_GATE) {
+      scale_all(R, enter);
     }
   }
   PRIM void start_from_values() {
@@ -189,13 +207,13 @@ struct Walker {
 #pragma unroll
     for (int i = 0; i < 4; i++) beta[i] = factor_quad(tokens() + BETA_AT, at_factors, i);
   }
-  // Two tiles += V, times factors of rows.
-  PRIM void add_values(float (&d0)[4], float (&d1)[4], const uint32_t (&V)[4], float4 f) {
+  // Two tiles, read of S, into units of this chunk, and V there, times factors of rows.
+  PRIM void add_values(float (&d0)[4], float (&d1)[4], const uint32_t (&V)[4], float4 f, float units) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float2 v0 = unpack2<DTYPE>(V[h]), v1 = unpack2<DTYPE>(V[2 + h]);
-      d0[2 * h] = fmaf(f.x, v0.x, d0[2 * h]), d0[2 * h + 1] = fmaf(f.y, v0.y, d0[2 * h + 1]);
-      d1[2 * h] = fmaf(f.z, v1.x, d1[2 * h]), d1[2 * h + 1] = fmaf(f.w, v1.y, d1[2 * h + 1]);
+      d0[2 * h] = fmaf(f.x, v0.x, units * d0[2 * h]), d0[2 * h + 1] = fmaf(f.y, v0.y, units * d0[2 * h + 1]);
+      d1[2 * h] = fmaf(f.z, v1.x, units * d1[2 * h]), d1[2 * h + 1] = fmaf(f.w, v1.y, units * d1[2 * h + 1]);
     }
   }
 
@@ -226,44 +244,58 @@ struct Walker {
 
   // S += K^T N, and O = Q S + P N.
   PRIM void update(int c) {
+    constexpr bool READ_FIRST = WITH_OUTPUT && HAS_GATE, ROUND_EARLY = EARLY_OUTPUT || READ_FIRST;
     pin(a);
     pin(S);
     wgmma_fence();
+    if constexpr (READ_FIRST && !EARLY_OUTPUT) {
+      read_state(0, K_STEPS);
+      wgmma_commit();
+    }
     add_to_state();
-    if constexpr (EARLY_OUTPUT) wgmma_commit();
+    if constexpr (ROUND_EARLY) wgmma_commit();
+    if constexpr (READ_FIRST) {
+      wgmma_wait<1>();
+      pin(O);
+      scale_all(O, enter);
+      pin(O);
+      wgmma_fence();
+    }
     if constexpr (WITH_OUTPUT) {
-      if constexpr (!EARLY_OUTPUT) read_state(0, K_STEPS);
+      if constexpr (!EARLY_OUTPUT && !READ_FIRST) read_state(0, K_STEPS);
       add_within_chunk();
     }
     wgmma_commit();
-    if (WITH_OUTPUT && !SEND_FIRST && c > 0) send(c - 1);
+    if (WITH_OUTPUT && !SEND_FIRST && c > 0) hand_over(c - 1);
     look_ahead(c);
-    if constexpr (EARLY_OUTPUT) {
+    if constexpr (ROUND_EARLY) {
       wgmma_wait<1>();
       pin(S);
-      round_state();
+      round_sums<DTYPE>(state, S);
     }
     wgmma_wait<0>();
     load_up();
     release();
-    if constexpr (!EARLY_OUTPUT) {
+    if constexpr (!ROUND_EARLY) {
       pin(S);
-      round_state();
+      round_sums<DTYPE>(state, S);
     }
   }
   // A paired chunk, one product after the other, with decays in between. Tokens in the chunk's units get the very bits
   // that step() would give them.
   PRIM void step_paired(int c) {
-    carry = next_carry;
-    if (WITH_OUTPUT && c > 0) send(c - 1);
+    if (WITH_OUTPUT && c > 0) {
+      mbarrier_wait(s.output_free, c % 2);
+      hand_over(c - 1);
+    }
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
+    enter_chunk(true);
     if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
     mbarrier_wait(s.factors_full + factors.stage, factors.parity);
     write_paired();
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
     if constexpr (WITH_OUTPUT) output_paired();
-    scale_all(S, carry);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const float4 f = factor_quad(tokens() + WRITES_AT, at_factors, j);
@@ -281,7 +313,6 @@ struct Walker {
     wgmma_wait<0>();
     pin(S);
     look_ahead(c);
-    scale_all(S, enter);
     round_sums<DTYPE>(state, S);
     load_up();
     release();
@@ -327,12 +358,16 @@ struct Walker {
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       const int i = 2 * half + j / 2;
-      scale_tiles(d[j], d[j + 1], factor_quad(tokens() + READS_AT, at_factors, i));
-      if (!work.values) continue;
+      const float4 reads = factor_quad(tokens() + READS_AT, at_factors, i);
+      if (!work.values) {
+        scale_tiles(d[j], d[j + 1], times(reads, enter));
+        continue;
+      }
       uint32_t V[4];
       ldmatrix_x4_trans(V, v() + at_values + i * 16 * BOX);
       const float4 f = factor_quad(tokens() + DOWN_AT, at_factors, i);
-      add_values(d[j], d[j + 1], V, make_float4(own(f.x), own(f.y), own(f.z), own(f.w)));
+      scale_tiles(d[j], d[j + 1], reads);
+      add_values(d[j], d[j + 1], V, make_float4(own(f.x), own(f.y), own(f.z), own(f.w)), enter);
     }
   }
   PRIM void output_paired() {
@@ -344,7 +379,8 @@ struct Walker {
     wgmma_wait<0>();
     pin(O);
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) scale_tiles(O[j], O[j + 1], factor_quad(tokens() + READS_AT, at_factors, j / 2));
+    for (int j = 0; j < 8; j += 2)
+      scale_tiles(O[j], O[j + 1], times(factor_quad(tokens() + READS_AT, at_factors, j / 2), enter));
     pin(a);
     pin(O);
     wgmma_fence();
@@ -379,12 +415,6 @@ struct Walker {
     }
   }
 
-  // S into the units of the next chunk, and into operands.
-  PRIM void round_state() {
-    if constexpr (HAS_GATE) scale_all(S, carry * enter);
-    round_sums<DTYPE>(state, S);
-  }
-
   PRIM void load_up() {
     if constexpr (HAS_GATE && WITH_OUTPUT) {
 #pragma unroll
@@ -417,30 +447,12 @@ struct Walker {
     }
   }
 
-  // `out` of chunk c to rows of (token, value head), through the warp's box: by TMA, or one by one where what follows
-  // in memory is another sequence's. Warps send for themselves: a barrier among them costs more than wider boxes gain.
-  PRIM void send(int c) {
-    DTYPE* box = s.o + (warpgroup * 4 + warp) * CHUNK * 16;
-    if (lane == 0) tma_store_wait_read<0>();
-    __syncwarp();
+  // `out` of chunk c, for who sends it.
+  PRIM void hand_over(int c) {
+    DTYPE* box = s.o + warpgroup * TILE + at_values;
 #pragma unroll
-    for (int j = 0; j < 4; j++) stmatrix_x4_trans(box + at_output + j * 16 * 16, out[j]);
-    async_proxy_fence();
+    for (int j = 0; j < 4; j++) stmatrix_x4_trans(box + j * 16 * BOX, out[j]);
     __syncwarp();
-    const int value = work.channel + warpgroup * 64 + warp * 16, tokens = work.tokens(c);
-    if (!VARLEN || tokens == CHUNK) {
-      if (lane == 0) {
-        tma_store(o.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
-        tma_store_commit();
-      }
-      return;
-    }
-    DTYPE* rows = o.rows + ((work.sequence.first + (int64_t)c * CHUNK) * work.HV + work.hv) * HEAD_V + value;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = i * 16 + lane / 2, half = lane % 2;
-      if (token < tokens && value + half * 8 < HEAD_V)
-        *(uint4*)&rows[token * (int64_t)work.HV * HEAD_V + half * 8] = *(const uint4*)(box + staged(token, half));
-    }
+    if (lane == 0) mbarrier_arrive(s.output_full);
   }
 };

@@ -165,9 +165,13 @@ def test_empty_sequences_keep_their_state(divided):
         assert np.array_equal(result.final_state[n], kw["initial_state"][n])
 
 
-def test_a_gated_walk_is_two_launches_and_of_float16_one():
-    sizes = dict(K=128, V=128, H=64, B=4, T=8192, gate=True)
-    for dtype, paired in (("bfloat16", [0, 1]), ("float16", [2])):
+def test_a_gated_walk_of_two_tiles_is_two_launches():
+    for dtype, heads, paired in (
+        ("bfloat16", 64, [0, 1]),
+        ("bfloat16", 16, [2]),
+        ("float16", 64, [2]),
+    ):
+        sizes = dict(K=128, V=128, H=heads, B=4, T=8192, gate=True)
         launches = launches_of(H200, ("forward",), dtype=dtype, **sizes)
         walks = [x for x in launches if x.entry == "forward_hopper"]
         assert [dict(x.defines)["PAIRED"] for x in walks] == paired
