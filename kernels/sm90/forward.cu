@@ -21,11 +21,12 @@
 // left. Of every sequence `transferred` segments were transferred: all but the last one walked, or all. With KEPT a
 // transfer leaves X of its chunks, too, so that the walk need not solve them a second time.
 //
-// Warpgroup 0 loads K, Q and V with TMA, some chunks ahead, and what is known of each token. The next MATH warpgroups
-// hold 64 value channels of S^T each in accumulators, from which S^T, R^T and N^T are left operands of wgmma: the chain
-// from state to state passes nothing through shared memory. The last SOLVERS warpgroups take turns to make X11, M21,
-// X22 and Pqk, a chunk or more ahead. mbarriers hand tiles over; every warp says for itself that it is done with one.
-// With CLUSTER > 1 the blocks of a cluster, slices of one head, solve the chunks in turn and send each other X.
+// Warpgroup 0 loads K, Q and V with TMA, some chunks ahead, and what is known of each token, and sends O. The next MATH
+// warpgroups hold 64 value channels of S^T each in accumulators, from which S^T, (b R)^T and N^T are left operands of
+// wgmma: the chain from state to state passes nothing through shared memory. The last SOLVERS warpgroups take turns to
+// make X11, M21, X22 and Pqk, a chunk or more ahead. mbarriers hand tiles over; every warp says for itself that it is
+// done with one. With CLUSTER > 1 the blocks of a cluster, slices of one head, solve the chunks in turn and send each
+// other X.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, b R, N, Pqk and
 // what X has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh.
@@ -108,7 +109,7 @@ PRIM bool meets_pairs(const Work& work, int* found) {
 
 // One warp loads; the others invert, or take X that is kept, or send it, or O.
 PRIM void supply(const Shared& s, const Work& work, const Maps& maps, const Rows& o, TokenLoader tokens,
-                 const TensorMap* kept, uint64_t* joined, int warp) {
+                 uint64_t* joined, int warp) {
   fewer_registers<LOADER_REGISTERS>();
   const int lane = tokens.lane;
   if (warp == 0) {
@@ -116,11 +117,11 @@ PRIM void supply(const Shared& s, const Work& work, const Maps& maps, const Rows
   } else if (WITH_OUTPUT && warp == SENDER) {
     for (int c = 0; c < work.chunks; c++) send_output(s, work, o, c, lane);
   } else if (WITH_GIVEN && work.given) {
-    if (warp == 1 && lane == 0) load_kept(s, kept, work);
+    if (warp == 1 && lane == 0) load_kept(s, maps.kept, work);
   } else if (WITH_INVERTERS && warp <= INVERTERS) {
     invert(s, work, warp - 1, lane);
   } else if (CLUSTER > 1 && warp == 3 && lane == 0) {
-    send(s, kept, work);
+    send(s, maps.kept, work);
   }
   __syncwarp();
 }
@@ -218,8 +219,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
-    supply(s, work, {&q_map, &k_map, &v_map}, {&o_map, o},
-           {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane}, kept, joins.joined, warp);
+    supply(s, work, {&q_map, &k_map, &v_map, kept}, {&o_map, o},
+           {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane}, joins.joined, warp);
   } else if (warpgroup <= MATH) {
     walk(s, work, states, joins, scale, at);
   } else {

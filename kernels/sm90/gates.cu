@@ -6,12 +6,12 @@
 //
 // Macros: DTYPE, which decides RANGE; CHUNK (64), HAS_GATE (1), VARLEN; G_DTYPE and RAW_GATE, BIAS of g, BETA_DTYPE and
 // RAW_BETA of beta. Grid: chunk slots * ceil(HV / HEADS) blocks of 32 HEADS threads: a warp per record, a lane per two
-// tokens. Shared memory: none.
+// tokens. Shared memory: beta and g.
 #include "sm90/tokens.cuh"
 #include "tiles/raw.cuh"
 #include "tiles/sequence.cuh"
 
-constexpr int HEADS = 8;
+constexpr int HEADS = 8, PITCH = CHUNK + 4;  // of a row, so that writes to all rows are to other banks
 
 // x in parts, so that 2^(x + n) has the same digits for every whole n.
 struct Exponent {
@@ -97,11 +97,19 @@ PRIM void write_gates(float* record, const Sums& s, float scale, int lane) {
   *(ChunkGates*)&record[GATES_AT] = gates;
 }
 
+// Entries of the chunk's tokens and the block's value heads, which lie side by side, to a row per head.
+template <class T>
+PRIM void bring(float* rows, const T* entries, int tokens, int heads, int HV) {
+#pragma unroll
+  for (int i = threadIdx.x; i < CHUNK * HEADS; i += 32 * HEADS) {
+    const int token = i / HEADS, head = i % HEADS;
+    if (token < tokens && head < heads) rows[head * PITCH + token] = widen(entries[(int64_t)token * HV + head]);
+  }
+}
 // What is formed of a value head's entries of two tokens, 0 past the chunk's end.
-template <class T, class F>
-PRIM float2 read_two(const T* entries, int t, int tokens, int HV, F formed) {
-  return make_float2(t < tokens ? formed(widen(entries[(int64_t)t * HV])) : 0.0f,
-                     t + 1 < tokens ? formed(widen(entries[(int64_t)(t + 1) * HV])) : 0.0f);
+template <class F>
+PRIM float2 read_two(const float* row, int t, int tokens, F formed) {
+  return make_float2(t < tokens ? formed(row[t]) : 0.0f, t + 1 < tokens ? formed(row[t + 1]) : 0.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * HEADS)
@@ -110,16 +118,23 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS)
                   int HV) {
   const int groups = (HV + HEADS - 1) / HEADS, lane = threadIdx.x % 32;
   const int64_t slot = blockIdx.x / groups;
-  const int hv = blockIdx.x % groups * HEADS + threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, first_hv = blockIdx.x % groups * HEADS, hv = first_hv + warp;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
-  if (chunk.tokens <= 0 || hv >= HV) return;
+  if (chunk.tokens <= 0) return;
+  DynSmem smem;
+  float *beta_rows = smem.take<float>(HEADS * PITCH, "beta"), *g_rows = smem.take<float>(HEADS * PITCH, "g");
+  smem.all_taken(SHARED_BYTES);
+  const int64_t first = chunk.first * HV + first_hv;
+  bring(beta_rows, beta + first, chunk.tokens, HV - first_hv, HV);
+  bring(g_rows, g + first, chunk.tokens, HV - first_hv, HV);
+  __syncthreads();
+  if (hv >= HV) return;
   RawGate<float, RAW_GATE> raw = {};
   if constexpr (RAW_GATE > 0) raw = raw_gate_of<float, RAW_GATE, BIAS, 1>(A_log, dt_bias, bound, hv, 0);
   auto gate_of = [&](float x) { return RAW_GATE > 0 ? raw.gate(x) : x; };
   auto beta_of = [&](float x) { return RAW_BETA ? factor * sigmoid(x) : x; };
-  const int64_t first = chunk.first * HV + hv;
-  const float2 betas = read_two(beta + first, 2 * lane, chunk.tokens, HV, beta_of);
-  const float2 gates = read_two(g + first, 2 * lane, chunk.tokens, HV, gate_of);
+  const float2 betas = read_two(beta_rows + warp * PITCH, 2 * lane, chunk.tokens, beta_of);
+  const float2 gates = read_two(g_rows + warp * PITCH, 2 * lane, chunk.tokens, gate_of);
   float* record = token_factors + (slot * HV + hv) * RECORD_WORDS;
   // What lies between rows of factors is brought with them.
   const int gaps[] = {BETA_AT, DOWN_AT, UP_AT, READS_AT, WRITES_AT};

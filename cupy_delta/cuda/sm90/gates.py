@@ -6,10 +6,10 @@ import numpy as np
 
 from ...call import Call
 from ...raw import RawBeta, RawGate
-from ..spec import C_TYPES, SUMS, Launch, i32, raw_macros, slots
+from ..spec import C_TYPES, SUMS, Launch, carve, i32, raw_macros, slots
 from .tiles import CHUNK
 
-HEADS = 8  # value heads per block
+HEADS, PITCH = 8, CHUNK + 4  # value heads per block; floats from one to the next
 
 
 def token_factors_launch(
@@ -35,7 +35,7 @@ def token_factors_launch(
         tuple(defines.items()),
         slots(call, CHUNK) * -(-call.HV // HEADS),
         32 * HEADS,
-        0,
+        carve((2 * HEADS * PITCH, 4)),
         (
             "logits" if raw_beta else "beta",
             "a" if raw_gate else "g",

@@ -209,7 +209,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
       }
       mine.write_m21(x, products);
     }
-    if constexpr (WITH_OUTPUT) mine.write_p<M_TILES>(s.p + factors.stage * TILE, products);
+    if constexpr (WITH_OUTPUT) mine.template write_p<M_TILES>(s.p + factors.stage * TILE, products);
     if constexpr (INVERTS) {
       named_barrier(id, 128);  // A is there
       if (warp < 2) make_x(x, a + warp * 32 * INVERSE_PITCH, warp * 32, lane);

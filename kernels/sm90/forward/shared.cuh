@@ -138,5 +138,5 @@ struct Place {
 };
 
 struct Maps {
-  const TensorMap *q, *k, *v;
+  const TensorMap *q, *k, *v, *kept;  // kept: X, of transfers
 };
