@@ -27,6 +27,8 @@
 
 constexpr int SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE, KEY_SLICES = (padded(HEAD_K) + KEYS - 1) / KEYS;
 constexpr int K_JOBS = (KEYS / 16 + ACROSS - 1) / ACROSS, C_JOBS = (ROWS + ACROSS - 1) / ACROSS;
+// Blocks per multiprocessor, as registers allow.
+constexpr int BLOCKS = WARPS == 8 ? 1 : KSM >= 900 && sizeof(DTYPE) == 2 ? 3 : 2;
 // Bytes of the place that is used twice.
 constexpr int VALUE_BYTES = (2 * SLICE * K_PITCH + 3 * CHUNK * V_PITCH) * sizeof(DTYPE);
 constexpr int PAIR_BYTES = 3 * CHUNK * X_PITCH * sizeof(float) + CHUNK * PAIR_PITCH * sizeof(float2);
@@ -127,7 +129,7 @@ PRIM void write_unit(DTYPE* out, int64_t stride, const Rows& x, const Unit& unit
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 4 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     backward_channel(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const DTYPE* corrections,
                      const DTYPE* dy, const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates,
                      const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg, float scale,

@@ -45,9 +45,9 @@ PATTERNS = patterns()
 
 def inputs(dtype, **more):
     options = dict(dtype=dtype, gate="channel", initial=True, beta=(0, 2), correlation=0.3) | more
-    args, kw = make_inputs(T, B=2, H=len(PATTERNS), K=K, V=32, **options)
+    args, kw = make_inputs(T, H=len(PATTERNS), K=K, V=32, **options)
     args[3] = args[3].astype(np.float32)
-    args[4] = np.stack([list(PATTERNS.values())] * 2).swapaxes(1, 2).astype(np.float32)
+    args[4] = np.stack([*PATTERNS.values()], axis=1)[None].astype(np.float32)
     rng = np.random.default_rng(2)
     do = rng.standard_normal(args[2].shape).astype(dtype)
     dfinal = 0.2 * rng.standard_normal(kw["initial_state"].shape)
@@ -90,3 +90,14 @@ def test_decays_of_every_strength(emulated, on_reference, dtype, facts):
             bound = times * max(error(beside, right), 1e-7)
             assert error(head, right) <= bound, (name, pattern)
     assert not found["g"][args[4] <= -1000].any()
+
+
+def test_ragged_sequences_grouped_heads_and_norms(emulated, on_reference):
+    options = dict(dtype=BF16, gate="channel", initial=True, layout="vk", beta=(0, 2))
+    args, kw = make_inputs(T, H=2, G=2, K=24, V=40, cu_seqlens=[0, 0, 1, 40, T], **options)
+    kw["qk_l2norm"] = True
+    found = results(args, kw, args[2], kw["initial_state"])
+    expected = on_reference(results, args, kw, args[2], kw["initial_state"])
+    for name in NAMES:
+        assert found[name].dtype == expected[name].dtype, name
+        assert error(found[name], expected[name]) < 2e-2, name
