@@ -116,6 +116,8 @@ PRIM void multiply_within(const Tiles& s, int block, int half, int lane) {
   constexpr int QUADS = (KP + 31) / 32;
   const int part = lane / 4 * 4, first = block * BLOCK;
   const int columns[2] = {half * 4 + lane % 4, 12 - half * 4 + lane % 4};
+  const bool second = lane & 4, queries = lane & 8;
+  const int column = first + (second ? columns[1] : columns[0]);
   float y[2][QUADS][4];
 #pragma unroll
   for (int x = 0; x < 2; x++)
@@ -134,33 +136,32 @@ PRIM void multiply_within(const Tiles& s, int block, int half, int lane) {
       const int c = part + n * 32, at = (first + i) * K_PITCH + c;
       if (KP % 32 != 0 && c >= KP) continue;
       const float4 decays = *(const float4*)&s.e[(first + i) * E_PITCH + c], keys = load_quad(&s.k[at]);
-      float4 queries = {};
-      if constexpr (WITH_Q) queries = load_quad(&s.q[at]);
+      float4 queried = {};
+      if constexpr (WITH_Q) queried = load_quad(&s.q[at]);
       const float e[4] = {decays.x, decays.y, decays.z, decays.w}, k[4] = {keys.x, keys.y, keys.z, keys.w};
-      const float q[4] = {queries.x, queries.y, queries.z, queries.w};
+      const float q[4] = {queried.x, queried.y, queried.z, queried.w};
 #pragma unroll
       for (int x = 0; x < 2; x++) {
         if (x == 1 && i < 12 - half * 4) continue;  // the whole warp
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float& now = y[x][n][r];
-          now *= i > columns[x] ? e[r] : 1.0f;
+          if (i > columns[x]) now *= e[r];
           if constexpr (WITH_M) m[x] += k[r] * now;
           if constexpr (WITH_Q) p[x] += q[r] * now;
         }
       }
     }
-#pragma unroll
-    for (int x = 0; x < 2; x++) {
-#pragma unroll
-      for (int bits = 4; bits <= 16; bits *= 2) {
-        m[x] += __shfl_xor_sync(~0u, m[x], bits);
-        p[x] += __shfl_xor_sync(~0u, p[x], bits);
-      }
-      const int row = first + i, column = first + columns[x];
-      if (lane < 4 && WITH_M && column < row) s.m[row * A_PITCH + column] = m[x];
-      if (lane < 4 && WITH_Q && column <= row) s.p[row * C_PITCH + column] = narrow<DTYPE>(p[x]);
-    }
+    // Of four sums over the lanes of a column a lane keeps one.
+    float m_sum = second ? m[1] : m[0], p_sum = second ? p[1] : p[0];
+    m_sum += __shfl_xor_sync(~0u, second ? m[0] : m[1], 4);
+    p_sum += __shfl_xor_sync(~0u, second ? p[0] : p[1], 4);
+    float sum = queries ? p_sum : m_sum;
+    sum += __shfl_xor_sync(~0u, queries ? m_sum : p_sum, 8);
+    sum += __shfl_xor_sync(~0u, sum, 16);
+    const int row = first + i;
+    if (lane < 16 && !queries && WITH_M && column < row) s.m[row * A_PITCH + column] = sum;
+    if (lane < 16 && queries && WITH_Q && column <= row) s.p[row * C_PITCH + column] = narrow<DTYPE>(sum);
   }
 }
 
