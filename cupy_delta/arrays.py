@@ -59,8 +59,10 @@ def looks(*arrays: Any) -> tuple[AnyLook, ...]:
     for x in arrays:
         if x is None:
             found.append(None)
+        elif type(x) is np.ndarray:
+            found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
         elif isinstance(x, of_cupy):
-            found.append(new(Look, ("cupy", x.dtype, x.shape, x.device.id)))
+            found.append(new(Look, ("cupy", x.dtype, x.shape, x.data.device_id)))
         elif isinstance(x, np.ndarray) and not isinstance(x, refused):
             found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
         elif isinstance(x, GATES):
@@ -69,6 +71,31 @@ def looks(*arrays: Any) -> tuple[AnyLook, ...]:
             found.append(RawLook(type(x), looks(x.logits), x.scale))
         else:
             found.append(type(x))
+    return tuple(found)
+
+
+def places(*arrays: Any) -> tuple | None:
+    """Tell where arrays lie in device memory, and how: hashable, holds no array.
+
+    None, if any of them is anything but a CuPy array: what lies on the host has values that are
+    looked at.
+    """
+    of_cupy = getattr(sys.modules.get("cupy"), "ndarray", None)
+    found: list[Any] = []
+    for x in arrays:
+        if x is None:
+            found.append(None)
+        elif type(x) is of_cupy:
+            data = x.data
+            found.append((data.ptr, data.device_id, x.dtype, x.shape, x.strides))
+        elif of_cupy is not None and isinstance(x, GATES):
+            found.append((type(x), x.bound, places(x.a, x.A_log, x.dt_bias)))
+        elif of_cupy is not None and isinstance(x, BETAS):
+            found.append((type(x), x.scale, places(x.logits)))
+        else:
+            return None
+        if found[-1] is not None and found[-1][-1] is None:
+            return None
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ from .arrays import FLOAT_DTYPES, AnyLook, Look, RawLook, describe, dtype_name
 from .call import POOL_ALIGNMENT
 from .raw import BETAS, GATES, Bias, RawBeta, RawGate
 
-KEPT_CALLS = 256
+KEPT_CALLS, KEPT_PLACES = 256, 4096
 GATE_SHAPES = "B T HV", "B T HV K"
 POOL_DTYPES = tuple(d for name, d in FLOAT_DTYPES.items() if name != "float64")
 
@@ -37,6 +37,27 @@ def remembered(check):
         return check(*arguments, **options)
 
     return recall
+
+
+class Passed:
+    """What came of calls that passed every check: of those whose arrays all lie on a device.
+
+    Kept by where the arrays lie, since nothing else of them is looked at there.
+    """
+
+    def __init__(self):
+        self._kept: dict = {}
+
+    def find(self, key) -> Any:
+        try:
+            return self._kept.get(key)
+        except TypeError:  # an option that has no hash: it is refused
+            return None
+
+    def keep(self, key, result) -> None:
+        if len(self._kept) >= KEPT_PLACES:
+            self._kept.clear()
+        self._kept[key] = result
 
 
 @cache

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import describe, looks, sharing
+from .arrays import describe, looks, places, sharing
 from .call import Call
 from .checker import (
     Checker,
+    Passed,
     chunk_size_of,
     options_of,
     pool_look,
@@ -67,6 +68,7 @@ class Problem(Call):
     output_state_indices: Any = None
     fresh: Any = None
     accepted: Any = None
+    places: Any = None  # where all of them lie in device memory
 
     # Two problems that are alike still have different arrays.
     __eq__ = object.__eq__
@@ -195,12 +197,18 @@ def step_problem(
     cu_seqlens=None,
     accepted=None,
 ) -> Problem:
-    """Check a decoding step."""
+    """Check a decoding step; one that has passed on the same memory of a device, by that alone."""
     named = (state_indices, output_state_indices, cu_seqlens, accepted)
-    found = looks(q, k, v, beta, g, out, state, *named)
-    alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
     arrays = dict(q=q, k=k, v=v, state=state, out=out) | by_name(beta, g)
     arrays |= zip(STEPPED, named, strict=True)
+    lies = places(q, k, v, beta, g, out, state, *named)
+    if lies is not None:
+        key = (lies, scale, type(scale), qk_l2norm, type(qk_l2norm), state_layout)
+        alike = _steps_that_passed.find(key)
+        if alike is not None:
+            return alike.of(arrays | {"places": key})
+    found = looks(q, k, v, beta, g, out, state, *named)
+    alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
     problem = alike.of(arrays)
     if cu_seqlens is None:
         _check_gates(g)
@@ -213,7 +221,13 @@ def step_problem(
     check_written(problem, "state")
     if out is not None:
         check_written(problem, "out")
+    if lies is not None:
+        _steps_that_passed.keep(key, alike)
+        return problem.of({"places": key})
     return problem
+
+
+_steps_that_passed = Passed()
 
 
 @remembered
@@ -503,9 +517,9 @@ def check_written(problem: Problem, name: str) -> None:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
     if on_host and not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
-    shared = sharing(problem.kind)
+    shared, known = sharing(problem.kind), vars(problem)
     for other, shown in _READ.items():
-        y = getattr(problem, other)
+        y = known[other]
         if y is None or other == name or isinstance(y, np.ndarray) != on_host:
             continue
         if shared(x, y):

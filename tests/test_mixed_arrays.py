@@ -1,5 +1,6 @@
 """NumPy and CuPy arrays in one call, and two devices: a stand-in for CuPy, so no GPU is needed."""
 
+import itertools
 import sys
 import types
 
@@ -9,6 +10,8 @@ from calls import ARRAYS, EVERY_ARRAY, call, first_of, good, integers, refuse
 
 import cupy_delta
 from cupy_delta import building_blocks, operators
+
+ADDRESSES = itertools.count(1 << 40, 1 << 20)
 
 
 class FakeDevice:
@@ -25,7 +28,12 @@ class FakeArray:
     def __init__(self, like, device=0):
         self.shape, self.ndim, self.dtype = like.shape, like.ndim, like.dtype
         self.flags, self.strides, self.size = like.flags, like.strides, like.size
-        self.device, self.data = FakeDevice(device), types.SimpleNamespace(ptr=0)
+        # An address that no other array of a test has.
+        self.device, self.address = FakeDevice(device), next(ADDRESSES)
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.address, device_id=self.device.id)
 
 
 FakeArray.__module__, FakeArray.__qualname__, FakeArray.__name__ = "cupy", "ndarray", "ndarray"
@@ -184,3 +192,22 @@ def test_strided_device_memory_is_not_written(cupy):
     arguments["out"] = FakeArray(strided)
     message = f"out: expected a C-contiguous array, got strides {strided.strides}"
     refuse("chunk_delta_rule", arguments, ValueError, message)
+
+
+def test_a_step_on_the_same_memory_has_passed_before(cupy):
+    """It is told by where arrays lie and how; anything else is looked at as ever."""
+    arguments = on_device(good("delta_rule_step"))
+    for _ in range(2):
+        call("delta_rule_step", arguments)
+    one, other = cupy.problems[-2:]
+    assert other.kept is one.kept and other.places == one.places is not None
+    assert not any(isinstance(x, FakeArray) for x in vars(one)["places"][0] if x is not None)
+    moved = arguments | on_device({"q": good("delta_rule_step")["q"]})
+    call("delta_rule_step", moved)
+    assert cupy.problems[-1].places != one.places
+    short = FakeArray(good("delta_rule_step")["q"][:1])
+    short.address = arguments["q"].address
+    with pytest.raises(ValueError, match="k: expected"):
+        call("delta_rule_step", arguments | {"q": short})
+    with pytest.raises(TypeError, match="qk_l2norm: expected"):
+        call("delta_rule_step", arguments | {"qk_l2norm": 0})

@@ -70,7 +70,10 @@ class Ours:
 
     def __init__(self, row, inputs: Inputs):
         self.row, self.inputs = row, inputs
-        self.arrays = (inputs.q, inputs.k, inputs.v, *inputs.formed())
+        beta, g = cupy_delta.SigmoidBeta(inputs.b), None
+        if inputs.a is not None:
+            g = cupy_delta.SoftplusGate(inputs.a, inputs.A_log, inputs.dt_bias)
+        self.arrays = (inputs.q, inputs.k, inputs.v, beta, g)
         self.out = cupy.empty_like(inputs.v)
         self.options = dict(qk_l2norm=True, state_layout=row.layout, out=self.out)
         if row.what == "verify":

@@ -100,13 +100,15 @@ def launches_of(
         state_layout=state_layout,
     )
     calls = dict.fromkeys(PASSES, call)
-    # One sequence per batch row: a step knows no cu_seqlens. Building blocks have one layout.
+    # A step of one sequence per batch row, and ragged ones. Building blocks have one layout.
     on_pool = replace(call, pool_slots=N, pool_dtype=call.state_dtype, pool_stride=HV * K * V)
     calls["prefill"], calls["step"] = on_pool, replace(on_pool, B=N, varlen=False)
     calls["blocks"] = replace(call, state_layout="kv")
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]
     ]
+    if varlen and "step" in passes:
+        planned.append(plan("step", on_pool, facts))
     distinct: dict[tuple, Launch] = {}
     for one in planned:
         for launch in one.launches:

@@ -68,6 +68,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
     "pool_states": dict(states=("initial_state", "final_state")),
     "token_factors": dict(beta=("beta", "logits"), g=("g", "a")),
+    "decode": dict(g=("g", "a"), beta=("beta", "logits")),
     "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
 }
 KEYWORDS = {"d_o": "do"}

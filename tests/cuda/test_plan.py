@@ -173,11 +173,12 @@ def test_transfers_of_16_bits_are_named():
         plan_affine((1, 1, 4), 4, np.dtype(np.float16), False)
 
 
-def test_a_step_of_sequences_needs_the_kernel_of_a_batch():
+def test_steps_of_sequences_need_the_kernel_of_a_batch_and_that_of_ragged_ones():
     sizes = dict(dtype="float32", K=32, V=32, B=3)
-    (packed,) = launches_of(H200, ("step",), varlen=True, **sizes)
+    packed, ragged = launches_of(H200, ("step",), varlen=True, **sizes)
     (batch,) = launches_of(H200, ("step",), **sizes)
     assert (packed.defines, packed.grid) == (batch.defines, batch.grid)
+    assert (dict(ragged.defines)["VARLEN"], ragged.grid) == (1, batch.grid)
 
 
 def test_steps_and_factors_have_plans():

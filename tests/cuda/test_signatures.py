@@ -43,8 +43,9 @@ def cases():
     for bias in ("head", "channel", None):
         raw = RawGate("sigmoid", bf16, bias, -5.0)
         gated = dict(gate="scalar", raw_gate=raw, raw_beta=RawBeta(f32, 2.0))
-        for operation, facts in (("backward", A100), ("recurrent", A100), ("forward", H200)):
-            yield operation, replace(call, **gated), facts
+        for operation in ("backward", "recurrent", "step"):
+            yield operation, replace(call, **gated), A100
+        yield "forward", replace(call, **gated), H200
     for dtype in (bf16, FLOAT_DTYPES["float16"]):
         yield "backward", replace(call, HV=2, gate="channel", dtype=dtype), H200
     yield "forward", replace(call, dtype=f32), A100

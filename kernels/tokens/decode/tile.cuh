@@ -4,14 +4,14 @@
 
 typedef Sum<DTYPE>::type real;
 PRIM constexpr bool is_power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
-static_assert(is_power_of_two(VECTOR) && is_power_of_two(VALUES) && is_power_of_two(PARTS) && is_power_of_two(ACROSS) &&
+static_assert(is_power_of_two(VECTOR) && is_power_of_two(VALUES) && is_power_of_two(PARTS) && is_power_of_two(BESIDE) &&
                   is_power_of_two(WARPS),
               "sums are halved");
-static_assert(STATE_VK ? WARPS == 1 && ACROSS == 1 : ACROSS * PARTS == 32 && VALUES == VECTOR, "who shares what");
+static_assert(STATE_VK ? WARPS == 1 && BESIDE == 1 : BESIDE * PARTS == 32 && VALUES == VECTOR, "who shares what");
 constexpr int SHARERS = PARTS * WARPS;  // threads that share a value channel's keys
 constexpr int THREADS = CHANNELS / VALUES * SHARERS, SLICES = (HEAD_V + CHANNELS - 1) / CHANNELS;
 constexpr int KEY_VECTOR = STATE_VK ? VECTOR : 1, VALUE_VECTOR = STATE_VK ? 1 : VECTOR;
-static_assert(WARPS == 1 ? VALUES <= PARTS : CHANNELS == ACROSS * VALUES && THREADS >= CHANNELS,
+static_assert(WARPS == 1 ? VALUES <= PARTS : CHANNELS == BESIDE * VALUES && THREADS >= CHANNELS,
               "a thread sums a channel up");
 static_assert(CHANNELS % VALUES == 0 && THREADS % 32 == 0, "whole warps");
 // A thread's keys: KEYS of them, in runs of neighbours.
@@ -50,17 +50,19 @@ struct alignas(SIZE * sizeof(T)) Vector<T, SIZE, true> {
 
 // Which part of a state a thread has, and the value channel whose v and o are its own.
 struct Place {
-  uint32_t thread, part, key, column, channel, own;  // key, channel: the first of the tile; own: among HEAD_V
+  uint32_t thread, part, key, column, channel;  // key, channel: the first of the tile
+  uint32_t own, own_in_block;                   // among HEAD_V, and among CHANNELS
   bool has_own, writes_o;
 };
 PRIM Place find_place(uint32_t thread, uint32_t slice) {
   Place p;
   p.thread = thread;
-  p.part = STATE_VK ? thread % PARTS : thread / ACROSS % SHARERS;
+  p.part = STATE_VK ? thread % PARTS : thread / BESIDE % SHARERS;
   p.key = p.part * RUN;
-  p.column = STATE_VK ? thread / PARTS : thread / (32 * WARPS) * ACROSS + thread % ACROSS;
+  p.column = STATE_VK ? thread / PARTS : thread / (32 * WARPS) * BESIDE + thread % BESIDE;
   p.channel = slice * CHANNELS + p.column * VALUES;
-  p.own = WARPS == 1 ? p.channel + p.part % VALUES : slice * CHANNELS + thread;
+  p.own_in_block = WARPS == 1 ? p.column * VALUES + p.part % VALUES : thread;
+  p.own = slice * CHANNELS + p.own_in_block;
   p.has_own = (WARPS == 1 || thread < CHANNELS) && (WHOLE_VALUES || p.own < HEAD_V);
   p.writes_o = p.has_own && (WARPS > 1 || p.part < VALUES);
   return p;
@@ -108,13 +110,13 @@ struct Held {
 template <class F>
 PRIM void store(STATE_DTYPE* tile, const Place& p, F S) {
   for_vectors(p, [&](int i, int j, int offset) {
-    Loaded::Access x;
+    Loaded::Access x = {};
     x.fill([&](int e) { return STATE_VK ? S(i + e, j) : S(i, j + e); });
     *(Loaded::Access*)&tile[offset] = x;
   });
 }
 
-constexpr int NEXT = STATE_VK ? 1 : ACROSS;  // lanes from one part to the next
+constexpr int NEXT = STATE_VK ? 1 : BESIDE;  // lanes from one part to the next
 PRIM real sum_over_parts(real x) {
 #pragma unroll
   for (int bits = PARTS / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(~0u, x, bits * NEXT);
@@ -137,8 +139,3 @@ PRIM void scatter_sums(real (&x)[VALUES], uint32_t part) {
 #pragma unroll
   for (int bits = SCATTERED; bits < PARTS; bits *= 2) x[0] += __shfl_xor_sync(~0u, x[0], bits * NEXT);
 }
-
-// What warps that share keys pass to each other: sums over the keys of each, and n, to be times k.
-struct Passed {
-  real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS], k_q[WARPS], k_k[WARPS], q_q[WARPS];
-};

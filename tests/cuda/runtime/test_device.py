@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import ClassVar
@@ -228,3 +229,17 @@ def test_kernels_compiled_ahead_are_prepared_several_at_a_time():
     assert next(ready) is launches[0] and len(device.asked) == 1
     assert [launches[0], *ready] == launches
     assert [x for some in device.asked for x in some] == launches and len(device.asked) == 2
+
+
+def test_a_repeated_launch_holds_addresses_and_no_array(on_device, monkeypatch):
+    calls = []
+    loaded = on_device.Loaded(lambda *call: calls.append(call), (5,), (32,), [None, "kept", None])
+    monkeypatch.setattr(on_device, "_loaded", lambda *which: loaded)
+    x = SimpleNamespace(data=SimpleNamespace(ptr=1 << 40))
+    one = replace(launch("l2norm"), arguments=("x", np.int32(3), "y"))
+    on_device.CupyDevice(0).repeated(one, dict(x=x, y=None))()
+    ((grid, block, arguments, shared),) = calls
+    assert (grid, block, shared) == ((5,), (32,), 0)
+    assert arguments[1:] == ["kept", None] and arguments[0].dtype == np.uint64
+    assert arguments[0] == [1 << 40]
+    assert loaded.arguments == [None, "kept", None]

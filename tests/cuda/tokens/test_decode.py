@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import deviation, make_inputs
+from raw import raw_gate
 
 import cupy_delta as cd
 
@@ -85,3 +86,46 @@ def test_verify_and_commit(emulated, layout):
     cd.delta_rule_step(*(x[:, :3] for x in args), state=alone, **options)
     assert np.array_equal(pool[0], alone[0])
     assert np.array_equal(pool[1], kw["initial_state"][1])
+
+
+RAW = [
+    ("softplus", "scalar", "head", BF16, "kv"),
+    ("sigmoid", "channel", "channel", BF16, "vk"),
+    ("softplus", "channel", "head", F32, "kv"),
+    ("sigmoid", "scalar", None, F64, "vk"),
+]
+
+
+@pytest.mark.parametrize(("formula", "gate", "bias", "dtype", "layout"), RAW)
+def test_raw_gates_and_strengths_in_one_launch(
+    emulated, on_reference, formula, gate, bias, dtype, layout
+):
+    args, kw = make_inputs(2, B=2, H=2, G=2, K=40, V=24, dtype=dtype, layout=layout, initial=True)
+    rng = np.random.default_rng(0)
+    args[3] = cd.SigmoidBeta(rng.standard_normal((2, 2, 4)).astype(dtype), scale=2)
+    args[4] = raw_gate(rng, formula, gate, bias, 2, 2, 4, 40, dtype)
+    states = [kw["initial_state"].copy() for _ in range(2)]
+    options = dict(state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=states[0], **options)
+    if emulated.devices is not None:
+        assert [launch.entry for launch in emulated.devices[-1].launches] == ["decode"]
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], **options)
+    bound = 1e-14 if dtype == F64 else 1e-6
+    assert deviation(o, expected) < (1e-2 if dtype == BF16 else bound)
+    assert deviation(*states) < bound
+
+
+def test_slots_of_pages_with_room_for_few_bytes_at_a_time(emulated, on_reference):
+    """Slots an odd number of elements apart: accesses of one element, and nothing in between."""
+    args, kw = make_inputs(2, B=2, K=8, V=4, gate="scalar", dtype=F32, layout="vk", initial=True)
+    pages = np.full((4, 37), np.nan, F32)
+    pool = np.lib.stride_tricks.as_strided(pages[:, 1:], (4, 1, 4, 8), (148, 128, 32, 4))
+    pool[[3, 0]] = kw["initial_state"]
+    whole, expected = pages.copy(), kw["initial_state"].copy()
+    slots = np.array([3, 0])
+    o = cd.delta_rule_step(*args, state=pool, state_indices=slots, state_layout="vk")
+    alone = on_reference(cd.delta_rule_step, *args, state=expected, state_layout="vk")
+    assert deviation(o, alone) < 1e-6
+    assert deviation(pool[slots], expected) < 1e-6
+    whole[[3, 0], 1:33] = pages[[3, 0], 1:33]
+    assert np.array_equal(pages, whole, equal_nan=True)
