@@ -41,7 +41,8 @@ def arguments(option, T):
         g = cd.SoftplusGate(g, np.zeros(2, dtype), np.ones(2, dtype))
     if "raw_beta" in asked:
         beta = cd.SigmoidBeta(beta)
-    options = {n: asked[n] for n in ("qk_l2norm", "chunk_size", "state_layout") if n in asked}
+    named = ("qk_l2norm", "chunk_size", "state_layout", "checkpoint_every")
+    options = {n: asked[n] for n in named if n in asked}
     if "pool_slots" in asked:
         options["state"] = np.zeros((1, 2, K, V), asked["pool_dtype"])
     if asked.get("varlen"):

@@ -66,6 +66,7 @@ CASES = (
     Case("chunk, l2norm, vk states", "chunk", options=dict(qk_l2norm=True, state_layout="vk")),
     Case("chunk, scalar gate", "chunk", gate="scalar"),
     Case("chunk, channel gate", "chunk", gate="channel"),
+    Case("chunk, slots of a pool", "indexed chunk", sizes=dict(B=3, H=2, HV=4)),
     Case("recurrent", "recurrent", sizes=dict(H=2, HV=4), gate="scalar"),
     Case("recurrent, beta per value", "recurrent", beta_per_value=True),
     Case("step", "step", T=4, sizes=dict(B=3, H=2, HV=4)),
@@ -121,6 +122,7 @@ def run_command(args) -> int:
 
 OPERATIONS = {
     "chunk": ("forward",),
+    "indexed chunk": ("forward",),
     "recurrent": ("recurrent",),
     "step": ("step",),
     "indexed step": ("step",),
@@ -189,10 +191,12 @@ def _results(case: Case, a: dict) -> dict:
     if case.operator == "step":
         state = a["state"].copy()
         return dict(o=delta_rule_step(*inputs, state=state), state=state)
-    if case.operator == "indexed step":
+    if case.operator.startswith("indexed"):
         pool = a["pool"].copy()
-        o = delta_rule_step(*inputs, state=pool, state_indices=a["indices"])
-        return dict(o=o, state=pool)
+        on_pool = dict(state=pool, state_indices=a["indices"])
+        if case.operator == "indexed step":
+            return dict(o=delta_rule_step(*inputs, **on_pool), state=pool)
+        return dict(o=chunk_delta_rule(*inputs, **on_pool).o, state=pool)
     sequences = dict(cu_seqlens=a["cu_seqlens"])
     if case.operator == "blocks":
         q, k, v, beta, g = inputs
@@ -222,6 +226,12 @@ def _exact(case: Case, a: dict) -> list:
         inputs = [None if x is None else x[used] for x in inputs]
         initial = pool[a["indices"][used]]
         o[used], pool[a["indices"][used]] = recurrent_delta_rule(*inputs, initial_state=initial)
+        return [o, pool]
+    if case.operator == "indexed chunk":
+        used, pool = a["indices"] >= 0, a["pool"].copy()
+        initial = np.where(used[:, None, None, None], pool[a["indices"]], 0)
+        o, final_state = recurrent_delta_rule(*inputs, initial_state=initial)
+        pool[a["indices"][used]] = final_state[used]
         return [o, pool]
     o, final_state = recurrent_delta_rule(*inputs, **options)
     return [final_state] if case.operator == "transfer" else [o, final_state]

@@ -114,11 +114,6 @@ LIMITS = (
         f"V = {{call.V}}: CuPy arrays support head sizes up to {MAX_HEAD}; NumPy arrays any",
     ),
     Limit(
-        ("forward",),
-        lambda call: call.checkpoint_every is not None,
-        "checkpoint_every: states on the way are not supported on CuPy arrays",
-    ),
-    Limit(
         CHUNKED,
         lambda call: call.dtype.name == "float64",
         "float64: the chunked operators on CuPy arrays take float32, float16 and bfloat16;"
@@ -170,6 +165,7 @@ OPTIONS: dict[str, dict] = {
         pool_slots=8, pool_dtype=FLOAT_DTYPES["bfloat16"], pool_stride=8 * 128**2
     ),
     "accepted": dict(accepting=True),
+    "checkpoint_every": dict(checkpoint_every=64),
     "qk_l2norm": dict(qk_l2norm=True),
     'state_layout="vk"': dict(state_layout="vk"),
     "chunk_size of 16 or 32": dict(chunk_size=16),
@@ -185,6 +181,7 @@ TAKEN_BY = {
     "cu_seqlens": (*CHUNKED, *TOKENS),
     "accepted": ("step",),
     "state, a pool": ("forward", "step"),
+    "checkpoint_every": ("forward",),
     "SigmoidBeta": ("forward", "training", "backward", "wy_factors", "transfer", *TOKENS),
     'state_layout="vk"': ("forward", "training", "backward", *TOKENS),
     "chunk_size of 16 or 32": SIZED,

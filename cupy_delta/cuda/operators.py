@@ -34,8 +34,9 @@ def chunk_delta_rule(problem: Problem):
         plan = plans.plan("forward", problem, device.facts)
         targets = {"o": problem.out, "state": problem.state}
         results = execute(plan, vars(problem), device, targets)
-    o, final_state = _results(problem, results)
-    return o, final_state if problem.state is None else problem.state, results.get("checkpoints")
+    if problem.state is not None:
+        results["final_state"] = problem.state
+    return *_results(problem, results), results.get("checkpoints")
 
 
 def chunk_delta_rule_fwd(problem: Problem):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ..call import Call
+from ..problem import check_checkpoints
 from ..raw import RawGate
 
 # The dtype in which the chunked kernels read beta and g.
@@ -204,6 +205,17 @@ def raw_macros(raw: RawGate | None) -> dict[str, Any]:
 def normal(call: Call, name: str) -> str:
     """Name of the array that the chunked kernels read for q or k."""
     return f"{name}_normal" if call.qk_l2norm else name
+
+
+def forward_arrays(call: Call, chunk: int) -> ArraySpecs:
+    """Return the results of `chunk_delta_rule` in chunks of so many tokens."""
+    check_checkpoints(call, chunk)
+    outputs = {"o": (call.value_shape, call.dtype)}
+    if call.pool_dtype is None:
+        outputs["final_state"] = (call.state_shape, call.state_dtype)
+    if call.checkpoint_every is not None:
+        outputs["checkpoints"] = (call.checkpoint_shape, call.state_dtype)
+    return outputs
 
 
 def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:

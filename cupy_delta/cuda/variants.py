@@ -42,6 +42,7 @@ def launches_of(
     varlen: bool = False,
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
+    checkpoint_every: int | None = None,
 ) -> list[Launch]:
     """Plan the passes of a call and return its distinct kernels.
 
@@ -59,8 +60,8 @@ def launches_of(
     raw : {"softplus", "sigmoid"}, optional
         With a `SoftplusGate` or `SigmoidGate` whose bias is as its logits are, and a `SigmoidBeta`;
         the logits of `dtype`.
-    chunk_size, varlen, qk_l2norm, state_layout
-        Options as in `chunk_delta_rule`.
+    chunk_size, varlen, qk_l2norm, state_layout, checkpoint_every
+        Options as in `chunk_delta_rule`; the last of "prefill" alone.
 
     Returns
     -------
@@ -102,7 +103,8 @@ def launches_of(
     calls = dict.fromkeys(PASSES, call)
     # A step of one sequence per batch row, and ragged ones. Building blocks have one layout.
     on_pool = replace(call, pool_slots=N, pool_dtype=call.state_dtype, pool_stride=HV * K * V)
-    calls["prefill"], calls["step"] = on_pool, replace(on_pool, B=N, varlen=False)
+    calls["prefill"] = replace(on_pool, checkpoint_every=checkpoint_every)
+    calls["step"] = replace(on_pool, B=N, varlen=False)
     calls["blocks"] = replace(call, state_layout="kv")
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]

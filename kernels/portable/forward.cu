@@ -18,6 +18,9 @@
 // rounded to DTYPE (S, b R and N included), sums are float (float: 3xTF32). Everything is held transposed, rows =
 // value channels: then S^T, R^T and N^T are left operands straight from their accumulators.
 //
+// With CHECKPOINTS and one segment, states after every checkpoint_every tokens of a sequence are left, too. With
+// ON_POOL and one segment, states come from slots of a pool and go to them (tiles/pool.cuh), rounded once.
+//
 // Macros: DTYPE, HEAD_K, HEAD_V, CHUNK, HAS_GATE, VARLEN, STATE_VK (layout of initial and final state),
 // FROM_FACTORS, ZERO_V (no values, from the identity: a transfer's P), SEGMENTS, TRANSFER, WRITE_STATES (the state
 // entering each chunk, in STATES_DTYPE, and per token N^: states (V, K) for backward_chunk.cu; FROM_FACTORS: N, and
@@ -25,6 +28,11 @@
 // blocks of 32 WARPS threads; a slice is 16 ROW_TILES WARPS value channels. Shared memory: two stages of K, Q (or W)
 // and V tiles, core, Pqk, beta and decays of a chunk, and one K^; see cupy_delta/cuda/portable/forward.py.
 #include "portable/walk.cuh"
+#include "tiles/pool.cuh"
+
+#ifndef CHECKPOINTS
+#define CHECKPOINTS 0
+#endif
 
 constexpr bool WITH_OUTPUT = !FROM_FACTORS && !TRANSFER;
 // With a gate per key channel what is read and what is written are other rows, of which the latter come last.
@@ -172,6 +180,8 @@ struct Outputs {
   float* final_state;
   STATES_DTYPE* states;
   DTYPE* corrections;
+  float* checkpoints;  // of the sequence's first state
+  int every;           // tokens between them
 };
 
 // A warp on its way through the chunks, with 16 ROW_TILES value channels of the state.
@@ -183,7 +193,8 @@ struct Walker {
   const int row, value, lane;  // the first value channel in the slice, and in the head
 
   // The state that enters the first chunk: one that is given, zero, or the identity.
-  PRIM void enter(const float* initial_state) {
+  template <class T>
+  PRIM void enter(const T* initial_state) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
       clear(S[m]);
@@ -191,8 +202,7 @@ struct Walker {
         set_identity(S[m], value + m * 16);
       } else if (initial_state != nullptr) {
 #pragma unroll
-        for (int j = 0; j < K_TILES; j++)
-          load_state(S[m][j], initial_state + work.state(work.part), value + m * 16, j * 8, lane);
+        for (int j = 0; j < K_TILES; j++) load_state(S[m][j], initial_state, value + m * 16, j * 8, lane);
       }
     }
   }
@@ -224,6 +234,7 @@ struct Walker {
       __syncthreads();
     }
     update(N, s, tokens);
+    if constexpr (CHECKPOINTS) keep_checkpoint((c + 1) * CHUNK);
   }
 
   // The state that enters a chunk, as (V, K), or from factors as (K, V).
@@ -291,10 +302,21 @@ struct Walker {
                                         tokens - j * 8, lane);
   }
 
+  // The state after so many tokens, if it is to be kept.
+  PRIM void keep_checkpoint(int tokens) const {
+    if (tokens > work.sequence.tokens || tokens % out.every != 0) return;
+    store_sums(checkpoint(tokens / out.every - 1), S);
+  }
+  PRIM float* checkpoint(int index) const { return out.checkpoints + (int64_t)index * work.HV * HEAD_K * HEAD_V; }
+
   // A transfer leaves a state per segment, a whole walk one per sequence: the last segment's.
   PRIM void leave() const {
     if (!TRANSFER && work.part % WALKED < SEGMENTS - 1) return;
-    float* state = out.final_state + work.state(TRANSFER ? work.part : work.n);
+    store_sums(out.final_state + work.state(TRANSFER ? work.part : work.n), S);
+  }
+
+  template <class T>
+  PRIM void store_sums(T* state, const StateSums& S) const {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -308,6 +330,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if HAS_GATE == 2
             const DTYPE* k_write, const float* channel_decays,
 #endif
+#if CHECKPOINTS
+            float* checkpoints, int checkpoint_every,
+#endif
+#if ON_POOL
+            const int64_t* state_indices, const int64_t* output_state_indices, const bool* fresh, POOL_DTYPE* state,
+            int64_t pool_stride, int pool_slots,
+#endif
             const float* initial_state, const int64_t* cu_seqlens, DTYPE* o, float* final_state, STATES_DTYPE* states,
             DTYPE* corrections, float scale, int T, int H, int HV) {
   const int thread = threadIdx.x, row = thread / 32 * ROW_TILES * 16;
@@ -318,7 +347,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const DTYPE* k_write = k;
   const Inputs inputs = {q_or_w, k, v, core, p, beta, {decays, nullptr}};
 #endif
-  const Outputs outputs = {o, final_state, states, corrections};
+#if CHECKPOINTS
+  const int64_t before = first_checkpoint(work.sequence, work.n, T, checkpoint_every);
+  checkpoints += (before * HV + work.hv) * HEAD_K * HEAD_V;
+  const Outputs outputs = {o, final_state, states, corrections, checkpoints, checkpoint_every};
+#else
+  const Outputs outputs = {o, final_state, states, corrections, nullptr, 0};
+#endif
   DynSmem smem;
   Stage first_stage = take_stage(smem), second_stage = take_stage(smem);
   if constexpr (LATE_KEYS) first_stage.k_write = second_stage.k_write = smem.take<DTYPE>(CHUNK * K_PITCH, "k to write");
@@ -326,7 +361,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   StateSums S;
   Walker walker = {work, outputs, S, scale, row, work.slice * SLICE + row, thread % 32};
-  walker.enter(initial_state);
+#if ON_POOL
+  const Slots slots = {state_indices, output_state_indices, fresh, pool_stride, pool_slots};
+  POOL_DTYPE* head = state + (int64_t)work.hv * HEAD_K * HEAD_V;
+  const int64_t read = slots.read(work.n), written = slots.written(work.n);
+  walker.enter(read < 0 ? nullptr : head + read);
+#else
+  walker.enter(initial_state == nullptr ? nullptr : initial_state + work.state(work.part));
+#endif
   const int chunks = work.chunks();
   if (chunks > 0) load_chunk(first_stage, inputs, Loader(work, 0, work.sequence.first, work.tokens(0), thread));
   cp_async_commit();
@@ -346,5 +388,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     walker.step(stage, c, token, tokens);
   }
   cp_async_wait<0>();
+  if constexpr (CHECKPOINTS)
+    if (has_gap(work.sequence, outputs.every)) {
+      StateSums zero;
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++) clear(zero[m]);
+      walker.store_sums(walker.checkpoint(work.sequence.tokens / outputs.every), zero);
+    }
+#if ON_POOL
+  if (written >= 0) walker.store_sums(head + written, S);
+#else
   walker.leave();
+#endif
 }

@@ -31,9 +31,12 @@
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE (S, b R, N, Pqk and
 // what X has below its diagonal included), sums are float; the inverse as in tiles/unit_inverse.cuh.
 //
+// With ON_POOL, and one segment, states come from slots of a pool and go to them (tiles/pool.cuh), rounded once.
+//
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
-// them), PAIRED (with a gate: which blocks walk, see forward/shared.cuh), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1
+// them), CHECKPOINTS (with one segment: states after every checkpoint_every tokens of a sequence are left, too), PAIRED
+// (with a gate: which blocks walk, see forward/shared.cuh), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1
 // without TRANSFER), PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES.
 // Grid: N * walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared
 // memory: rings of K and Q with what is known of tokens, of V, of X and Pqk, and of A; O on its way out; see
@@ -43,6 +46,7 @@
 #include "sm90/forward/load.cuh"
 #include "sm90/forward/walk.cuh"
 #include "sm90/sums.cuh"
+#include "tiles/pool.cuh"
 #include "tiles/store.cuh"
 
 // Where states come from and go to.
@@ -51,6 +55,8 @@ struct States {
   float* final;
   const TensorMap* p;  // what transfers leave, see sm90/join.cuh
   float *h, *decays;
+  POOL_DTYPE* pool;
+  Slots slots;
 };
 
 // All of it the same in all threads, and said to be: what the compiler believes to differ takes registers that walkers
@@ -133,11 +139,17 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int half = MATH == 1 ? 0 : uniform(threadIdx.x / 128) - 1;
   const int column = work.channel + half * 64, value = column + warp * 16;
+  const int64_t head = (int64_t)work.hv * HEAD_K * HEAD_V;
   const int64_t state = ((int64_t)at.n * work.HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
   clear(S);
   if constexpr (TRANSFER) {
     if (!work.values) add_identity(S, 1.0f, value, lane);
+  } else if constexpr (ON_POOL) {
+    const int64_t slot = states.slots.read(at.n);
+    if (slot >= 0)
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) load_state(S[j], states.pool + slot + head, value, j * 8, lane);
   } else if (states.initial != nullptr) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
@@ -158,10 +170,25 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
       send_transfer(states.p, s.v + half * K_BOXES * TILE, S, decay, column, index, work.hv, TRANSFER_BARRIER + half,
                     thread);
     if (HAS_GATE && !work.values && column == 0 && thread == 0) states.decays[index * work.HV + work.hv] = decay;
+  } else if constexpr (ON_POOL) {
+    const int64_t slot = states.slots.written(at.n);
+    if (slot >= 0)
+#pragma unroll
+      for (int j = 0; j < K_TILES; j++) store_state(states.pool + slot + head, S[j], value, j * 8, lane);
   } else if (at.step == at.walked - 1) {
     // One per sequence, that of the last segment walked.
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(states.final + state, S[j], value, j * 8, lane);
+  }
+}
+
+// The factors of a solver's chunks.
+PRIM void make_factors(const Shared& s, const Work& work, int solver) {
+  fewer_registers<SOLVER_REGISTERS>();
+  if (WITH_PAIRS && work.pairs) {
+    if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
+  } else {
+    if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
   }
 }
 
@@ -174,11 +201,21 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #if KEPT
                    const __grid_constant__ TensorMap x_map,
 #endif
+#if CHECKPOINTS
+                   float* checkpoints, int checkpoint_every,
+#endif
+#if ON_POOL
+                   const int64_t* state_indices, const int64_t* output_state_indices, const bool* fresh,
+                   POOL_DTYPE* state, int64_t pool_stride, int pool_slots,
+#endif
                    const float* beta, const float* token_factors, const float* initial_state, const int64_t* cu_seqlens,
                    DTYPE* o, float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
                    int last_percent, int first, int walked, int transferred) {
 #if TRANSFER || JOINS
   const States states = {initial_state, final_state, &p_map, h, decays};
+#elif ON_POOL
+  const Slots slots = {state_indices, output_state_indices, fresh, pool_stride, pool_slots};
+  const States states = {nullptr, nullptr, nullptr, nullptr, nullptr, state, slots};
 #else
   const States states = {initial_state, final_state};
 #endif
@@ -193,6 +230,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
       find_segment<CHUNK>(cu_seqlens, at.n, {segments, first_percent, last_percent}, first + at.step, T);
   Work work = describe_work(sequence, at, T, H, HV);
   work.records = token_factors;
+#if CHECKPOINTS
+  work.checkpoints =
+      checkpoints + (first_checkpoint(sequence, at.n, T, checkpoint_every) * HV + work.hv) * HEAD_K * HEAD_V;
+  work.every = checkpoint_every;
+#endif
 
   DynSmem smem;
   const Shared s = take_shared(smem);
@@ -224,13 +266,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   } else if (warpgroup <= MATH) {
     walk(s, work, states, joins, scale, at);
   } else {
-    fewer_registers<SOLVER_REGISTERS>();
-    const int solver = SOLVERS == 1 ? 0 : warpgroup - 1 - MATH;
-    if (WITH_PAIRS && work.pairs) {
-      if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
-    } else {
-      if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
-    }
+    make_factors(s, work, SOLVERS == 1 ? 0 : warpgroup - 1 - MATH);
   }
   // No block leaves while others still read what it sends or say that they are done.
   if constexpr (CLUSTER > 1) cluster_sync();

@@ -26,6 +26,23 @@ PRIM Sequence find_sequence(const int64_t* cu_seqlens, int n, int T) {
 #endif
 }
 
+// Where the states after every so many tokens of the n-th sequence begin; it has none of what is left over, so that no
+// two sequences meet.
+PRIM int64_t first_checkpoint(const Sequence& s, int n, int T, int every) {
+#if VARLEN
+  (void)n, (void)T;
+  return s.first / every;
+#else
+  (void)s;
+  return (int64_t)n * (T / every);
+#endif
+}
+
+// Whether there is a place between its last one and the first one of the sequence after it: at most one, to be zero.
+PRIM bool has_gap(const Sequence& s, int every) {
+  return VARLEN && (s.first + s.tokens) / every - s.first / every > s.tokens / every;
+}
+
 // A sequence cut into segments: runs of whole chunks, of one length but for the first and the last one, which have
 // first_percent and last_percent of it; the ones at the end may have less, or nothing.
 struct Cut {

@@ -1,15 +1,15 @@
-// States between the slots of a pool and an array with one per sequence. For each sequence n:
+// States between the slots of a pool and an array with one per sequence, around walks in segments: others take them
+// from slots and leave them there themselves. For each sequence n:
 //
 //   STORE 0:  states_n = pool[state_indices_n], zero if that is no slot, or if n is fresh
 //   STORE 1:  pool[output_state_indices_n] = states_n, if that is a slot
 //
-// A slot is numbered from 0 to pool_slots - 1; without indices it is n, and without output_state_indices the one that
-// was read. Slots lie pool_stride elements apart, states_n in the pool's layout.
+// states_n is in the pool's layout.
 //
-// Numbers: rounded to nearest to POOL_DTYPE. Macros: POOL_DTYPE, VECTOR: elements per access, which divides the size of
-// a state and its address, 1 or 4; STORE. Grid: N * ceil(size / PIECE) blocks of THREADS threads, `size` elements in
-// the state of a sequence, of all heads. Shared memory: none.
-#include "primitives/primitives.cuh"
+// Numbers: rounded to nearest to POOL_DTYPE. Macros: ON_POOL (1), POOL_DTYPE, VECTOR: elements per access, which
+// divides the size of a state and its address, 1 or 4; STORE. Grid: N * ceil(size / PIECE) blocks of THREADS threads,
+// `size` elements in the state of a sequence, of all heads. Shared memory: none.
+#include "tiles/pool.cuh"
 
 constexpr int THREADS = 256, ACCESSES = 4, STEP = THREADS * VECTOR, PIECE = STEP * ACCESSES;
 
@@ -43,13 +43,11 @@ PRIM void store(POOL_DTYPE* slot, const float* state) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     pool_states(const int64_t* state_indices, const int64_t* output_state_indices, const bool* fresh, POOL_DTYPE* state,
-                float* states, int64_t size, int64_t pool_stride, int pool_slots) {
+                int64_t pool_stride, int pool_slots, float* states, int64_t size) {
   const int64_t pieces = (size + PIECE - 1) / PIECE, n = blockIdx.x / pieces;
-  const int64_t* indices = STORE && output_state_indices != nullptr ? output_state_indices : state_indices;
-  const int64_t index = indices == nullptr ? n : indices[n];
-  const bool there = index >= 0 && index < pool_slots && (STORE || fresh == nullptr || !fresh[n]);
-  if (STORE && !there) return;
-  POOL_DTYPE* slot = there ? state + index * pool_stride : nullptr;
+  const Slots slots = {state_indices, output_state_indices, fresh, pool_stride, pool_slots};
+  const int64_t place = STORE ? slots.written(n) : slots.read(n);
+  if (STORE && place < 0) return;
   float* own = states + n * size;
   const int64_t first = blockIdx.x % pieces * PIECE + (int64_t)threadIdx.x * VECTOR;
 #pragma unroll
@@ -57,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int64_t at = first + i * STEP;
     if (at >= size) continue;
     if (STORE)
-      store(slot + at, own + at);
+      store(state + place + at, own + at);
     else
-      load(own + at, there ? slot + at : nullptr);
+      load(own + at, place < 0 ? nullptr : state + place + at);
   }
 }

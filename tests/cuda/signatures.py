@@ -93,7 +93,7 @@ def signature(text: str, entry: str, macros: dict) -> list[Parameter]:
     for line in found.splitlines():
         directive, _, condition = line.strip().partition(" ")
         if directive == "#if":
-            names = {name: macros[name] for name in re.findall(r"[A-Z]\w*", condition)}
+            names = {name: macros.get(name, 0) for name in re.findall(r"[A-Z]\w*", condition)}
             asked = condition.replace("||", " or ").replace("&&", " and ").replace("!", " not ")
             conditions.append(eval(asked, {}, names))
         elif directive == "#endif":

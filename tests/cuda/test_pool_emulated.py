@@ -26,19 +26,21 @@ def pages(shape, dtype, layers=2, slots=6):
 # Accesses of four elements and of one; slots end to end and apart; what is in a slot, and nothing.
 @ON
 @pytest.mark.parametrize(
-    ("K", "V", "pool_dtype", "layout", "apart"),
+    ("K", "V", "pool_dtype", "layout", "apart", "gate"),
     [
-        (16, 8, "float32", "kv", True),
-        (16, 8, "bfloat16", "vk", False),
-        (8, 24, "float16", "kv", True),
-        (7, 3, "bfloat16", "vk", True),
+        (16, 8, "float32", "kv", True, "scalar"),
+        (16, 8, "bfloat16", "vk", False, None),
+        (8, 24, "float16", "kv", True, "channel"),
+        (7, 3, "bfloat16", "vk", True, "scalar"),
     ],
 )
-def test_slots_are_read_and_written_in_place(emulated, facts, K, V, pool_dtype, layout, apart):
+def test_slots_are_read_and_written_in_place(
+    emulated, facts, K, V, pool_dtype, layout, apart, gate
+):
     emulated(**facts)
     dtype = np.dtype(getattr(ml_dtypes, pool_dtype, pool_dtype))
     args, kw = make_inputs(
-        140, H=1, G=3, K=K, V=V, gate="scalar", layout=layout, cu_seqlens=ENDS, initial=True,
+        140, H=1, G=3, K=K, V=V, gate=gate, layout=layout, cu_seqlens=ENDS, initial=True,
         dtype=BF16,
     )  # fmt: skip
     initial = kw["initial_state"]
@@ -81,16 +83,19 @@ def test_segments_of_long_sequences_start_from_slots(emulated, facts):
     emulated(**facts | dict(sm_count=132))
     T = 64 * 4 * 32 if not facts else 64 * 24
     args, kw = make_inputs(T, K=16, V=16, dtype=BF16, initial=True)
-    pool, whole = pages(kw["initial_state"].shape[1:], F32)
+    dtype = F32 if facts else BF16
+    pool, whole = pages(kw["initial_state"].shape[1:], dtype)
     pool[2] = kw["initial_state"][0]
+    kw["initial_state"][0] = pool[2]
     expected = cd.chunk_delta_rule(*args, **kw)
     o, _ = cd.chunk_delta_rule(*args, state=pool, state_indices=np.array([2]))
     if emulated.devices is not None:
         walks = [x for x in emulated.devices[-1].launches if x.entry.startswith("forward")]
         assert len(walks) > 1
     assert np.array_equal(o, expected.o)
-    assert np.array_equal(pool[2], expected.final_state[0])
-    assert np.isnan(whole[[0, 1, 3, 4, 5]]).all() and np.isnan(whole[:, 0]).all()
+    assert np.array_equal(pool[2], expected.final_state[0].astype(dtype))
+    others = np.isnan(whole.astype(F32))
+    assert others[[0, 1, 3, 4, 5]].all() and others[:, 0].all() and not others[2, 1].any()
 
 
 def test_wrong_indices_in_device_memory_touch_nothing(emulated, request):

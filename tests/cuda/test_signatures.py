@@ -38,6 +38,9 @@ def cases():
             for operation in (*OPERATIONS, *PIECES):
                 for one in (call, few_heads):
                     yield operation, replace(one, gate=gate), facts
+                    if operation == "forward":
+                        yield operation, replace(one, gate=gate, pool_dtype=None), facts
+        yield "forward", replace(call, checkpoint_every=64), facts
     for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):

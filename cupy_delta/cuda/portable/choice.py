@@ -38,8 +38,11 @@ def segment_count(call: Call, chunk: int, facts: DeviceFacts) -> int:
     """Segments to cut every sequence into: 1, or 4 or 8 for long sequences of few heads.
 
     Cutting costs a walk of [P | H], about 4/3 of the walk itself: two segments gain nothing, and
-    nothing is gained where one walk takes half of the multiprocessors.
+    nothing is gained where one walk takes half of the multiprocessors. Where checkpoints are kept,
+    the bits after one do not depend on what came before.
     """
+    if call.checkpoint_every is not None:
+        return 1
     blocks = call.N * call.HV * -(-padded(call.V) // 32)
     chunks = call.B * call.T // (chunk * max(1, call.N))
     for segments in (8, 4):

@@ -13,12 +13,14 @@ from ..spec import (
     Launch,
     Plan,
     carve,
+    forward_arrays,
     i32,
     padded,
     pitch,
     variant,
 )
 from ..tokens.l2norm import normalised
+from ..tokens.pool import pool_arguments, pool_macros
 from .choice import Choice, choose, walk_shape
 from .decays import channel_written, decay_arrays, decays_of, read_rows, walk_decay_shared
 from .factors import core_launch
@@ -37,10 +39,7 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
 def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = False) -> Plan:
     """Plan factors and the walk, of segments at once if there are several."""
     chunk, segments = choice
-    outputs = {
-        "o": (call.value_shape, call.dtype),
-        "final_state": (call.state_shape, call.state_dtype),
-    }
+    outputs = forward_arrays(call, chunk)
     launches, workspace = normalised(call, "q", "k")
     workspace["core"] = workspace["p"] = ((*call.token_shape, chunk), call.dtype)
     workspace |= decay_arrays(call, chunk)
@@ -60,9 +59,10 @@ def walked(call: Call, facts: DeviceFacts, choice: Choice, residuals: bool = Fal
             forward_launch(call, chunk, facts, final="segment_p", zero_v=True, **cut),
             segment_states_launch(call, segments),
         ]
-    launches.append(
-        forward_launch(call, chunk, facts, segments=segments, states=states, initial=initial)
-    )
+    whole: dict[str, Any] = dict(segments=segments, states=states, initial=initial)
+    if segments == 1 and call.pool_dtype is not None and not residuals:
+        whole |= dict(pooled=True, initial=None, final=None)
+    launches.append(forward_launch(call, chunk, facts, **whole))
     return Plan(tuple(launches), outputs, workspace)
 
 
@@ -109,12 +109,14 @@ def forward_launch(
     states: str | None = None,
     output: str | None = "o",
     initial: str | None = "initial_state",
-    final: str = "final_state",
+    final: str | None = "final_state",
+    pooled: bool = False,
 ) -> Launch:
     """The walk over the chunks, of a sequence's segments at once.
 
     With `transfer` of all segments but the last, from zero, or with `zero_v` from the identity.
-    `states` is the C type of written states, or None.
+    `states` is the C type of written states, or None. With `pooled`, states come from slots of a
+    pool and go to them.
     """
     walked = segments - 1 if transfer else segments
     size, K = call.dtype.itemsize, padded(call.K)
@@ -149,7 +151,12 @@ def forward_launch(
         STATES_DTYPE=states or "float",
         WARPS=warps,
         ROW_TILES=row_tiles,
+        **(dict(CHECKPOINTS=1) if call.checkpoint_every else {}),
+        **(pool_macros(call) if pooled else {}),
     )
+    kept: tuple = ("checkpoints", i32(call.checkpoint_every)) if call.checkpoint_every else ()
+    if pooled:
+        kept += pool_arguments(call)
     return Launch(
         "portable/forward.cu",
         "forward",
@@ -166,6 +173,7 @@ def forward_launch(
             None if factors else "beta",
             decays_of(call),
             *channel_written(call),
+            *kept,
             initial,
             "cu_seqlens",
             output,

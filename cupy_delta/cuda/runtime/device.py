@@ -86,9 +86,9 @@ class CupyDevice:
     def target(self, x, name: str):
         """Return an array that kernels may write in place of `x`, to be copied back to it.
 
-        Slots of a pool that lie apart are written where they are: what lies between is not theirs.
+        A pool is written where it lies: its plan goes by its alignment.
         """
-        return x if x.data.ptr % 16 == 0 or not x.flags.c_contiguous else x.copy()
+        return x if name == "state" or x.data.ptr % 16 == 0 else x.copy()
 
     def prepare(self, launches: tuple[Launch, ...]) -> None:
         """Compile all kernels of some launches, or find them in CuPy's cache."""

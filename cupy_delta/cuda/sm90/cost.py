@@ -96,6 +96,8 @@ def choices(call: Call, rates: Rates) -> Iterator[Choice]:
     widths = (1,) if call.V <= BOX else (2, 1)
     for tiles in widths:
         yield Choice(tiles)
+        if call.checkpoint_every is not None:
+            continue  # the bits after a checkpoint do not depend on what came before
         for segments, transfer in product(SEGMENTS[1:], widths):
             choice = Choice(tiles, segments, transfer)
             # Walks with two tiles do not wait for their solver: to be given X costs them time.

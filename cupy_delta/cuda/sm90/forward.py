@@ -7,8 +7,18 @@ from typing import Any
 import numpy as np
 
 from ...call import Call
-from ..spec import DeviceFacts, Launch, Plan, carve, i32, normal, variant
+from ..spec import (
+    DeviceFacts,
+    Launch,
+    Plan,
+    carve,
+    forward_arrays,
+    i32,
+    normal,
+    variant,
+)
 from ..tokens.l2norm import normalised
+from ..tokens.pool import pool_arguments, pool_macros
 from . import cost
 from .gates import token_factors_launch
 from .segments import WHOLE, Part, kept_box, record_array, segment_arrays, transfer_box
@@ -37,10 +47,7 @@ CLUSTER_STAGES = (4, 2, 4)
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule`."""
-    outputs = {
-        "o": (call.value_shape, call.dtype),
-        "final_state": (call.state_shape, call.state_dtype),
-    }
+    outputs = forward_arrays(call, CHUNK)
     launches, workspace = normalised(call, "q", "k")
     walks, between = walks_of(call, cost.choose_forward(call, facts))
     if call.gate is not None:
@@ -120,6 +127,7 @@ def forward_hopper_launch(
     joins = not transfer and part.walked > 1
     # What a transfer does not read, it is not given.
     queries, output = (normal(p, "k"), "v") if transfer else (normal(p, "q"), "o")
+    whole = part.segments == 1 and not transfer
     slices = transfer_slices(p, tiles) if transfer else slices_of(p.V, tiles)
     cluster = transfer_cluster(p, tiles) if transfer else 1
     solvers = 1 if cluster > 1 else 3 - tiles
@@ -143,6 +151,8 @@ def forward_hopper_launch(
         VALUE_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
         **(dict(PAIRED=paired) if gate else {}),
+        **(dict(CHECKPOINTS=1) if p.checkpoint_every else {}),
+        **(pool_macros(p) if whole else {}),
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     transfers: tuple = ()
@@ -151,6 +161,11 @@ def forward_hopper_launch(
         transfers = transfer_box(p, part.transferred), "segment_h", decays
     if reuse_x:
         transfers += (kept_box(p),)
+    if p.checkpoint_every:
+        transfers += "checkpoints", i32(p.checkpoint_every)
+    if whole and p.pool_dtype is not None:
+        transfers += pool_arguments(p)
+        initial = final = None
     arguments = (
         box(queries, keys),
         box(normal(p, "k"), keys),

@@ -22,8 +22,8 @@ def supports(operation: str, call: Call, facts: DeviceFacts) -> bool:
 
 
 def supports_channels(operation: str, call: Call, facts: DeviceFacts) -> bool:
-    """Whether they do with a gate per key channel."""
-    return call.gate == "channel" and _fits(call, facts)
+    """Whether they do with a gate per key channel; their walks keep no checkpoints in float."""
+    return call.gate == "channel" and call.checkpoint_every is None and _fits(call, facts)
 
 
 def _fits(call: Call, facts: DeviceFacts) -> bool:

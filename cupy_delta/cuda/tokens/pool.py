@@ -1,4 +1,4 @@
-"""Whole sequences on slots of a pool: `tokens/pool.cu` around a walk."""
+"""Whole sequences on slots of a pool: what walks are given of it, or copies around them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,29 @@ THREADS, ACCESSES = 256, 4
 VECTOR = 4  # elements of a state per access, where they lie so
 
 
+def pool_macros(call: Call) -> dict:
+    """Return the macros of a kernel that states in a pool are for, as `tiles/pool.cuh` has them."""
+    if call.pool_dtype is None:
+        return {}
+    return dict(ON_POOL=1, POOL_DTYPE=C_TYPES[call.pool_dtype.name])
+
+
+def pool_arguments(call: Call) -> tuple:
+    """Return the arguments of such a kernel that name slots."""
+    if call.pool_dtype is None:
+        return ()
+    arrays = ("state_indices", "output_state_indices", "fresh", "state")
+    return (*arrays, np.int64(call.pool_stride), i32(call.pool_slots))
+
+
 def on_pool(forward: Plan, call: Call) -> Plan:
     """Return the plan of a forward that reads its states from slots and leaves them there.
 
-    All are read before any is written, so it does not matter which sequence is walked first.
+    Walks of whole sequences do so themselves. Around others all states are read before any is
+    written: there the last segment may come to a slot before others have read it.
     """
-    if call.pool_dtype is None:
+    walks = any("state" in launch.arrays() for launch in forward.launches)
+    if call.pool_dtype is None or walks:
         return forward
     states = dict.fromkeys(("initial_state", "final_state"), (call.state_shape, call.state_dtype))
     return replace(
@@ -29,7 +46,6 @@ def on_pool(forward: Plan, call: Call) -> Plan:
             *forward.launches,
             pool_states_launch(call, "final_state"),
         ),
-        outputs={name: x for name, x in forward.outputs.items() if name not in states},
         workspace=forward.workspace | states,
     )
 
@@ -40,11 +56,7 @@ def pool_states_launch(call: Call, states: str) -> Launch:
     size = math.prod(call.state_shape[1:])
     fits = size % VECTOR == 0 and call.pool_alignment % (VECTOR * call.pool_dtype.itemsize) == 0
     vector = VECTOR if fits else 1
-    defines = dict(
-        POOL_DTYPE=C_TYPES[call.pool_dtype.name],
-        VECTOR=vector,
-        STORE=int(states == "final_state"),
-    )
+    defines = pool_macros(call) | dict(VECTOR=vector, STORE=int(states == "final_state"))
     return Launch(
         "tokens/pool.cu",
         "pool_states",
@@ -52,14 +64,5 @@ def pool_states_launch(call: Call, states: str) -> Launch:
         call.N * -(-size // (THREADS * ACCESSES * vector)),
         THREADS,
         0,
-        (
-            "state_indices",
-            "output_state_indices",
-            "fresh",
-            "state",
-            states,
-            np.int64(size),
-            np.int64(call.pool_stride),
-            i32(call.pool_slots),
-        ),
+        (*pool_arguments(call), states, np.int64(size)),
     )

@@ -20,6 +20,10 @@
 #define LOOKS_FIRST 0
 #define WITHOUT_PAIRS 1
 #endif
+// Whether states on the way are kept.
+#ifndef CHECKPOINTS
+#define CHECKPOINTS 0
+#endif
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
 // Who sends the output: a warp that is idle else, or the loading one.
@@ -127,6 +131,8 @@ struct Work {
   int rank;                               // in its cluster: it solves chunks rank, rank + CLUSTER, ...
   int first_chunk;                        // its slot
   const float* records;                   // of all chunks, with a gate; see sm90/tokens.cuh
+  float* checkpoints;                     // of this sequence's head, HV from one to the next
+  int every;                              // tokens between them
 
   PRIM const float* record(int c) const { return records + ((int64_t)(first_chunk + c) * HV + hv) * RECORD_WORDS; }
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }

@@ -4,6 +4,7 @@
 #pragma once
 #include "sm90/forward/tokens.cuh"
 #include "sm90/sums.cuh"
+#include "tiles/store.cuh"
 
 // Columns of two tiles, times factors of their tokens.
 PRIM void scale_tiles(float (&d0)[4], float (&d1)[4], float4 f) {
@@ -97,10 +98,20 @@ struct Walker {
     look_at(0, keys);
     round_sums<DTYPE>(state, S);
     for (int c = 0; c < chunks;) {
-      for (; c < chunks && !(PAIRS && paired); c++) step(c);
+      for (; c < chunks && !(PAIRS && paired); c++) {
+        step(c);
+        if constexpr (CHECKPOINTS) keep(c);
+      }
       if constexpr (PAIRS)
-        if (c < chunks) step_paired(c++);
+        if (c < chunks) {
+          step_paired(c);
+          if constexpr (CHECKPOINTS) keep(c);
+          c++;
+        }
     }
+    if constexpr (CHECKPOINTS)
+      if (has_gap(work.sequence, work.every))
+        store_checkpoint(work.sequence.tokens / work.every, [](int, int) { return 0.0f; });
     if constexpr (WITH_OUTPUT) {
       if (chunks > 0) {
         mbarrier_wait(s.output_free, chunks % 2);
@@ -109,6 +120,28 @@ struct Walker {
     }
     if constexpr (HAS_GATE) scale_all(S, carry);
     return decay;
+  }
+  // The state that chunk c leaves, if it is a checkpoint. Every chunk leaves it in true units, from which a walk that
+  // starts there goes on with the same bits.
+  PRIM void keep(int c) {
+    if constexpr (HAS_GATE) {
+      scale_all(S, carry);
+      carry = 1.0f;
+      round_sums<DTYPE>(state, S);
+    }
+    const int tokens = (c + 1) * CHUNK;
+    if (tokens > work.sequence.tokens || tokens % work.every != 0) return;
+    store_checkpoint(tokens / work.every - 1, [&](int j, int i) { return S[j][i]; });
+  }
+  template <class F>
+  PRIM void store_checkpoint(int index, F element) {
+    float* state = work.checkpoints + (int64_t)index * work.HV * HEAD_K * HEAD_V;
+    const int thread = opaque(lane);  // else addresses are computed before, and take registers
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) {
+      const float d[4] = {element(j, 0), element(j, 1), element(j, 2), element(j, 3)};
+      store_state(state, d, work.channel + warpgroup * 64 + warp * 16, j * 8, thread);
+    }
   }
   PRIM void step(int c) {
     correct(c);
