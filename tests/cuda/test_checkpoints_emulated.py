@@ -61,7 +61,8 @@ def test_checkpoints_and_what_follows_them(emulated, facts, dtype, every, chunk,
 @pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
 def test_how_channels_are_divided_changes_no_bit(emulated, facts):
     """By another number of multiprocessors: what is taken up may run in another batch."""
-    args, kw = make_inputs(130, K=16, V=72, dtype=BF16, gate="scalar", initial=True)
+    gate = None if facts else "scalar"  # with which 9.0 has but one way
+    args, kw = make_inputs(130, K=16, V=72, dtype=BF16, gate=gate, initial=True)
     results, kernels = [], []
     for sm_count in (1, 132):
         emulated(**facts | dict(sm_count=sm_count))

@@ -93,7 +93,9 @@ def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -
 
 def choices(call: Call, rates: Rates) -> Iterator[Choice]:
     """Yield what there is to choose from."""
-    widths = (1,) if call.V <= BOX else (2, 1)
+    # Two tiles leave no registers in which gated states could be brought to true units.
+    narrow = call.V <= BOX or (call.gate is not None and call.checkpoint_every is not None)
+    widths = (1,) if narrow else (2, 1)
     for tiles in widths:
         yield Choice(tiles)
         if call.checkpoint_every is not None:
