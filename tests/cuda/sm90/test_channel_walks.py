@@ -144,3 +144,39 @@ def test_outputs_alone(sizes, choice, leg):
 @pytest.mark.parametrize(("sizes", "choice", "leg"), CASES)
 def test_backward(sizes, choice, leg):
     check_backward(make_case(**sizes), choice, leg)
+
+
+def poisoned(case):
+    """The case with NaN in the second of three sequences, in all that walks read of its tokens."""
+    p, arrays, exact, rounded = case
+    second = slice(*p.cu_seqlens[1:3])
+    arrays = {name: None if x is None else x.copy() for name, x in arrays.items()}
+    rounded = {name: x.copy() for name, x in rounded.items()}
+    for name in ("v", "do", "beta"):
+        arrays[name][:, second] = np.nan
+    for name in ("k_read", "q_read", "k_write", "core", "p"):
+        rounded[name][:, second] = np.nan
+    return p, arrays, exact, rounded
+
+
+def test_nan_stays_in_its_sequence():
+    """Neither the rows before nor those after a ragged chunk are read."""
+    case = make_case(200, cu_seqlens=[0, 40, 110, 200])
+    choice = cost.Choice(1)
+    launches = channel.channel_walk_launches(case[0], choice, *KEPT)
+    launches += backward.walk_launches(case[0], choice)
+    outputs = {name: gradient_arrays(case[0], CHUNK)[0][name] for name in ("dinitial_state",)}
+    outputs |= gradient_arrays(case[0], CHUNK)[1]
+    outputs |= {"o": (case[0].value_shape, BF16), "corrections": (case[0].value_shape, BF16)}
+    outputs |= {"final_state": (case[0].state_shape, np.dtype(np.float32))}
+    outputs |= {"states": (case[0].states_shape(CHUNK), BF16)}
+    found = []
+    for p, arrays, _, rounded in (case, poisoned(case)):
+        found.append(computed(p, arrays, rounded, launches, outputs, {}, "source"))
+    for name in ("o", "dy"):
+        for rows in (slice(40), slice(110, 200)):
+            x, y = (np.asarray(results[name])[:, rows].view(np.uint16) for results in found)
+            assert np.array_equal(x, y), name
+    for name in ("final_state", "dinitial_state"):
+        x, y = (np.asarray(results[name])[[0, 2]] for results in found)
+        assert np.array_equal(x, y), name
