@@ -10,9 +10,9 @@ from ...call import Call
 from ..spec import C_TYPES, GATES, DeviceFacts, Launch, Plan, carve, i32
 from .raw import raw_macros
 
-# The fastest of those measured (docs/performance.md). What a thread has of a state: the most
-# elements, twice as many bytes in double, and by how many keys, if there are as many; of (V, K)
-# states in 32 bits or more, others.
+# The fastest of a few on an H200, with the kernel as it was before beta and gates per head came by
+# a warp of their own. What a thread has of a state: the most elements, half as many in double, and
+# by how many keys, if there are as many; less of (V, K) states that are wider than 16 bits.
 TILE, KEYS, WIDE_TILE, WIDE_KEYS = 64, 16, 32, 8
 # Neighbouring threads that take neighbouring vectors of a row of a (K, V) state, and their length.
 BESIDE, VECTOR = 16, 4
