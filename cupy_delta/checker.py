@@ -294,6 +294,8 @@ def pool_of(
 
 def _slot_stride(state: Look, strides: tuple[int, ...], size: int) -> int:
     """Return the bytes from one slot to the next; a slot of `size` bytes lies whole."""
+    if 0 in state.shape:  # strides of no element say nothing
+        return size
     within, dense = state.dtype.itemsize, True
     for n, stride in zip(state.shape[:0:-1], strides[:0:-1], strict=True):
         dense = dense and (n == 1 or stride == within)
