@@ -192,17 +192,18 @@ struct Walker {
   const float scale;
   const int row, value, lane;  // the first value channel in the slice, and in the head
 
-  // The state that enters the first chunk: one of those that are given, zero, or the identity.
-  template <class T>
-  PRIM void enter(const T* states, int64_t place) {
+  // The state that enters the first chunk: the one given, zero, or the identity. Its address is formed where it is
+  // read: before the loops it would take registers.
+  template <class Address>
+  PRIM void enter(bool given, Address state) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
       clear(S[m]);
       if constexpr (ZERO_V) {
         set_identity(S[m], value + m * 16);
-      } else if (states != nullptr) {
+      } else if (given) {
 #pragma unroll
-        for (int j = 0; j < K_TILES; j++) load_state(S[m][j], states + place, value + m * 16, j * 8, lane);
+        for (int j = 0; j < K_TILES; j++) load_state(S[m][j], state(), value + m * 16, j * 8, lane);
       }
     }
   }
@@ -365,9 +366,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Slots slots = {state_indices, output_state_indices, fresh, pool_stride, pool_slots};
   POOL_DTYPE* head = state + (int64_t)work.hv * HEAD_K * HEAD_V;
   const int64_t read = slots.read(work.n), written = slots.written(work.n);
-  walker.enter(read < 0 ? nullptr : head, read);
+  walker.enter(read >= 0, [&] { return head + read; });
 #else
-  walker.enter(initial_state, work.state(work.part));
+  walker.enter(initial_state != nullptr, [&] { return initial_state + work.state(work.part); });
 #endif
   const int chunks = work.chunks();
   if (chunks > 0) load_chunk(first_stage, inputs, Loader(work, 0, work.sequence.first, work.tokens(0), thread));
