@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 TESTS = Path(__file__).resolve().parent
 COMPILING = ("cuda", "emulator", "gpu", "jax")
 
-pytest.register_assert_rewrite("calls", "helpers")
+pytest.register_assert_rewrite("calls", "helpers", "strengths")
 
 
 def pytest_addoption(parser):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from calls import refuse
-from helpers import definition, deviation
+from helpers import definition, deviation, numeric_gradient
 from raw import FORMS, GATES, both, carried_back, exact_beta, exact_gate, raw_gate
 
 import cupy_delta as cd
@@ -171,16 +171,7 @@ def test_gradients_against_central_differences(formula, gate, bias):
 
     for x, gradient in pairs:
         assert gradient.shape == x.shape
-        numeric = np.empty_like(x)
-        for index in np.ndindex(x.shape):
-            value, h = x[index], 1e-5
-            x[index] = value + h
-            high = loss()
-            x[index] = value - h
-            low = loss()
-            x[index] = value
-            numeric[index] = (high - low) / (2 * h)
-        assert deviation(gradient, numeric) < 1e-8
+        assert deviation(gradient, numeric_gradient(loss, x)) < 1e-8
 
 
 @pytest.mark.parametrize(("gate", "bias"), FORMS)

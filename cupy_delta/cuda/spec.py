@@ -234,3 +234,28 @@ def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
         "dy": (call.value_shape, call.dtype),
     }
     return outputs, between
+
+
+def gradient_arguments(call: Call) -> tuple[Argument, ...]:
+    """Return what kernels of chunk-parallel gradients are given, up to the number of key heads."""
+    return (
+        normal(call, "q"),
+        normal(call, "k"),
+        "beta",
+        "g",
+        "corrections",
+        "dy",
+        "do",
+        "states",
+        "dstates",
+        "cu_seqlens",
+        "dq",
+        "dk",
+        "dv",
+        "dbeta",
+        None if call.gate is None else "dg",
+        np.float32(call.scale),
+        i32(call.N),
+        i32(call.T),
+        i32(call.H),
+    )

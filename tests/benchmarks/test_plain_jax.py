@@ -1,18 +1,12 @@
 """The plain forms that `cupy_delta.jax` is timed beside are the delta rule."""
 
-import sys
-from pathlib import Path
-
+import jax
 import numpy as np
 import pytest
+from comparison import plain_jax
 from helpers import deviation, make_inputs
 
-jax = pytest.importorskip("jax")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from comparison import plain_jax  # noqa: E402
-
-import cupy_delta as cd  # noqa: E402
+import cupy_delta as cd
 
 
 @pytest.mark.parametrize("form", [plain_jax.token_scan, plain_jax.chunked])

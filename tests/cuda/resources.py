@@ -107,24 +107,9 @@ HOPPER_CALLS = (
     dict(dtype="float16", K=96, V=200, chunk_size=64, B=3, varlen=True, passes=("backward",)),
     dict(dtype="bfloat16", K=128, V=128, gate=True, H=8, T=32768, passes=("backward",)),
     dict(dtype="float16", K=128, V=64, gate=True, varlen=True, B=3, passes=("backward",)),
-    dict(
-        dtype="bfloat16",
-        K=128,
-        V=128,
-        gate="channel",
-        B=4,
-        H=32,
-        T=8192,
-        passes=("forward", "backward"),
-    ),
-    dict(
-        dtype="bfloat16",
-        K=128,
-        V=128,
-        gate="channel",
-        H=8,
-        T=32768,
-        passes=("forward", "backward"),
+    *(
+        dict(dtype="bfloat16", K=128, V=128, gate="channel", passes=("forward", "backward")) | sizes
+        for sizes in (dict(B=4, H=32, T=8192), dict(H=8, T=32768))
     ),
     dict(dtype="float16", K=96, V=200, gate="channel", B=2, HV=2, passes=("backward",)),
 )

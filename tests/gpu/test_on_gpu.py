@@ -13,15 +13,6 @@ import cupy_delta as cd
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def cupy():
-    import cupy
-
-    if not cupy.is_available():
-        pytest.fail("these tests need an NVIDIA GPU")
-    return cupy
-
-
 def inputs(cupy, T=200, dtype=ml_dtypes.bfloat16, **sizes):
     args, kw = make_inputs(**(dict(T=T, H=2, G=2, K=64, V=64, dtype=dtype) | sizes))
     args = [None if x is None else cupy.asarray(x) for x in args]

@@ -10,15 +10,6 @@ import cupy_delta as cd
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def cupy():
-    import cupy
-
-    if not cupy.is_available():
-        pytest.fail("these tests need an NVIDIA GPU")
-    return cupy
-
-
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("pool_dtype", ["float32", "bfloat16"])
 def test_a_captured_prefill_follows_what_lies_in_its_arrays(cupy, dtype, pool_dtype):
@@ -70,4 +61,4 @@ def test_the_engine_on_a_gpu(cupy, capsys):
     import serving
 
     assert serving.main(["--device", "gpu"]) == 0
-    print(capsys.readouterr().out)
+    assert "beside each alone" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import deviation, make_inputs
+from helpers import deviation, make_inputs, numeric_gradient
 
 import cupy_delta as cd
 from cupy_delta.problem import operator_problem
@@ -51,16 +51,7 @@ def test_adjoint_against_central_differences(gate, per_value, l2norm, layout):
         if x is None:
             assert gradient is None
             continue
-        numeric = np.empty_like(x)
-        for index in np.ndindex(x.shape):
-            value, h = x[index], 1e-5
-            x[index] = value + h
-            high = loss()
-            x[index] = value - h
-            low = loss()
-            x[index] = value
-            numeric[index] = (high - low) / (2 * h)
-        assert deviation(gradient, numeric) < 1e-8
+        assert deviation(gradient, numeric_gradient(loss, x)) < 1e-8
 
 
 def check_chunkwise(args, kw, bound=1e-12, dfinal=True, **options):

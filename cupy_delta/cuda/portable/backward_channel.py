@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ...call import Call
-from ..spec import C_TYPES, DeviceFacts, Launch, carve, i32, normal, padded, pitch, slots
+from ..spec import (
+    C_TYPES,
+    DeviceFacts,
+    Launch,
+    carve,
+    gradient_arguments,
+    i32,
+    padded,
+    pitch,
+    slots,
+)
 
 BLOCK = 16
 # Key channels of a block of threads by tokens of a chunk: a thread has 16 tokens of a channel.
@@ -39,28 +47,7 @@ def backward_channel_launch(call: Call, chunk: int, facts: DeviceFacts) -> Launc
         slots(call, chunk) * call.H * key_slices if call.T else 0,
         32 * warps,
         shared,
-        (
-            normal(call, "q"),
-            normal(call, "k"),
-            "beta",
-            "g",
-            "corrections",
-            "dy",
-            "do",
-            "states",
-            "dstates",
-            "cu_seqlens",
-            "dq",
-            "dk",
-            "dv",
-            "dbeta",
-            "dg",
-            np.float32(call.scale),
-            i32(call.N),
-            i32(call.T),
-            i32(call.H),
-            i32(call.HV),
-        ),
+        (*gradient_arguments(call), i32(call.HV)),
     )
 
 

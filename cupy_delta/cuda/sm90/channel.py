@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ...call import Call
 from ..portable.backward_channel import backward_channel_launch
 from ..portable.decays import channel_arrays
@@ -13,6 +11,7 @@ from ..spec import (
     Launch,
     Plan,
     carve,
+    gradient_arguments,
     gradient_arrays,
     i32,
     normal,
@@ -183,26 +182,6 @@ def backward_channel_hopper_launch(call: Call) -> Launch:
         slots(p, CHUNK) * p.H,
         256,
         backward_channel_shared(p.K, p.dtype.itemsize),
-        (
-            normal(p, "q"),
-            normal(p, "k"),
-            "beta",
-            "g",
-            "corrections",
-            "dy",
-            "do",
-            "states",
-            "dstates",
-            "cu_seqlens",
-            "dq",
-            "dk",
-            "dv",
-            "dbeta",
-            "dg",
-            np.float32(p.scale),
-            i32(p.N),
-            i32(p.T),
-            i32(p.H),
-        ),
+        gradient_arguments(p),
         arch="sm_90a",
     )

@@ -327,8 +327,8 @@ def test_keys_that_are_nearly_the_same(divided, dtype, beta):
     check(divided, args, kw)
 
 
-def test_rows_of_the_inverse_keep_their_sums(divided):
-    """Within once plain rounded products, where rows that are rounded one by one are not."""
+def test_the_inverse_is_rounded_row_after_row(divided):
+    """Within once plain rounded products, where one that is rounded at its end is not."""
     divided(2)
     options = dict(correlation=0.999, beta=(1.99, 1.99), initial=True, seed=2)
     args, kw = make_inputs(128, H=4, K=64, V=64, dtype=BF16, **options)
