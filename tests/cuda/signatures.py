@@ -151,3 +151,9 @@ def named(entry: str, parameter: str, array: str) -> bool:
 
 def text_of(launch: Launch) -> str:
     return (kernel_folder() / launch.file).read_text()
+
+
+def argument(launch: Launch, name: str) -> object:
+    """Return what a launch gives the parameter of that name."""
+    parameters = signature(text_of(launch), launch.entry, dict(launch.defines))
+    return launch.arguments[[p.name for p in parameters].index(name)]

@@ -6,6 +6,7 @@ import pytest
 from emulator import HOPPER, Run
 from helpers import definition, make_inputs
 from rounded import error, rounded_gradients, rounded_products, twice, wide
+from signatures import argument
 
 import cupy_delta as cd
 from cupy_delta.cuda import plan as plans
@@ -309,4 +310,4 @@ def test_division(B, T, H, forward, backward):
         ("backward_state_hopper", backward),
     ):
         walk = kernels[entry]
-        assert (dict(walk.defines)["MATH"], int(walk.arguments[-1])) == expected
+        assert (dict(walk.defines)["MATH"], argument(walk, "segments")) == expected
