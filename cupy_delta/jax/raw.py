@@ -49,6 +49,12 @@ def formed(x: Any, dtype: Any) -> jax.Array:
         A = A[:, None]
     if x.dt_bias is not None:
         a += x.dt_bias[:, None] if a.ndim == 4 and x.dt_bias.ndim == 1 else x.dt_bias
-    if isinstance(x, SoftplusGate):
-        return -A * jax.nn.softplus(a)
-    return x.bound * jax.nn.sigmoid(A * a)
+
+    def gate(a):
+        if isinstance(x, SoftplusGate):
+            return -A * jax.nn.softplus(a)
+        return x.bound * jax.nn.sigmoid(A * a)
+
+    # A gradient of 0 stays 0 where the logit, which multiplies that of A, is infinite.
+    infinite = jnp.isinf(a)
+    return jnp.where(infinite, jax.lax.stop_gradient(gate(a)), gate(jnp.where(infinite, 0, a)))

@@ -43,6 +43,23 @@ def test_outputs_and_gradients(formula, gate, bias):
         assert x is None or deviation(x, y) < 1e-5
 
 
+@pytest.mark.parametrize(("gate", "bias"), FORMS)
+@pytest.mark.parametrize("formula", GATES)
+def test_infinite_logits_add_nothing_to_gradients(formula, gate, bias):
+    arrays, beta, g = inputs(formula, gate, bias)
+    g.a[:, 5], g.a[:, 20:22] = -np.inf, np.inf
+    o, _, residuals = cd.chunk_delta_rule_fwd(*arrays, beta, g, qk_l2norm=True)
+    expected = cd.chunk_delta_rule_bwd(residuals, np.ones_like(o)).g
+
+    def loss(g):
+        return cdj.chunk_delta_rule(*arrays, beta, g, qk_l2norm=True).o.sum()
+
+    found = jax.jit(jax.grad(loss))(g)
+    assert not found.a[:, 20].any()
+    for x, y in zip(jax.tree.leaves(found), [y for y in expected if y is not None], strict=True):
+        assert deviation(x, y) < 1e-5
+
+
 def test_steps_and_narrow_logits():
     (q, k, v), beta, g = inputs("softplus", "channel", "channel", ml_dtypes.bfloat16)
     some = q[:, :3], k[:, :3], v[:, :3]
