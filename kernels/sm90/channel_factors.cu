@@ -81,6 +81,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (n < count) store_block_of_m(s.x, met[n].m, later(n) * BLOCK, earlier(n) * BLOCK, lane);
   __syncthreads();
   if (warp < 2)
-    write_core(core + first * CHUNK, pair_stride, s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, tokens,
-               1, lane);
+    CoreWarp{s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, 1, lane}.write(core + first * CHUNK,
+                                                                                          pair_stride, tokens);
 }

@@ -43,21 +43,32 @@ PRIM void store_block_of_m(float* m, const float (&d)[2][4], int row, int column
   store_block(m + block * TRIANGLE + row % HALF * INVERSE_PITCH + column % HALF, d, lane);
 }
 
-// The core with weights b, to rows of `out`, by the warp that has this half of the rows. Its blocks on the diagonal
-// are made in l, from the warp's own one of M, which may lie in the same place, and from M's one below.
-PRIM void write_core(DTYPE* out, int64_t stride, float* l, const float* own_m, const float* below_m, const float* b,
-                     int half, int tokens, int barrier, int lane) {
-  float* own = l + half * TRIANGLE;
-  const Weights weights = {b + half * HALF};
-  invert_diagonal_blocks<float>(own, own_m, weights, lane);
-  float corner[2][4];
-  merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
-  __syncwarp();  // it may take the place of M's
-  store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
-  named_barrier(barrier, 64);
-  float l21[4][4];
-  const int below = HALF + half * 16;
-  merge_blocks<float, HALF>(l21, below_m, l + TRIANGLE, l, Weights{b}, half * 16, lane);
-  store_wide(out + below * stride, stride, l21, 1.0f, tokens - below, HALF, lane);
-  write_diagonal_block(out, stride, own, half * HALF, tokens, lane);
-}
+// One of the two warps on the core of a chunk.
+struct CoreWarp {
+  float* l;                      // where the blocks on the diagonal are made
+  const float *own_m, *below_m;  // the blocks of M: this warp's, which may lie in the place of its own l, and the last
+  const float* b;                // weights of all rows
+  int half, barrier, lane;       // of the rows; the barrier is of both warps
+
+  // The core to rows of `out`, as far as there are tokens.
+  PRIM void write(DTYPE* out, int64_t stride, int tokens) const {
+    float* own = l + half * TRIANGLE;
+    invert(own);
+    named_barrier(barrier, 64);
+    float l21[4][4];
+    const int below = HALF + half * 16;
+    merge_blocks<float, HALF>(l21, below_m, l + TRIANGLE, l, Weights{b}, half * 16, lane);
+    store_wide(out + below * stride, stride, l21, 1.0f, tokens - below, HALF, lane);
+    write_diagonal_block(out, stride, own, half * HALF, tokens, lane);
+  }
+
+  // The warp's block on the diagonal.
+  PRIM void invert(float* own) const {
+    const Weights weights = {b + half * HALF};
+    invert_diagonal_blocks<float>(own, own_m, weights, lane);
+    float corner[2][4];
+    merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
+    __syncwarp();  // it may take the place of M's
+    store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
+  }
+};

@@ -30,7 +30,51 @@ constexpr int TILE = CHUNK * BOX;
 constexpr int CORE = 2 + HAS_GATE;
 constexpr int SOLVING = (3 + CORE * HEADS) * TRIANGLE * 4, LOADED = 2 * K_BOXES * TILE * 2;
 
-#if HAS_GATE
+struct Shared {
+  DTYPE *k, *q;
+  float *m, *m21, *cores;  // in the place of K and Q
+  float* betas;            // of the value heads that are solved at a time
+  float2* G;               // of this warp's value head
+  uint64_t* loaded;
+};
+
+PRIM Shared take_shared(DynSmem& smem, int warp) {
+  Shared s = {};
+  uint8_t* area = smem.take<uint8_t>(SOLVING > LOADED ? SOLVING : LOADED, "k and q, then m and cores", 1024);
+  s.k = (DTYPE*)area, s.q = s.k + K_BOXES * TILE;
+  s.m = (float*)area, s.m21 = s.m + 2 * TRIANGLE, s.cores = s.m21 + TRIANGLE;
+  s.betas = smem.take<float>(HEADS * CHUNK, "beta");
+  if constexpr (HAS_GATE) s.G = smem.take<float2>(THREADS / 32 * CHUNK, "G of warps") + warp * CHUNK;
+  s.loaded = smem.take<uint64_t>(1, "loaded");
+  return s;
+}
+
+// What a block works on: a chunk of a key head, with the `groups` value heads of that.
+struct Work {
+  Chunk chunk;
+  int64_t slot, first;  // first: row of its first token and value head
+  int h, groups, H, HV;
+  const float *beta, *g;
+
+  // Zero where there is no such value head or token.
+  PRIM float beta_of(int group, int t) const {
+    return group < groups && t < chunk.tokens ? beta[first + (int64_t)t * HV + group] : 0.0f;
+  }
+  PRIM float2 gates_of(int group, int t) const {
+    float2 x = make_float2(0.0f, 0.0f);
+    if (group < groups && t < chunk.tokens) x.x = g[first + (int64_t)t * HV + group];
+    if (group < groups && t + 1 < chunk.tokens) x.y = g[first + (int64_t)(t + 1) * HV + group];
+    return x;
+  }
+};
+
+struct Results {
+  DTYPE *core, *p;
+  float* decays;
+};
+
+// ---- decays between tokens ----------------------------------------------------------------------
+
 // (HIGH, LOW) of two neighbouring tokens.
 PRIM float4 load_pair(const float2* G, int token) { return *(const float4*)&G[token]; }
 
@@ -64,7 +108,115 @@ PRIM void weigh_pairs(float (&p)[8][4], const float (&d)[8][4], const float2* G,
     }
   }
 }
-#endif
+
+// ---- steps of a block ---------------------------------------------------------------------------
+
+// K and Q, by one thread.
+PRIM void load(const Shared& s, const TensorMap* q, const TensorMap* k, const Work& work, int T) {
+  mbarrier_init(s.loaded, 1);
+  mbarrier_init_fence();
+  const int batch = VARLEN ? 0 : (int)(work.chunk.first / T), token = (int)(work.chunk.first - (int64_t)batch * T);
+  mbarrier_arrive_expect(s.loaded, LOADED);
+#pragma unroll
+  for (int box = 0; box < K_BOXES; box++) {
+    tma_load(s.k + box * TILE, k, s.loaded, box * BOX, work.h, token, batch);
+    tma_load(s.q + box * TILE, q, s.loaded, box * BOX, work.h, token, batch);
+  }
+}
+
+// d = rows K^T, 16 rows per warp.
+PRIM void multiply(float (&d)[8][4], const DTYPE* rows, const DTYPE* k) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < K_STEPS; step++)
+    wgmma<DTYPE, false, false>(d, step_along_rows(rows, step), step_along_rows(k, step), step > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(d);
+}
+
+// d = 0 from the diagonal on, and past the end, where rows may be another sequence's.
+PRIM void keep_earlier(float (&d)[8][4], int row, int tokens, int lane) {
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int r = row + sum_row(lane, i);
+      if (sum_column(lane, j, i) >= r || r >= tokens) d[j][i] = 0.0f;
+    }
+}
+
+// What a warp makes: 16 rows of Pqk and M, and then half the rows of the core of every other value head. Beta and gates
+// of a value head are asked for while the one before is computed.
+struct Warp {
+  const Shared& s;
+  const Work& work;
+  const Results& out;
+  const int thread, warp, lane;
+
+  PRIM int row() const { return warp * 16; }
+  PRIM float beta_of(int group) const { return work.beta_of(group, thread % CHUNK); }
+  PRIM float2 gates_of(int group) const { return work.gates_of(group, 2 * lane); }
+  // G of a value head, in this warp's place, where nobody reads the one before.
+  PRIM void keep_sums(const Decays& x) const {
+    *(float4*)&s.G[2 * lane] = make_float4(x.high.x, x.low.x, x.high.y, x.low.y);
+    __syncwarp();
+  }
+
+  // Pqk of the key head. Rows past the end may be another sequence's: none is written.
+  PRIM void write_pairs(float (&d)[8][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (sum_column(lane, j, i) > row() + sum_row(lane, i)) d[j][i] = 0.0f;
+    store_wide(out.p + (work.chunk.first + row()) * work.H * CHUNK + work.h * CHUNK, (int64_t)work.H * CHUNK, d, 1.0f,
+               work.chunk.tokens - row(), CHUNK, lane);
+  }
+  // Pqk and decays of every value head, `gates` being the first one's.
+  PRIM void write_decayed_pairs(const float (&d)[8][4], float2 gates) const {
+    const int row = warp * 16;
+    for (int group = 0; group < work.groups; group++) {
+      const Decays x = sum_gates(gates, lane);
+      gates = gates_of(group + 1);
+      keep_sums(x);
+      if (group % (THREADS / 32) == warp)
+        x.store(out.decays + (work.slot * work.HV + work.h * work.groups + group) * DECAY_ROWS * CHUNK, lane);
+      float weighed[8][4];
+      weigh_pairs(weighed, d, s.G, row, lane);
+      store_wide(out.p + (work.first + (int64_t)row * work.HV + group) * CHUNK, (int64_t)work.HV * CHUNK, weighed, 1.0f,
+                 work.chunk.tokens - row, CHUNK, lane);
+      __syncwarp();
+    }
+  }
+
+  // The cores, each with the warp that has the other half of its rows.
+  PRIM void write_cores(float next_beta, float2 next_gates) const {
+    for (int group = warp / 2; group < work.groups; group += HEADS) {
+      const int pair = opaque(thread) / 64, half = opaque(thread) / 32 % 2, lane = opaque(thread) % 32;
+      float *l = s.cores + pair * CORE * TRIANGLE, *own = l + half * TRIANGLE, *b = s.betas + pair * CHUNK;
+      const int64_t stride = (int64_t)work.HV * CHUNK;
+      DTYPE* to = out.core + (work.first + group) * CHUNK;
+      b[half * HALF + lane] = next_beta;
+      next_beta = beta_of(group + HEADS);
+      __syncwarp();
+      const float *own_m = s.m + half * TRIANGLE, *below_m = s.m21;
+      if constexpr (HAS_GATE) {
+        keep_sums(sum_gates(next_gates, lane));
+        next_gates = gates_of(group + HEADS);
+        float* below = l + 2 * TRIANGLE;
+        weigh_block<HALF>(own, own_m, s.G, half * HALF, half * HALF, lane);
+        const int corner = half * HALF / 2;
+        weigh_block<HALF / 2>(below + corner * INVERSE_PITCH, below_m + corner * INVERSE_PITCH, s.G, HALF + corner, 0,
+                              lane);
+        __syncwarp();
+        own_m = own, below_m = below;
+      }
+      CoreWarp{l, own_m, below_m, b, half, 1 + pair, lane}.write(to, stride, work.chunk.tokens);
+      named_barrier(1 + pair, 64);  // both are done with the core
+    }
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wy_factors_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
@@ -75,121 +227,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, blockIdx.x / H, N, T);
   if (chunk.tokens <= 0) return;
 
+  Work work = {chunk, blockIdx.x / H, 0, h, groups, H, HV, beta, g};
+  const Results results = {core, p, decays};
   DynSmem smem;
-  uint8_t* area = smem.take<uint8_t>(SOLVING > LOADED ? SOLVING : LOADED, "k and q, then m and cores", 1024);
-  float* betas = smem.take<float>(HEADS * CHUNK, "beta");
-#if HAS_GATE
-  float2* G = smem.take<float2>(THREADS / 32 * CHUNK, "G of warps") + warp * CHUNK;
-#endif
-  uint64_t* loaded = smem.take<uint64_t>(1, "loaded");
+  const Shared s = take_shared(smem, warp);
   smem.all_taken(SHARED_BYTES);
-  DTYPE *k = (DTYPE*)area, *q = k + K_BOXES * TILE;
-  if (thread == 0) {
-    mbarrier_init(loaded, 1);
-    mbarrier_init_fence();
-    const int batch = VARLEN ? 0 : (int)(chunk.first / T), token = (int)(chunk.first - (int64_t)batch * T);
-    mbarrier_arrive_expect(loaded, LOADED);
-#pragma unroll
-    for (int box = 0; box < K_BOXES; box++) {
-      tma_load(k + box * TILE, &k_map, loaded, box * BOX, h, token, batch);
-      tma_load(q + box * TILE, &q_map, loaded, box * BOX, h, token, batch);
-    }
-  }
-  const int64_t first = chunk.first * HV + h * groups;  // row of (token, value head)
-  auto beta_of = [&](int group) {
-    const int t = thread % CHUNK;
-    return group < groups && t < chunk.tokens ? beta[first + (int64_t)t * HV + group] : 0.0f;
-  };
-  float next_beta = beta_of(warp / 2);
-#if HAS_GATE
-  auto gates_of = [&](int group) {
-    const int t = 2 * lane;
-    float2 x = make_float2(0.0f, 0.0f);
-    if (group < groups && t < chunk.tokens) x.x = g[first + (int64_t)t * HV + group];
-    if (group < groups && t + 1 < chunk.tokens) x.y = g[first + (int64_t)(t + 1) * HV + group];
-    return x;
-  };
-  // G of a value head, in this warp's place, where nobody reads the one before.
-  auto keep_sums = [&](const Decays& x) {
-    *(float4*)&G[2 * lane] = make_float4(x.high.x, x.low.x, x.high.y, x.low.y);
-    __syncwarp();
-  };
-  float2 next_gates = gates_of(0);
-#endif
+  if (thread == 0) load(s, &q_map, &k_map, work, T);
+  work.first = chunk.first * HV + h * groups;
+  const Warp w = {s, work, results, thread, warp, lane};
+  float beta_ahead = w.beta_of(warp / 2);
+  float2 gates_ahead = {};
+  if constexpr (HAS_GATE) gates_ahead = w.gates_of(0);
   __syncthreads();
-  mbarrier_wait(loaded, 0);
+  mbarrier_wait(s.loaded, 0);
 
   float d[8][4];
-  auto multiply = [&](const DTYPE* rows) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false, false>(d, step_along_rows(rows, step), step_along_rows(k, step), step > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(d);
-  };
-  multiply(q);
-  // Rows past the end may be another sequence's: none of Pqk is written, and M has zeros there.
-  const int row = warp * 16;
-#if HAS_GATE
-  for (int group = 0; group < groups; group++) {
-    const Decays x = sum_gates(next_gates, lane);
-    next_gates = gates_of(group + 1);
-    keep_sums(x);
-    if (group % (THREADS / 32) == warp)
-      x.store(decays + ((int64_t)(blockIdx.x / H) * HV + h * groups + group) * DECAY_ROWS * CHUNK, lane);
-    float weighed[8][4];
-    weigh_pairs(weighed, d, G, row, lane);
-    store_wide(p + (first + (int64_t)row * HV + group) * CHUNK, (int64_t)HV * CHUNK, weighed, 1.0f, chunk.tokens - row,
-               CHUNK, lane);
-    __syncwarp();
+  multiply(d, s.q, s.k);
+  if constexpr (HAS_GATE) {
+    w.write_decayed_pairs(d, gates_ahead);
+    gates_ahead = w.gates_of(warp / 2);
+  } else {
+    w.write_pairs(d);
   }
-  next_gates = gates_of(warp / 2);
-#else
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (sum_column(lane, j, i) > row + sum_row(lane, i)) d[j][i] = 0.0f;
-  store_wide(p + (chunk.first + row) * H * CHUNK + h * CHUNK, (int64_t)H * CHUNK, d, 1.0f, chunk.tokens - row, CHUNK,
-             lane);
-#endif
-  multiply(k);
+  multiply(d, s.k, s.k);
   __syncthreads();  // everyone is done with K and Q
-
-  float *m = (float*)area, *m21 = m + 2 * TRIANGLE;
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int r = row + sum_row(lane, i);
-      if (sum_column(lane, j, i) >= r || r >= chunk.tokens) d[j][i] = 0.0f;
-    }
-  store_rows_of_m(m, d, row, lane);
+  keep_earlier(d, w.row(), chunk.tokens, lane);
+  store_rows_of_m(s.m, d, w.row(), lane);
   __syncthreads();
-
-  for (int group = warp / 2; group < groups; group += HEADS) {
-    const int pair = opaque(thread) / 64, half = opaque(thread) / 32 % 2, lane = opaque(thread) % 32;
-    float *l = m21 + TRIANGLE + pair * CORE * TRIANGLE, *own = l + half * TRIANGLE, *b = betas + pair * CHUNK;
-    const int64_t stride = (int64_t)HV * CHUNK;
-    DTYPE* out = core + (first + group) * CHUNK;
-    b[half * HALF + lane] = next_beta;
-    next_beta = beta_of(group + HEADS);
-    __syncwarp();
-#if HAS_GATE
-    keep_sums(sum_gates(next_gates, lane));
-    next_gates = gates_of(group + HEADS);
-    const float *own_m = own, *below_m = l + 2 * TRIANGLE;
-    weigh_block<HALF>(own, m + half * TRIANGLE, G, half * HALF, half * HALF, lane);
-    const int corner_row = half * HALF / 2;
-    weigh_block<HALF / 2>(l + 2 * TRIANGLE + corner_row * INVERSE_PITCH, m21 + corner_row * INVERSE_PITCH, G,
-                          HALF + corner_row, 0, lane);
-    __syncwarp();
-#else
-    const float *own_m = m + half * TRIANGLE, *below_m = m21;
-#endif
-    write_core(out, stride, l, own_m, below_m, b, half, chunk.tokens, 1 + pair, lane);
-    named_barrier(1 + pair, 64);  // both are done with the core
-  }
+  w.write_cores(beta_ahead, gates_ahead);
 }

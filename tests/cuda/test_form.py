@@ -14,8 +14,6 @@ FILES = {
 # What was too long before there was this test, or takes too much, and is to become shorter.
 LONGER = {
     "sm90/backward_state.cu": {"walk"},
-    "sm90/core.cuh": {"write_core"},
-    "sm90/factors.cu": {"wy_factors_hopper"},
     "sm90/join.cuh": {"join", "send_transfer"},
     "sm90/sums.cuh": {"send_rows"},
     "sm90/training.cu": {"walk"},
