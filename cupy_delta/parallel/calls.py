@@ -159,11 +159,12 @@ def _key(arrays, states, options, tokens, states_on, function):
     """
     if tokens is None or _agrees_at_no_cost(arrays["v"]):
         return None
-    try:
-        counts = _integers(tokens)
-    except TypeError:  # Raised where the call is checked, so that all ranks are told.
-        return None
     ends = states["cu_seqlens"]
     ends = ends.tobytes() if isinstance(ends, np.ndarray) else None
     found = looks(*arrays.values(), *states.values())
-    return (found, ends, tuple(options.items()), counts, states_on, function)
+    try:
+        key = (found, ends, tuple(options.items()), _integers(tokens), states_on, function)
+        hash(key)
+    except TypeError:  # Raised where the call is checked, so that all ranks are told.
+        return None
+    return key

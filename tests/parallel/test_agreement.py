@@ -119,6 +119,16 @@ def test_tokens_that_are_no_integers(monkeypatch, tokens, costly):
 
 
 @pytest.mark.parametrize("costly", [False, True])
+@pytest.mark.parametrize("wrong", [{"scale": [2.0]}, {"states_on": ["all"]}, {"chunk_size": {}}])
+def test_options_without_a_hash(monkeypatch, wrong, costly):
+    monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: not costly)
+    right = arrays() | {"tokens": [4, 4]}
+    own, other = on_ranks(right | wrong, right)
+    assert own[1].startswith(f"{next(iter(wrong))}: expected ")
+    assert other == (own[0], f"rank 0: {own[1]}")
+
+
+@pytest.mark.parametrize("costly", [False, True])
 @pytest.mark.parametrize("tokens", [[4, 2**63], [4, 2**63 - 4], [4, 10**40]])
 def test_more_tokens_than_64_bits_count(monkeypatch, tokens, costly):
     monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: not costly)
