@@ -107,6 +107,14 @@ def test_gates(gates, leg):
     check(p, arrays | dict(g=GATES[gates](arrays["g"]).astype(np.float32)), leg)
 
 
+def test_resets_in_channels_of_every_warp():
+    """Each of the four warps that sum gates meets the only reset of a block."""
+    p, arrays = make_case(64, B=2, H=2, G=2, K=128)
+    for block in range(4):
+        arrays["g"][:, 16 * block + 5, :, 32 * block + 17] = -88
+    check(p, arrays, "source")
+
+
 @pytest.mark.parametrize("leg", LEGS)
 def test_sequences_of_any_lengths(leg):
     """NaN right before and after a ragged chunk; rows of no sequence stay as they were."""
