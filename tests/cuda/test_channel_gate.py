@@ -52,7 +52,9 @@ def test_decays_of_every_strength(emulated, on_reference, dtype, facts):
     check(on_reference, PATTERNS, 64 if facts else CHUNK[dtype], *inputs(dtype))
 
 
-def test_ragged_sequences_grouped_heads_and_norms(emulated, on_reference):
+@pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
+def test_ragged_sequences_grouped_heads_and_norms(emulated, on_reference, facts):
+    emulated(**facts)
     options = dict(dtype=BF16, gate="channel", initial=True, layout="vk", beta=(0, 2))
     args, kw = make_inputs(T, H=2, G=2, K=24, V=40, cu_seqlens=[0, 0, 1, 40, T], **options)
     kw["qk_l2norm"] = True
