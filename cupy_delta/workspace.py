@@ -35,10 +35,11 @@ class Workspace:
     Everything that a call returns inside the context, ``out`` aside, lies in the workspace and is
     overwritten by the next call of the same shapes. Calls must follow each other on one stream:
     they share their buffers. The context holds for the thread that entered it, and the innermost
-    one counts. `Transfer.apply` and `Transfer.then` allocate their results nevertheless. While a
-    graph is captured, every array has to be in device memory already, ``cu_seqlens`` and
-    ``state_indices`` included, C-contiguous and aligned to 16 bytes, with beta and g, or the
-    parameters of a raw gate, in the dtype of sums (float32, or float64 with float64 inputs).
+    one counts. `Transfer.apply` and `Transfer.then` allocate their results nevertheless, and so do
+    the functions of `cupy_delta.parallel` what they tell other ranks. While a graph is captured,
+    every array has to be in device memory already, ``cu_seqlens`` and ``state_indices`` included,
+    C-contiguous and aligned to 16 bytes, with beta and g, or the parameters of a raw gate, in the
+    dtype of sums (float32, or float64 with float64 inputs).
 
     Examples
     --------

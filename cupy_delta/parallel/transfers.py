@@ -21,6 +21,7 @@ from ..arrays import FLOAT_DTYPES, dtype_name, module_of
 from ..operators import chunk_delta_rule
 from ..raw import tokens_of
 from ..results import Transfer
+from ..workspace import left_aside
 from .communicators import Communicator
 from .products import outer_sum
 
@@ -61,25 +62,25 @@ def reads(tokens: Tokens):
     xp = module_of(tokens.v)
     identity = xp.zeros((B, HV, K, K), tokens.state_dtype)
     identity[...] = xp.eye(K, dtype=tokens.state_dtype)
-    r, p = chunk_delta_rule(
-        tokens.q,
-        tokens.k,
-        xp.zeros((B, T, HV, K), tokens.v.dtype),
-        tokens.beta,
-        tokens.g,
-        initial_state=identity,
-        **tokens.options(),
-    )
+    no_values = xp.zeros((B, T, HV, K), tokens.v.dtype)
+    # A workspace would have the same buffers for this and for the calls that follow, where K = V.
+    with left_aside():
+        r, p = chunk_delta_rule(
+            *(tokens.q, tokens.k, no_values, tokens.beta, tokens.g),
+            initial_state=identity,
+            **tokens.options(),
+        )
     return r, p
 
 
 def state_after(tokens: Tokens, initial_state):
     """Return the final states of batch rows."""
-    return chunk_delta_rule(
-        *(tokens.q, tokens.k, tokens.v, tokens.beta, tokens.g),
-        initial_state=initial_state,
-        **tokens.options(),
-    ).final_state
+    with left_aside():
+        return chunk_delta_rule(
+            *(tokens.q, tokens.k, tokens.v, tokens.beta, tokens.g),
+            initial_state=initial_state,
+            **tokens.options(),
+        ).final_state
 
 
 def gradient_transfer(r, p, do, dfinal_state) -> Transfer:
