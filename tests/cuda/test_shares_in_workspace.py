@@ -27,7 +27,7 @@ class KeepingDevice(EmulatorDevice):
     ("facts", "tokens", "options"),
     [
         ({}, [20, 0, 17], dict(gate="channel", layout="vk", initial=True)),
-        ({}, [20, 13, 17], dict(cu_seqlens=[0, 5, 41, 50])),
+        (HOPPER, [20, 13, 17], dict(cu_seqlens=[0, 5, 41, 50])),
         (HOPPER, [70, 65, 64], dict(gate="scalar", initial=True)),
     ],
     ids=["portable", "ragged", "in halves"],
