@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 
 class _Local(threading.local):
     """What this thread has entered, the innermost last; None where a workspace is left aside."""
@@ -33,13 +35,14 @@ class Workspace:
     Notes
     -----
     Everything that a call returns inside the context, ``out`` aside, lies in the workspace and is
-    overwritten by the next call of the same shapes. Calls must follow each other on one stream:
-    they share their buffers. The context holds for the thread that entered it, and the innermost
-    one counts. `Transfer.apply` and `Transfer.then` allocate their results nevertheless, and so do
-    the functions of `cupy_delta.parallel` what they tell other ranks. While a graph is captured,
-    every array has to be in device memory already, ``cu_seqlens`` and ``state_indices`` included,
-    C-contiguous and aligned to 16 bytes, with beta and g, or the parameters of a raw gate, in the
-    dtype of sums (float32, or float64 with float64 inputs).
+    overwritten by the next call of the same shapes, which may be given it: it reads a copy. Calls
+    must follow each other on one stream: they share their buffers. The context holds for the thread
+    that entered it, and the innermost one counts. `Transfer.apply` and `Transfer.then` allocate
+    their results nevertheless, and so do the functions of `cupy_delta.parallel` what they tell
+    other ranks. While a graph is captured, every array has to be in device memory already,
+    ``cu_seqlens`` and ``state_indices`` included, C-contiguous and aligned to 16 bytes, with beta
+    and g, or the parameters of a raw gate, in the dtype of sums (float32, or float64 with float64
+    inputs).
 
     Examples
     --------
@@ -61,6 +64,7 @@ class Workspace:
 
     def __init__(self):
         self._buffers: dict = {}
+        self._names: dict = {}  # by what CuPy has once per allocation
 
     def __enter__(self) -> Workspace:
         _local.entered.append(self)
@@ -80,7 +84,13 @@ class Workspace:
         buffer = self._buffers.get(key)
         if buffer is None:
             buffer = self._buffers[key] = allocate(shape, dtype)
+            if not isinstance(buffer, np.ndarray):
+                self._names[buffer.data.mem] = name
         return buffer
+
+    def name_of(self, x) -> str | None:
+        """Return the name of the buffer that an array lies in, whole or as a view."""
+        return None if isinstance(x, np.ndarray) else self._names.get(x.data.mem)
 
 
 def current() -> Workspace | None:

@@ -83,6 +83,12 @@ class CupyDevice:
         cupy.copyto(y, x)
         return y
 
+    def apart(self, x, name: str):
+        """Return a copy of `x`, whose memory is about to be written before all of it is read."""
+        y = self.empty(x.shape, x.dtype, f"{name} as given")
+        cupy.copyto(y, x)
+        return y
+
     def target(self, x, name: str):
         """Return an array that kernels may write in place of `x`, to be copied back to it.
 

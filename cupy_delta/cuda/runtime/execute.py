@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ... import workspace
 from ..spec import Device, Plan
 
 NONE: Mapping = {}
@@ -37,9 +38,12 @@ def execute(
             arrays[name] = y = device.target(x, name)
             if y is not x:
                 stand_ins.append((x, y))
+    kept = workspace.current()
     for name, dtype in plan.read:
         if name not in arrays:
             x = given[name]
+            if kept is not None and x is not None and kept.name_of(x) in plan.made_names:
+                x = device.apart(x, name)
             arrays[name] = None if x is None else device.bring(x, name, dtype)
     for name, shape, dtype in plan.made:
         if targets.get(name) is None:

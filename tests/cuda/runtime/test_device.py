@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import cupy_delta.cuda
+from cupy_delta import Workspace
 from cupy_delta.cuda import variants
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.spec import DeviceFacts, Launch, Plan
@@ -243,3 +244,42 @@ def test_a_repeated_launch_holds_addresses_and_no_array(on_device, monkeypatch):
     assert arguments[1:] == ["kept", None] and arguments[0].dtype == np.uint64
     assert arguments[0] == [1 << 40]
     assert loaded.arguments == [None, "kept", None]
+
+
+class Array:
+    """Of CuPy: an array, whose views have its memory."""
+
+    def __init__(self, shape, dtype, memory=None):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.flags = SimpleNamespace(c_contiguous=True)
+        self.data = SimpleNamespace(ptr=1 << 40, mem=memory or object())
+
+    def view(self):
+        return Array(self.shape, self.dtype, self.data.mem)
+
+
+def test_what_a_call_in_a_workspace_writes_it_does_not_read(on_device, monkeypatch):
+    cupy, copies = sys.modules["cupy"], []
+    monkeypatch.setattr(cupy, "ndarray", Array, raising=False)
+    monkeypatch.setattr(cupy, "copyto", lambda *pair: copies.append(pair), raising=False)
+    monkeypatch.setattr(on_device.CupyDevice, "launch", lambda *which: None)
+    device, like = on_device.CupyDevice(0), ((2, 3), np.dtype(np.float32))
+    one = replace(launch("l2norm"), arguments=("initial_state", "v", "final_state"))
+    plan = Plan((one,), {"final_state": like})
+
+    def called(initial, v):
+        return execute(plan, {"initial_state": initial, "v": v}, device)
+
+    with Workspace():
+        other = device.empty(*like, "w")
+        final = called(Array(*like), other)["final_state"]
+        for x in (final, final.view()):
+            arrays = called(x, other)
+            assert arrays["final_state"] is final and arrays["v"] is other
+            assert arrays["initial_state"].data.mem is not final.data.mem
+            assert copies.pop() == (arrays["initial_state"], x) and not copies
+        again = called(arrays["initial_state"], other)
+        assert again["initial_state"] is arrays["initial_state"]
+        with Workspace():
+            assert called(final, other)["initial_state"] is final
+    assert called(final, other)["initial_state"] is final and not copies
