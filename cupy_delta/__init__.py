@@ -9,6 +9,7 @@
 True
 """
 
+from . import starting  # noqa: F401  first: what follows takes its time
 from .building_blocks import chunk_output, sequence_transfer, state_pass, wy_factors
 from .operators import (
     chunk_delta_rule,

@@ -248,4 +248,4 @@ def test_importing_loads_no_backend():
     )
     loaded = {name.split(".")[1] for name in done.stdout.split()}
     expected = "arrays building_blocks call checker dispatch forking operators problem raw results"
-    assert loaded == {*expected.split(), "typing", "version", "workspace"}
+    assert loaded == {*expected.split(), "starting", "typing", "version", "workspace"}

@@ -25,7 +25,14 @@ from .console import (
     progress,
     random_inputs,
 )
-from .output import check_json, check_picture, save_figure, text_beside, write_json
+from .output import (
+    check_different,
+    check_json,
+    check_picture,
+    save_figure,
+    text_beside,
+    write_json,
+)
 
 
 def add_arguments(parser) -> None:
@@ -83,10 +90,11 @@ def work(passes: str, T: int, heads: int, K: int, V: int, itemsize: int, chunk: 
 
 def run_command(args) -> int:
     device = Device(args.device)
-    plt = _pyplot() if args.plot else None
+    plt = None if args.plot is None else _pyplot()
     check_json(args.output)
     if plt:
         check_picture(args.plot)
+    check_different(args.output, args.plot)
     shown = text_beside(args.output)
     grid = [(D, H, T) for D in args.head_size for H in args.heads for T in args.tokens]
     rows = []

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..arrays import FLOAT_DTYPES
+from .output import tell
 
 
 def print_table(header: list[str], rows: Iterable[list], file=None) -> None:
@@ -44,7 +45,7 @@ def progress(items: list, label: str) -> Iterator:
     for i, item in enumerate(items):
         yield item
         if (i + 1) % step == 0 or i + 1 == len(items):
-            print(f"{label}: {i + 1}/{len(items)}", file=sys.stderr, flush=True)
+            tell(f"{label}: {i + 1}/{len(items)}")
 
 
 def positive(text: str) -> int:

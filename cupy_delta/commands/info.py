@@ -26,7 +26,10 @@ def run_command(args) -> int:
     lines = [("cupy_delta", __version__)]
     lines.append(("Python", f"{platform.python_version()} on {platform.platform(terse=True)}"))
     lines += [(name, _version(name)) for name in PACKAGES]
-    lines.append(("NumPy arrays", f"run the NumPy/SciPy backend on {thread_count()} threads"))
+    try:
+        lines.append(("NumPy arrays", f"run the NumPy/SciPy backend on {thread_count()} threads"))
+    except ValueError as error:  # of the environment variable
+        lines.append(("NumPy arrays", f"cannot be used here: {error}"))
     cuda = environment()
     lines += [(name, value) for name, value in cuda["facts"].items()]
     lines += [("CuPy arrays", f"cannot be used here: {line}") for line in cuda["problems"]]

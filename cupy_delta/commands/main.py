@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from ..version import __version__
+from .output import tell
 
 COMMANDS = ("info", "check", "bench", "demo", "run", "compile")
 
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     args = None
+    if sys.stderr is None:  # closed; what is for people is lost, and the rest is not
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the process
     try:
         args = _parser().parse_args(argv)
         status = args.function(args) or 0
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except BrokenPipeError:
         _abandon_output()  # its reader went away
@@ -54,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         else:
             text = " ".join(str(error).split()) or type(error).__name__
-            print(f"cupy_delta {args.command}: {text}", file=sys.stderr)
+            tell(f"cupy_delta {args.command}: {text}")
         try:
-            sys.stdout.flush()
-        except (OSError, AttributeError):
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
             _abandon_output()  # the disk that it goes to is full
         return 2
 

@@ -8,10 +8,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO, cast
 
 STANDARD_OUTPUT = "-"
+# What must find room on a disk before the work; a disk that is full has not even that.
+ROOM = 4096
 
 
 def check_output(path: str | None, endings: tuple[str, ...] = ()) -> None:
@@ -23,6 +25,8 @@ def check_output(path: str | None, endings: tuple[str, ...] = ()) -> None:
 
     if path is None:
         return
+    if not path:
+        raise CommandError("expected the name of a file to write, got ''")
     if path == STANDARD_OUTPUT:
         raise CommandError(f"{path}: expected the name of a file; only JSON goes to the output")
     ending = os.path.splitext(path)[1].lower()
@@ -33,15 +37,18 @@ def check_output(path: str | None, endings: tuple[str, ...] = ()) -> None:
         if os.path.exists(target) and not os.access(target, os.W_OK):
             raise PermissionError("it is read-only")
         if _is_replaced(target):
-            handle, temporary = tempfile.mkstemp(suffix=".part", dir=os.path.dirname(target))
-            os.close(handle)
-            os.unlink(temporary)
+            with tempfile.TemporaryFile(dir=os.path.dirname(target)) as file:
+                file.write(bytes(ROOM))
 
 
 def check_json(path: str | None) -> None:
     """Do as `check_output` does, for JSON, which may also go to the standard output."""
+    from .main import CommandError
+
     if path != STANDARD_OUTPUT:
         check_output(path)
+    elif sys.stdout is None:
+        raise CommandError(f"{path}: the output is closed")
 
 
 def check_picture(path: str | None) -> None:
@@ -49,6 +56,20 @@ def check_picture(path: str | None) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     check_output(path, tuple(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes()))
+
+
+def check_different(*paths: str | None) -> None:
+    """Refuse a name under which two results would go."""
+    from .main import CommandError
+
+    taken = set()
+    for path in paths:
+        if path is None or path == STANDARD_OUTPUT:
+            continue
+        target = os.path.realpath(path)
+        if target in taken and _is_replaced(target):
+            raise CommandError(f"{path}: expected another file for each result")
+        taken.add(target)
 
 
 @contextmanager
@@ -86,6 +107,12 @@ def save_figure(figure, path: str) -> None:
     kind = os.path.splitext(path)[1][1:].lower() or "png"
     with whole_file(path) as file:
         figure.savefig(file, format=kind, dpi=150)
+
+
+def tell(line: str) -> None:
+    """Write a line for people; if nobody can read it, the work goes on all the same."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def text_beside(path: str | None):

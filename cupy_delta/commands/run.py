@@ -9,7 +9,6 @@ np.load("OUT.npz")["o"].view(ml_dtypes.bfloat16).
 from __future__ import annotations
 
 import os
-import sys
 import zipfile
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from ..arrays import FLOAT_DTYPES
 from ..operators import chunk_delta_rule, recurrent_delta_rule
 from .console import NOT_FINITE, Device, add_device, not_finite, positive
-from .output import check_output, whole_file
+from .output import check_output, tell, whole_file
 
 REQUIRED = ("q", "k", "v", "beta")
 OPTIONAL = ("g", "initial_state", "cu_seqlens")
@@ -83,7 +82,7 @@ def run_command(args) -> int:
         arrays["g"] = np.maximum(arrays["g"], 0)  # -inf forgets all, which is no reason
     given = not_finite({name: x for name, x in arrays.items() if name != "cu_seqlens"})
     reason = f"in {args.input} there are {given}" if given else WHY
-    print(f"cupy_delta run: not finite: {diverged}; {reason}", file=sys.stderr)
+    tell(f"cupy_delta run: not finite: {diverged}; {reason}")
     return NOT_FINITE
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from ..version import __version__
+from .ending import end_well
 from .work import Work, work_of
 
 METADATA = 1
@@ -148,7 +149,7 @@ def _function(address: int):
     return ctypes.CFUNCTYPE(c_void_p, c_void_p)(address)
 
 
-def handler(backend):
+def handler(platform: str, backend):
     """Return a C function for XLA that prepares a work, and later does it, by a backend.
 
     An exception becomes the call's error, with its text.
@@ -172,6 +173,7 @@ def handler(backend):
                 )
                 backend.run(work, sources, targets, Context(frame))
             elif frame.stage == INSTANTIATE:
+                end_well(platform)
                 backend.prepare(_work(frame))
             return None
         except BaseException as error:  # nothing may pass through the C code that called
@@ -246,7 +248,7 @@ _registered: list = []  # handlers live as long as the process: programs hold th
 @cache
 def target(platform: str, backend) -> str:
     """Register a backend for a platform and return the name that programs call it by."""
-    call, name = handler(backend), name_of(backend)
+    call, name = handler(platform, backend), name_of(backend)
     _registered.append(call)
     capsule = jax.ffi.pycapsule(ctypes.cast(call, c_void_p).value)
     stages = {"instantiate": capsule, "execute": capsule}

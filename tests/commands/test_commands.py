@@ -64,6 +64,13 @@ def test_info_tells_versions_and_what_runs(capsys):
     assert re.search(r"^CuPy arrays +\S", text, re.MULTILINE)
 
 
+def test_info_judges_the_number_of_threads(capsys, monkeypatch):
+    monkeypatch.setenv("CUPY_DELTA_NUM_THREADS", "many")
+    assert main(["info"]) == 0
+    line = "cannot be used here: CUPY_DELTA_NUM_THREADS: expected a positive integer, got 'many'"
+    assert re.search(rf"^NumPy arrays +{line}$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_info_survives_a_broken_cupy(tmp_path):
     (tmp_path / "cupy.py").write_text("raise RuntimeError('libcuda is\\nthe wrong one')")
     result = python("-m", "cupy_delta", "info", path=tmp_path)

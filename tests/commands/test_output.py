@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -80,6 +81,33 @@ def test_what_cannot_be_written_is_refused_before_the_work(
         path = str(tmp_path / name)
         assert f"{path}: {reason}" in error_of(capsys, command(option, path, arrays))
     assert sorted(os.listdir(tmp_path / "folder")) == []
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_name_that_is_empty(capsys, arrays, no_work, option):
+    assert "expected the name of a file to write, got ''" in error_of(
+        capsys, command(option, "", arrays)
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, arrays, option):
+    """A limit on the size of files stands for it."""
+    (tmp_path / "folder").mkdir()
+    argv = command(option, str(tmp_path / "folder" / "x"), arrays)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # noqa: E731
+    process = start("-B", "-m", "cupy_delta", *argv, stdout=subprocess.PIPE, preexec_fn=limit)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error.count("\n")) == (2, "", 1)
+    assert error.endswith("x: cannot be written (File too large)\n")
+    assert os.listdir(tmp_path / "folder") == []
+
+
+def test_two_results_in_one_file(capsys, tmp_path, no_work):
+    path, same = str(tmp_path / "x"), str(tmp_path / "." / "x")
+    error = error_of(capsys, [*SMALL, "-o", path, "--plot", same])
+    assert "expected another file for each result" in error
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -249,11 +277,20 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_signal_while_a_command_is_imported(tmp_path, interruptible):
-    (tmp_path / "statistics.py").write_text(
+@pytest.mark.parametrize("module", ["ml_dtypes", "statistics"])
+@pytest.mark.parametrize("program", [["-m", "cupy_delta"], ["cupy_delta"]])
+def test_a_signal_while_a_command_is_imported(
+    tmp_path, monkeypatch, interruptible, module, program
+):
+    """Of the library, before a line of the command has run, and of the command."""
+    (tmp_path / f"{module}.py").write_text(
         "import sys, time; print(file=sys.stderr, flush=True); time.sleep(60)"
     )
-    process = start("-m", "cupy_delta", "info", path=tmp_path)
+    # As pip writes it.
+    script = "import sys\nfrom cupy_delta.__main__ import run\nsys.exit(run())\n"
+    (tmp_path / "cupy_delta").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    process = start(*program, "info", path=tmp_path)
     assert process.stderr.readline() == "\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -265,6 +302,46 @@ def test_an_error_with_its_traceback_has_the_status_of_an_error(tmp_path):
     process = start("-m", "cupy_delta", *argv)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" in error
+
+
+def test_a_signal_while_others_import_the_library_is_an_exception(tmp_path, interruptible):
+    (tmp_path / "ml_dtypes.py").write_text("raise KeyboardInterrupt")
+    program = "try:\n import cupy_delta\nexcept KeyboardInterrupt:\n print('caught')"
+    process = start("-c", program, "-m", "cupy_delta", path=tmp_path, stdout=subprocess.PIPE)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (0, "caught\n", "")
+
+
+def closed(*argv, streams):
+    """Run a command that is given some of its streams closed, and return status and output."""
+    close = lambda: [os.close(stream) for stream in streams]  # noqa: E731
+    process = start("-m", "cupy_delta", *argv, stdout=subprocess.PIPE, preexec_fn=close)
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+
+def test_streams_that_are_closed():
+    status, out, error = closed(*SMALL, "-o", "-", streams=[1])
+    assert (status, out, error) == (2, "", "cupy_delta bench: -: the output is closed\n")
+    status, out, _ = closed(*SMALL, "-o", "-", streams=[2])
+    assert status == 0 and json.loads(out)["rows"]
+    assert closed("info", streams=[1, 2])[0] == 0
+    assert closed("run", "nowhere.npz", "-o", "x.npz", streams=[1, 2])[0] == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+def test_an_error_output_that_is_full_stops_no_work(tmp_path, arrays):
+    diverging = arrays(k=np.full((1, 20, 2, 5), 1e10, np.float32))
+    with open("/dev/full", "w") as full:
+        for argv, status in (
+            (["bench", "-T", "8", "-D", "4", "-H", "1", "--device", "cpu"], 0),
+            (["run", diverging, "-o", str(tmp_path / "out.npz")], 3),
+            (["run", str(tmp_path / "none.npz"), "-o", str(tmp_path / "out.npz")], 2),
+        ):
+            command = [sys.executable, "-m", "cupy_delta", *argv]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=environment)
+            assert done.returncode == status
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
