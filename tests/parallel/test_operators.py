@@ -77,19 +77,19 @@ def test_a_cut_batch_is_the_whole_one(cut, options, norm, with_dfinal, scans, st
 def test_nan_stays_in_its_sequence(monkeypatch, gathered):
     """Where a sequence begins nothing of the ranks before is multiplied by zero."""
     monkeypatch.setattr(transfers, "GATHERED", gathered)
-    tokens, ends = [3, 3, 3, 3, 3], [0, 7, 11, 15]
+    tokens, ends = [3] * 7, [0, 7, 17, 21]
     args, kwargs, do, dfinal_state = problem(tokens, cu_seqlens=ends, initial=True)
     spoilt = [x if x is None else x.copy() for x in args]
     spoilt[2][:, 2] = np.nan
-    spoilt[2][:, 12] = np.nan
+    spoilt[2][:, 18] = np.nan
 
     def run(arguments):
         call = lambda c: on_rank(c, tokens, arguments, kwargs, do, dfinal_state)  # noqa: E731
-        shares = parallel.in_threads(5, call, timeout=30)
+        shares = parallel.in_threads(7, call, timeout=30)
         _, final_state, o, _, gradients = together(shares)
         return o, final_state, gradients
 
-    middle = slice(7, 11)
+    middle = slice(7, 17)
     (o, final, gradients), (wanted, wanted_final, wanted_gradients) = run(spoilt), run(args)
     assert np.isnan(o).any() and np.isnan(gradients["k"]).any()
     np.testing.assert_array_equal(o[:, middle], wanted[:, middle])
