@@ -7,9 +7,9 @@ its call tells that instead, so that it is an error on every rank and no rank wa
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,12 +20,22 @@ LONGEST_TEXT = 700
 ERRORS = {x.__name__: x for x in (NotImplementedError, TypeError, ValueError)}
 OF_TYPE = ("arrays", "dtype")  # fields whose difference is a TypeError
 
-_agreed: WeakKeyDictionary = WeakKeyDictionary()
+_agreed: dict[int, set] = {}  # by the number of a communicator, as long as there is that one
 
 
 def agreed(communicator: Communicator) -> set:
-    """Return the calls that all ranks of a communicator have agreed on, by what they look like."""
-    return _agreed.setdefault(communicator, set())
+    """Return the calls that all ranks of a communicator have agreed on, by what they look like.
+
+    Of one that cannot be seen to go nothing is kept: its ranks agree on every call.
+    """
+    key = id(communicator)
+    if key not in _agreed:
+        try:
+            weakref.finalize(communicator, _agreed.pop, key)
+        except TypeError:
+            return set()
+        _agreed[key] = set()
+    return _agreed[key]
 
 
 def agree(communicator: Communicator, describe: Callable[[], dict[str, Any]]) -> list[dict]:

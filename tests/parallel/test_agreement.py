@@ -1,10 +1,14 @@
 """Calls that do not fit together are the same named error on every rank, and nobody waits."""
 
+import gc
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 
 from cupy_delta import parallel
-from cupy_delta.parallel import calls
+from cupy_delta.parallel import agreement, calls
 
 
 def arrays(T=4, H=1, K=3, V=2, dtype=np.float64):
@@ -192,6 +196,46 @@ def test_arrays_that_differ_do_not_meet():
 
     with pytest.raises(ValueError, match="expected one shape and dtype on every rank"):
         parallel.in_threads(2, call, timeout=20)
+
+
+@dataclass
+class Plain:
+    """A communicator of a caller's own, which has no hash."""
+
+    rank: int
+    size: int
+    inner: Any
+
+    def all_gather(self, x):
+        return self.inner.all_gather(x)
+
+    def shift(self, x, by):
+        return self.inner.shift(x, by)
+
+
+class Bare(NamedTuple):
+    """One that has no weak references."""
+
+    rank: int
+    size: int
+    inner: Any
+    all_gather = Plain.all_gather
+    shift = Plain.shift
+
+
+@pytest.mark.parametrize("costly", [False, True])
+@pytest.mark.parametrize("kind", [Plain, Bare])
+def test_communicators_that_nothing_can_be_kept_by(monkeypatch, kind, costly):
+    monkeypatch.setattr(calls, "_agrees_at_no_cost", lambda x: not costly)
+    monkeypatch.setattr(agreement, "_agreed", {})
+
+    def call(inner):
+        own = kind(inner.rank, inner.size, inner)
+        return parallel.chunk_delta_rule(own, **arrays(), tokens=[4, 4]).o.shape
+
+    assert parallel.in_threads(2, call, 20) == [(1, 4, 1, 2)] * 2
+    gc.collect()
+    assert not agreement._agreed
 
 
 def test_with_tokens_of_all_ranks_devices_agree_once(monkeypatch):
