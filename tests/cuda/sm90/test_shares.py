@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from emulator import HOPPER
 from helpers import make_inputs
+from raw import GATES, raw_gate
 from rounded import error
 
 import cupy_delta as cd
@@ -16,6 +17,7 @@ from cupy_delta.call import Call
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.sm90 import cost, shares
 from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.raw import tokens_of
 
 LEGS = ["source"]
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -142,6 +144,41 @@ def test_shares(divided, on_reference, math, segments, gate, dtype, tokens, init
     assert (found[0][2].initial_state is None) == (not initial)
     if initial:
         assert error(found[0][2].initial_state, exact[2].initial_state) < bound
+
+
+@pytest.mark.parametrize("formula", GATES)
+def test_raw_gates_in_halves(emulated, on_reference, formula):
+    """They are formed before the first half's walks, and what comes back to them after all."""
+    emulated(**HOPPER)
+    tokens, (B, H, HV, K, V) = [70, 65, 64], (1, 1, 2, 16, 16)
+    (q, k, v, *_), _ = make_inputs(sum(tokens), B=B, H=H, G=HV // H, K=K, V=V, dtype=BF16)
+    rng = np.random.default_rng(4)
+    gate = raw_gate(rng, formula, "scalar", "head", B, sum(tokens), HV, K, BF16)
+    args = q, k, v, cd.SigmoidBeta(rng.standard_normal(v.shape[:3]).astype(BF16)), gate
+    do = rng.standard_normal(v.shape).astype(BF16)
+    exact = on_reference(whole, args, {}, do, None)
+
+    def share(communicator):
+        start = sum(tokens[: communicator.rank])
+        own = slice(start, start + tokens[communicator.rank])
+        o, _, residuals = parallel.chunk_delta_rule_fwd(
+            communicator, *(tokens_of(x, own) for x in args)
+        )
+        assert residuals.in_halves
+        return o, parallel.chunk_delta_rule_bwd(residuals, do[:, own])
+
+    shares = in_turns(len(tokens), share)
+    found, wanted = [x[1] for x in shares], exact[2]
+    for pieces, whole_one in (
+        ([x[0] for x in shares], exact[0]),
+        ([x.k for x in found], wanted.k),
+        ([x.g.a for x in found], wanted.g.a),
+        ([x.beta.logits for x in found], wanted.beta.logits),
+    ):
+        assert error(np.concatenate(pieces, axis=1), whole_one) < 2e-2
+    for name in ("A_log", "dt_bias"):
+        total = sum(getattr(x.g, name).astype(np.float64) for x in found)
+        assert error(total, getattr(wanted.g, name)) < 2e-2, name
 
 
 def divided_as(HV, tells):
