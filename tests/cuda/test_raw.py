@@ -47,6 +47,7 @@ SHAPES = [
     ("softplus", "channel", "channel", F32, 1, 270, 2, 40),
     ("sigmoid", "channel", "channel", BF16, 1, 9, 5, 128),
     ("sigmoid", "channel", "channel", F64, 1, 3, 2, 1),
+    ("softplus", "channel", "channel", BF16, 1, 3, 2, 1),
 ]
 
 
