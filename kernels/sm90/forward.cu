@@ -182,14 +182,17 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
   }
 }
 
-// The factors of a solver's chunks.
-PRIM void make_factors(const Shared& s, const Work& work, int solver) {
-  fewer_registers<SOLVER_REGISTERS>();
-  if (WITH_PAIRS && work.pairs) {
-    if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
-  } else {
-    if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
+// What all threads of a block, or of a cluster, do before they part.
+PRIM void begin(const Shared& s, const Work& work, const Joins& joins) {
+  if (threadIdx.x == 0) {
+    if constexpr (JOINS) joins.init();
+    init_barriers(s, work);
   }
+  clear_factors(s, threadIdx.x);
+  if constexpr (CLUSTER > 1)
+    cluster_sync();
+  else
+    __syncthreads();
 }
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
@@ -249,15 +252,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
     work.pairs = uniform(meets_pairs(work, found));
     if (work.pairs ? !WITH_PAIRS : !WITHOUT_PAIRS) return;
   }
-  if (threadIdx.x == 0) {
-    if constexpr (JOINS) joins.init();
-    init_barriers(s, work);
-  }
-  clear_factors(s, threadIdx.x);
-  if constexpr (CLUSTER > 1)
-    cluster_sync();
-  else
-    __syncthreads();
+  begin(s, work, joins);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
@@ -266,7 +261,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   } else if (warpgroup <= MATH) {
     walk(s, work, states, joins, scale, at);
   } else {
-    make_factors(s, work, SOLVERS == 1 ? 0 : warpgroup - 1 - MATH);
+    fewer_registers<SOLVER_REGISTERS>();
+    const int solver = SOLVERS == 1 ? 0 : warpgroup - 1 - MATH;
+    if (WITH_PAIRS && work.pairs) {
+      if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
+    } else {
+      if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
+    }
   }
   // No block leaves while others still read what it sends or say that they are done.
   if constexpr (CLUSTER > 1) cluster_sync();

@@ -104,9 +104,8 @@ struct Walker {
       }
       if constexpr (PAIRS)
         if (c < chunks) {
-          step_paired(c);
-          if constexpr (CHECKPOINTS) keep(c);
-          c++;
+          step_paired(c++);
+          if constexpr (CHECKPOINTS) keep(c - 1);
         }
     }
     if constexpr (CHECKPOINTS)
