@@ -6,32 +6,38 @@
 // Every token has its output; the state that goes to the pool is the one after the first `accepted` tokens, where that
 // is given. It comes from the slot of state_indices and goes to that of output_state_indices, or back.
 //
-// Memory bounds it: a thread asks for all of its tile of S in vectors before it reads anything else, so that many are
-// on their way at once, and holds the tile until it stores it; with one new token as it came, in fewer registers, so
-// that more threads are on the way. With several tokens it is also near the bound of instructions. So what is the same
-// for all value channels is made once per block and token, by one warp: q and k normalised, k . q, decays and beta, of
-// logits where they are raw. They lie in shared memory as threads read them, BATCH tokens at a time. And a tile has one
-// address and constants from there, of few value channels and many keys, so that few sums are passed between threads:
-// through shuffles between the lanes that share keys and, where WARPS share those of a (K, V) state, through shared
-// memory. Bounds are looked at only where a tile can reach beyond the state. Blocks share nothing.
+// Memory bounds it: a thread asks for all of its tile of S in vectors before it looks at anything, so that many are on
+// their way at once, and holds the tile until it stores it; with one new token as it came, in fewer registers, so that
+// more threads are on the way. With several tokens it is also near the bound of instructions. So what is the same for
+// all value channels is made once per block and token, by one warp, and threads read it from shared memory
+// (decode/shared_rows.cuh). One token does not wait for that: every thread reads rows at its own keys, unless beta or g
+// are to be formed of logits (decode/own_rows.cuh). A tile has one address and constants from there, of few value
+// channels and many keys, so that few sums are passed between threads: through shuffles between the lanes that share
+// keys and, where WARPS share those of a (K, V) state, through shared memory. Bounds are looked at only where a tile
+// can reach beyond the state. Blocks share nothing.
 //
 // Numbers: float (double for DTYPE double) throughout, sums over a thread's key channels in ascending order, then over
-// PARTS threads of a warp in a fixed tree, then over warps in ascending order; the state is rounded to STATE_DTYPE
-// once, when it is stored. Multiplications and additions that go together are fused by name, so that a token has the
-// same bits in every variant, whatever comes with it. q and k are normalised in the same precision with L2NORM, rows
-// whose squares overflow in a smaller unit, which their elements have exactly.
+// PARTS threads of a warp in a fixed tree, then over warps in ascending order, those of q and k themselves, too; the
+// state is rounded to STATE_DTYPE once, when it is stored. Multiplications and additions that go together are fused by
+// name, so that tiles of one shape give a token the same bits in every variant, whatever comes with it. With L2NORM
+// sums are multiplied by the norms of q and k, of rows whose squares overflow in a smaller unit, which their elements
+// have exactly.
 //
 // Macros: DTYPE, STATE_DTYPE, HEAD_K, HEAD_V, GROUP (value heads per key head), HAS_GATE (1 per head, 2 per key
 // channel), RAW_GATE and BIAS (tiles/raw.cuh; g is then a), RAW_BETA (beta is then logits), GATE_DTYPE, BETA_DTYPE,
-// VARLEN, STATE_VK, L2NORM, ONE_TOKEN (T is 1, and it is accepted), BATCH. VECTOR: elements of S per access, along the
-// contiguous axis, whose size it divides. VALUES: value channels per thread; VECTOR unless STATE_VK. PARTS: threads of
-// a warp that share a value channel's keys. BESIDE: neighbouring lanes that take neighbouring value channels, and
-// WARPS: warps that share keys; both 1 with STATE_VK, else BESIDE PARTS = 32. All of them powers of two. CHANNELS:
-// value channels per block, of whole warps; BESIDE VALUES if WARPS is not 1, else PARTS is at least VALUES. Grid: N *
-// HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS * WARPS threads. Shared memory: Tokens and, if WARPS
-// is not 1, Passed (tokens/decode/token.cuh).
+// VARLEN, STATE_VK, L2NORM, ONE_TOKEN (T is 1, and it is accepted), OWN_ROWS (1 with ONE_TOKEN and nothing raw), BATCH.
+// VECTOR: elements of S per access, along the contiguous axis, whose size it divides. VALUES: value channels per
+// thread; VECTOR unless STATE_VK. PARTS: threads of a warp that share a value channel's keys. BESIDE: neighbouring
+// lanes that take neighbouring value channels, and WARPS: warps that share keys; both 1 with STATE_VK, else BESIDE
+// PARTS = 32. All of them powers of two. CHANNELS: value channels per block, of whole warps; BESIDE VALUES if WARPS is
+// not 1, else PARTS is at least VALUES. Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS *
+// WARPS threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1, Passed or PassedRows (decode/).
 #include "tiles/sequence.cuh"
-#include "tokens/decode/token.cuh"
+#if OWN_ROWS
+#include "tokens/decode/own_rows.cuh"
+#else
+#include "tokens/decode/shared_rows.cuh"
+#endif
 
 // The tokens of a sequence, how many of them its state takes up, and the slots that it comes from and goes to.
 struct Work {
@@ -53,26 +59,18 @@ PRIM Work find_work(const int64_t* cu_seqlens, const int64_t* state_indices, con
   return w;
 }
 
-// Further tokens, in the place of those that every thread is done with.
-PRIM void bring_next(Tokens& tokens, const Inputs& x, int64_t first, int count, const Place& p, uint32_t slice) {
-  Batch batch;
-  batch.load(x, first, count, p, slice);
-  __syncthreads();
-  batch.store(tokens, x, first, count, p, slice);
-  __syncthreads();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const BETA_DTYPE* beta, const GATE_DTYPE* g,
-           const real* A_log, const real* dt_bias, const int64_t* cu_seqlens, const int64_t* state_indices,
-           const int64_t* output_state_indices, const int64_t* accepted, STATE_DTYPE* state, DTYPE* o, real scale,
-           real bound, real factor, int T, int HV, int pool_slots, int64_t pool_stride) {
+           const int64_t* cu_seqlens, const int64_t* state_indices, const int64_t* output_state_indices,
+           const int64_t* accepted, STATE_DTYPE* state, DTYPE* o, real scale, int T, int HV, int pool_slots,
+#if RAW_GATE || RAW_BETA
+           const real* A_log, const real* dt_bias, real bound, real factor,
+#endif
+           int64_t pool_stride) {
   const uint32_t head = blockIdx.x / SLICES, n = head / HV, hv = head % HV, slice = blockIdx.x % SLICES;
   const Place p = find_place(threadIdx.x, slice);
   DynSmem smem;
-  Tokens& tokens = *smem.take<Tokens>(1, "tokens");
-  Passed* passed = WARPS > 1 ? smem.take<Passed>(1, "passed") : nullptr;
-  smem.all_taken(SHARED_BYTES);
+  NewTokens tokens(smem);
   const Work work = find_work(cu_seqlens, state_indices, output_state_indices, accepted, n, T, pool_slots);
   auto o_at = [&](int t) { return &o[((work.first + t) * HV + hv) * HEAD_V + p.own]; };
   if (work.padding) {
@@ -81,20 +79,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       if (p.writes_o) *o_at(t) = narrow<DTYPE>(0);
     return;
   }
-  const Inputs inputs = {
-      q, k, v, beta, g, A_log, dt_bias, bound, factor, hv / GROUP, hv, (uint32_t)HV / GROUP, (uint32_t)HV};
-  const int at_once = ONE_TOKEN ? 1 : min(work.tokens, BATCH);
-  Batch batch;
-  batch.load(inputs, work.first, at_once, p, slice);
+  Inputs inputs = {q, k, v, beta, g, scale, hv, (uint32_t)HV};
+#if RAW_GATE || RAW_BETA
+  inputs.A_log = A_log, inputs.dt_bias = dt_bias, inputs.bound = bound, inputs.factor = factor;
+#endif
   auto tile = [&](int64_t slot) {
     return state + slot * pool_stride + (int64_t)hv * (HEAD_K * HEAD_V) + first_element(p);
   };
+  const int at_once = ONE_TOKEN ? 1 : min(work.tokens, BATCH);
+  tokens.ask(inputs, work.first, at_once, p, slice);
   Loaded given;
   given.load(tile(work.from), p);
-  batch.store(tokens, inputs, work.first, at_once, p, slice);
-  __syncthreads();
+  tokens.take(inputs, work.first, at_once, p, slice);
   if constexpr (ONE_TOKEN) {
-    const Update update = advance(given, tokens, 0, scale, p, passed);
+    const NewTokens::Update update = tokens.advance(given, 0, inputs, p);
     if (p.writes_o) *o_at(0) = narrow<DTYPE>(update.o);
     if (work.stores) store(tile(work.to), p, [&](int i, int j) { return update(given, i, j); });
   } else {
@@ -104,8 +102,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int t = 0;; t++) {
       if (t == work.kept && work.stores) store(tile(work.to), p, [&](int i, int j) { return S(i, j); });
       if (t == work.tokens) break;
-      if (t > 0 && t % BATCH == 0) bring_next(tokens, inputs, work.first + t, min(work.tokens - t, BATCH), p, slice);
-      const Update update = advance(S, tokens, t % BATCH, scale, p, passed);
+      if (t > 0 && t % BATCH == 0) {
+        const int more = min(work.tokens - t, BATCH);
+        tokens.ask(inputs, work.first + t, more, p, slice);
+        __syncthreads();
+        tokens.take(inputs, work.first + t, more, p, slice);
+      }
+      const NewTokens::Update update = tokens.advance(S, t % BATCH, inputs, p);
       if (p.writes_o) *o_at(t) = narrow<DTYPE>(update.o);
       S.become([&](int i, int j) { return update(S, i, j); });
     }

@@ -80,6 +80,10 @@ CALLS = (
     dict(dtype="bfloat16", K=128, V=128, gate="channel", H=4, T=32768, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, state_layout="vk", passes=("backward", "step")),
     dict(dtype="float16", K=100, V=40, qk_l2norm=True, passes=("forward", "backward", "step")),
+    *(
+        dict(dtype="bfloat16", K=128, V=128, T=1, gate=True, passes=("step",)) | options
+        for options in ({}, dict(state_layout="vk", qk_l2norm=True), dict(raw="softplus"))
+    ),
     dict(dtype="float32", K=128, V=128, passes=ALL),
     dict(dtype="float32", K=60, V=17, passes=("forward", "backward")),
     dict(dtype="float64", K=128, V=128, passes=("recurrent", "step")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,17 +11,28 @@ from ...call import Call
 from ..spec import C_TYPES, GATES, DeviceFacts, Launch, Plan, carve, i32
 from .raw import raw_macros
 
-# The fastest of a few on an H200, with the kernel as it was before beta and gates per head came by
-# a warp of their own. What a thread has of a state: the most elements, half as many in double, and
-# by how many keys, if there are as many; less of (V, K) states that are wider than 16 bits.
-TILE, KEYS, WIDE_TILE, WIDE_KEYS = 64, 16, 32, 8
-# Neighbouring threads that take neighbouring vectors of a row of a (K, V) state, and their length.
-BESIDE, VECTOR = 16, 4
-# Threads per block of warps that share nothing: with one token, and with several.
-ONE_THREADS, THREADS = 64, 128
+# Threads per block of warps that share nothing: as a rule, and of one token that comes with logits.
+THREADS, RAW_THREADS = 128, 64
 WARP, MOST_WARPS = 32, 16
 # New tokens that a block brings to shared memory at a time.
 BATCH = 4
+
+
+class Tiling(NamedTuple):
+    """What a thread has of a state, and a warp of its rows."""
+
+    vk: int  # bytes in the type of the sums, of a (V, K) state, at most
+    kv: int  # of a (K, V) state
+    row: int  # bytes that a warp has of a row of a (K, V) state
+    keys: int = 1  # of a row of a (V, K) state, at least, if there are as many
+    vector: int = 16  # bytes of an access to a (K, V) state, at most
+
+
+# By bytes of an element, the fastest of those measured (docs/lab). States that every call rounds to
+# 16 bits need not have the same bits after several tokens as after one at a time: in steps of
+# several tokens threads have more of them, so that fewer sums are passed.
+TILINGS = {2: Tiling(vk=128, kv=128, row=128), 4: Tiling(128, 256, 256), 8: Tiling(128, 128, 64)}
+SEVERAL_IN_16_BITS = Tiling(vk=256, kv=256, row=128, keys=16, vector=8)
 
 
 def plan_step(call: Call, facts: DeviceFacts) -> Plan:
@@ -45,6 +57,11 @@ def one_token(call: Call) -> bool:
     return call.T == 1 and not call.varlen and not call.accepting
 
 
+def own_rows(call: Call) -> bool:
+    """Return whether threads read rows of q and k for themselves, one of each."""
+    return one_token(call) and call.raw_gate is None and call.raw_beta is None
+
+
 def step_tile(call: Call) -> dict:
     """Return the macros of `tokens/decode.cu` that say which part of a state a thread has.
 
@@ -52,27 +69,27 @@ def step_tile(call: Call) -> dict:
     a thread has one vector of some keys, BESIDE threads are side by side, and the PARTS others of
     its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
-    K, V = call.K, call.V
-    longest = call.pool_alignment // pool_dtype(call).itemsize
-    tile, most_keys, itemsize = TILE, KEYS, pool_dtype(call).itemsize
-    if call.state_layout == "vk" and itemsize > 2:
-        tile, most_keys = WIDE_TILE, WIDE_KEYS
-    tile = tile * 4 // call.compute_dtype.itemsize
+    K, V, itemsize = call.K, call.V, pool_dtype(call).itemsize
+    several = itemsize == 2 and not own_rows(call)
+    tiling = SEVERAL_IN_16_BITS if several else TILINGS[itemsize]
     if call.state_layout == "vk":
-        vector = math.gcd(K, longest)
-        parts = min(WARP, power_of_two(-(-K // max(vector, most_keys))))
+        vector = math.gcd(K, call.pool_alignment // itemsize)
+        parts = min(WARP, power_of_two(-(-K // max(vector, tiling.keys))))
         keys = -(-K // (parts * vector)) * vector
+        tile = tiling.vk // call.compute_dtype.itemsize
         fitting = 1 << (max(1, tile // keys).bit_length() - 1)
         values, across, warps = min(parts, fitting, power_of_two(V)), 1, 1
         per_warp = WARP // parts * values
     else:
-        values = vector = math.gcd(V, min(longest, VECTOR))
-        across = min(BESIDE, power_of_two(V // vector))
+        values = vector = math.gcd(V, min(call.pool_alignment, tiling.vector) // itemsize)
+        widest = min(WARP, power_of_two(V // vector))
+        across = min(widest, max(1, tiling.row // itemsize // vector))
         parts = WARP // across
         per_warp = across * values
+        tile = tiling.kv // call.compute_dtype.itemsize
         enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
         warps = min(MOST_WARPS, power_of_two(enough))
-    threads = ONE_THREADS if one_token(call) else THREADS
+    threads = RAW_THREADS if one_token(call) and not own_rows(call) else THREADS
     alone = min(threads // WARP, -(-V // per_warp)) if warps == 1 else 1
     return dict(
         VECTOR=vector,
@@ -85,17 +102,17 @@ def step_tile(call: Call) -> dict:
 
 
 def shared_bytes(call: Call, tile: dict, batch: int) -> int:
-    """Return the shared memory of a block: the kernel's Tokens, and Passed if warps share keys."""
-    sharers = tile["PARTS"] * tile["WARPS"]
+    """Return the shared memory of a block: Tokens if rows are there, and what is passed."""
+    real, warps = call.compute_dtype.itemsize, tile["WARPS"]
+    passed = (2 * warps + 1) * tile["CHANNELS"] if warps > 1 else 0
+    if own_rows(call):
+        return (passed + 3 * warps) * real if warps > 1 else 0
     run = tile["VECTOR"] if call.state_layout == "vk" else 1
+    sharers = tile["PARTS"] * warps
     row = -(-call.K // (sharers * run)) * run * sharers
     rows = 4 if call.gate == "channel" else 2
-    real = call.compute_dtype.itemsize
-    tokens = batch * (4 + rows * row + tile["CHANNELS"])
-    taken = [(-(-tokens // 4) * 4, real)]
-    if tile["WARPS"] > 1:
-        taken.append(((2 * tile["WARPS"] + 1) * tile["CHANNELS"], real))
-    return carve(*taken)
+    tokens = batch * (5 + rows * row + tile["CHANNELS"])
+    return carve((-(-tokens // 4) * 4, real), (passed, real))
 
 
 def decode_launch(call: Call) -> Launch:
@@ -113,6 +130,7 @@ def decode_launch(call: Call) -> Launch:
         STATE_VK=int(call.state_layout == "vk"),
         L2NORM=int(call.qk_l2norm),
         ONE_TOKEN=int(one_token(call)),
+        OWN_ROWS=int(own_rows(call)),
     )
     raw_gate, raw_beta = call.raw_gate, call.raw_beta
     defines |= raw_macros(raw_gate) | dict(
@@ -120,6 +138,14 @@ def decode_launch(call: Call) -> Launch:
         GATE_DTYPE=C_TYPES[(real if raw_gate is None else raw_gate.dtype).name],
         BETA_DTYPE=C_TYPES[(real if raw_beta is None else raw_beta.dtype).name],
     )
+    raw: tuple = ()
+    if raw_gate is not None or raw_beta is not None:
+        raw = (
+            None if raw_gate is None else "A_log",
+            "dt_bias" if raw_gate is not None and raw_gate.bias else None,
+            real.type(0 if raw_gate is None else raw_gate.bound),
+            real.type(1 if raw_beta is None else raw_beta.scale),
+        )
     batch = 1 if defines["ONE_TOKEN"] else BATCH
     defines["BATCH"] = batch
     threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
@@ -136,8 +162,6 @@ def decode_launch(call: Call) -> Launch:
             "v",
             "beta" if raw_beta is None else "logits",
             "g" if raw_gate is None else "a",
-            None if raw_gate is None else "A_log",
-            "dt_bias" if raw_gate is not None and raw_gate.bias else None,
             "cu_seqlens",
             "state_indices",
             "output_state_indices",
@@ -145,11 +169,10 @@ def decode_launch(call: Call) -> Launch:
             "state",
             "o",
             real.type(call.scale),
-            real.type(0 if raw_gate is None else raw_gate.bound),
-            real.type(1 if raw_beta is None else raw_beta.scale),
             i32(call.T),
             i32(call.HV),
             i32(call.pool_slots),
+            *raw,
             np.int64(call.pool_stride),
         ),
     )

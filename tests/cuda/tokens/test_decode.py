@@ -19,7 +19,7 @@ def token(args, t):
     return [None if x is None else x[:, t : t + 1] for x in args]
 
 
-def one_by_one(args, pool, layout):
+def one_by_one(args, pool, options):
     """Outputs and new slots of that ragged step, made by steps of single tokens."""
     after, outputs = pool.copy(), []
     for n, (start, stop) in enumerate(itertools.pairwise(ENDS)):
@@ -31,7 +31,7 @@ def one_by_one(args, pool, layout):
             if t - start == ACCEPTED[n]:
                 after[WRITTEN[n]] = state[0]
             one = token(args, t)
-            outputs.append(cd.delta_rule_step(*one, state=state, state_layout=layout))
+            outputs.append(cd.delta_rule_step(*one, state=state, **options))
         if state is not None and ACCEPTED[n] == stop - start:
             after[WRITTEN[n]] = state[0]
     return np.concatenate(outputs, axis=1), after
@@ -41,14 +41,21 @@ def one_by_one(args, pool, layout):
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 @pytest.mark.parametrize("sizes", [(40, 24), (128, 12)])
 def test_a_ragged_step_is_its_tokens_one_by_one(emulated, layout, gate, sizes):
-    """To the bit: outputs, slots that take up what is accepted, and all others."""
+    """To the bit: outputs, slots that take up what is accepted, and all others.
+
+    Of one token threads read rows for themselves, of several from shared memory. One row is so
+    large that its squares overflow.
+    """
     sizes = dict(zip("KV", sizes, strict=True)) | dict(H=1, G=2)
     args, _ = make_inputs(6, gate=gate, dtype=F32, layout=layout, **sizes)
+    options = dict(state_layout=layout, qk_l2norm=sizes["K"] == 128)
+    if options["qk_l2norm"]:
+        args[1][0, 1] *= 1e30
     shape = (2, sizes["K"], sizes["V"]) if layout == "kv" else (2, sizes["V"], sizes["K"])
     pool = np.random.default_rng(0).standard_normal((5, *shape)).astype(F32)
-    expected, after = one_by_one(args, pool, layout)
+    expected, after = one_by_one(args, pool, options)
     slots = dict(state_indices=READ, output_state_indices=WRITTEN, cu_seqlens=ENDS)
-    o = cd.delta_rule_step(*args, state=pool, accepted=ACCEPTED, state_layout=layout, **slots)
+    o = cd.delta_rule_step(*args, state=pool, accepted=ACCEPTED, **options, **slots)
     assert np.array_equal(o, expected)
     assert np.array_equal(pool, after)
 
