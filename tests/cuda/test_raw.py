@@ -45,7 +45,7 @@ SHAPES = [
     ("sigmoid", "channel", None, F16, 1, 20, 3, 5),
     ("softplus", "channel", "head", F32, 1, 270, 2, 40),
     ("softplus", "channel", "channel", F32, 1, 270, 2, 40),
-    ("sigmoid", "channel", "channel", BF16, 1, 9, 5, 128),
+    ("sigmoid", "channel", "channel", BF16, 1, 90, 5, 128),
     ("sigmoid", "channel", "channel", F64, 1, 3, 2, 1),
     ("softplus", "channel", "channel", BF16, 1, 3, 2, 1),
 ]
