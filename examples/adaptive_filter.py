@@ -18,11 +18,11 @@ arrays, in float32.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
 from filters import adapt, nlms_step
+from surroundings import parser_of, save_figure, surroundings
 
 from cupy_delta.extras import EXTRAS, install_command
 
@@ -75,10 +75,8 @@ def reference(x: np.ndarray, d: np.ndarray, mu: float) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__.splitlines()[0], "adaptive_filter.png")
     parser.add_argument("--taps", type=int, default=9, help="lags per prediction")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("-o", "--output", default="adaptive_filter.png", help="picture to write")
     args = parser.parse_args(argv)
     try:
         years, series = sunspots()
@@ -89,11 +87,11 @@ def main(argv=None) -> int:
     if not 1 <= args.taps < len(series):
         print(f"--taps: expected 1 to {len(series) - 1}, got {args.taps}", file=sys.stderr)
         return 2
-    asarray, dtype = np.asarray, np.float64
-    if args.device == "gpu":
-        from cupy import asarray
-
-        dtype = np.float32
+    found = surroundings(args.device, args.output)
+    if found is None:
+        return 2
+    xp, drawn = found
+    asarray, dtype = xp.asarray, np.float64 if xp is np else np.float32
 
     x, d = lag_vectors(series, args.taps), series[args.taps :]
     y = predict(x.astype(dtype), d.astype(dtype), STEP_SIZES, asarray)
@@ -110,17 +108,12 @@ def main(argv=None) -> int:
     for mu, error in zip(STEP_SIZES, errors, strict=True):
         print(f"  mu = {mu:<5} {error:6.1f}")
     print(f"  last value {naive:5.1f}")
-    draw(args.output, years[args.taps :], d, y, errors)
+    if drawn:
+        draw(args.output, years[args.taps :], d, y, errors)
     return 0
 
 
 def draw(path: str, years, d, y, errors) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no picture: {install_command(*EXTRAS['examples'])}")
-        return
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     best = int(np.argmin(errors))
@@ -137,7 +130,7 @@ def draw(path: str, years, d, y, errors) -> None:
     bottom.set(xlabel="year", ylabel="error", xlim=(years[0], years[-1]))
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     print(f"picture: {path}")
 

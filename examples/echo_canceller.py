@@ -15,13 +15,11 @@ With ``--device gpu`` the same calls get CuPy arrays, in float32.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
 from filters import adapt, nlms_step, regressors
-
-from cupy_delta.extras import EXTRAS, install_command
+from surroundings import parser_of, save_figure, surroundings
 
 RATE, SECONDS, BLOCK = 4000, 4, 500
 TAPS, MICROPHONES = 64, 2
@@ -73,15 +71,13 @@ def suppression(d, left, window: int = RATE // 8) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("-o", "--output", default="echo_canceller.png", help="picture to write")
+    parser = parser_of(__doc__.splitlines()[0], "echo_canceller.png")
     args = parser.parse_args(argv)
-    asarray, dtype = np.asarray, np.float64
-    if args.device == "gpu":
-        from cupy import asarray
-
-        dtype = np.float32
+    found = surroundings(args.device, args.output)
+    if found is None:
+        return 2
+    xp, drawn = found
+    asarray, dtype = xp.asarray, np.float64 if xp is np else np.float32
     played, d = record()
     x = regressors(played, TAPS)
     left = cancel(x.astype(dtype), d.astype(dtype), asarray)
@@ -97,17 +93,12 @@ def main(argv=None) -> int:
     print("echo suppressed before the door opens, and at the end:")
     for mu, first, second in zip(STEP_SIZES, before, after, strict=True):
         print(f"  mu = {mu:<4} {first:5.1f} dB {second:5.1f} dB")
-    draw(args.output, decibels)
+    if drawn:
+        draw(args.output, decibels)
     return 0
 
 
 def draw(path: str, decibels) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no picture: {install_command(*EXTRAS['examples'])}")
-        return
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -120,7 +111,7 @@ def draw(path: str, decibels) -> None:
     axes.set_title("Two echoes cancelled by the delta rule as NLMS filter")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
     print(f"picture: {path}")
 

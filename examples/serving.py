@@ -21,7 +21,6 @@ matplotlib: the extra ``plot``.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import OrderedDict, deque
@@ -29,8 +28,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from serving_model import HV, LAYERS, STATE, VOCABULARY, H, K, Model, V
+from surroundings import parser_of, save_figure, surroundings
 
 from cupy_delta import Workspace, delta_rule_step
+from cupy_delta.commands.console import positive
 
 CHECKPOINT = 64  # tokens between states that are kept of a prompt
 PREFILL = 256  # tokens of prompts per round
@@ -293,9 +294,6 @@ def deviation(model: Model, request: Request) -> float:
 
 def draw(path: str, engine: Engine) -> None:
     """Draw who had which slot when."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
@@ -316,19 +314,18 @@ def draw(path: str, engine: Engine) -> None:
         "slots of the pool: requests by number, pale while their prompts are read;"
         " grey, beginnings that are kept, by length"
     )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("-o", "--output", help="a picture of the pool (PNG)")
+    parser = parser_of(__doc__.split("\n", 1)[0], None)
+    parser.add_argument("--requests", type=positive, default=40, help="default: 40")
     options = parser.parse_args(argv)
-    xp = np
-    if options.device == "gpu":
-        import cupy as xp
+    found = surroundings(options.device, options.output)
+    if found is None:
+        return 2
+    xp, drawn = found
     requests = stream(options.requests)
     engine = Engine(Model.random(xp, np.float32), requests)
     start = time.perf_counter()
@@ -345,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     exact = Model.random(np, np.float64)
     worst = max(deviation(exact, request) for request in requests)
     print(f"beside each alone {worst:.1e} of the largest logit")
-    if options.output:
+    if drawn:
         draw(options.output, engine)
         print(f"picture           {options.output}")
     if not worst < TOLERANCE:

@@ -149,9 +149,15 @@ def train(steps: int, device: str) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The delta rule in PyTorch: learn to recall.")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--steps", type=int, default=300, help="default: 300")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch finds no GPU", file=sys.stderr)
+        return 2
+    if args.steps < 1:
+        print(f"--steps: expected at least 1, got {args.steps}", file=sys.stderr)
+        return 2
     losses = train(args.steps, args.device)
     shown = max(1, len(losses) // 10)
     for step in range(0, len(losses), shown):

@@ -81,6 +81,12 @@ def add_arguments(parser) -> None:
 
 
 def run_command(args) -> int:
+    from .main import CommandError
+
+    if (args.value_heads or args.heads) % args.heads:
+        raise CommandError(
+            f"--value-heads: expected a multiple of --heads = {args.heads}, got {args.value_heads}"
+        )
     device = device_for(args)
     distinct: dict[tuple, Launch] = {}
     passes = [(name, T) for name in args.passes if name != "step" for T in args.tokens]

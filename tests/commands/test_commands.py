@@ -326,6 +326,11 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     assert {d["HAS_GATE"] for name, d in Recorder.compiled if name == "backward_chunk"} == {0, 1}
 
 
+def test_compile_refuses_heads_that_no_call_has(capsys):
+    error = one_line_error(capsys, "compile", "--heads", "3", "--value-heads", "4")
+    assert "--value-heads: expected a multiple of --heads = 3, got 4" in error
+
+
 def test_traceback_on_request(tmp_path):
     argv = ["-m", "cupy_delta", "run", str(tmp_path / "none.npz"), "-o", "x.npz"]
     assert "Traceback" not in python(*argv).stderr
