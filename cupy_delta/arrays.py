@@ -81,21 +81,26 @@ def places(*arrays: Any) -> tuple | None:
     looked at.
     """
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", None)
+    if of_cupy is None:
+        return None
     found: list[Any] = []
     for x in arrays:
-        if x is None:
-            found.append(None)
-        elif type(x) is of_cupy:
+        if type(x) is of_cupy:
             data = x.data
-            found.append((data.ptr, data.device_id, x.dtype, x.shape, x.strides))
-        elif of_cupy is not None and isinstance(x, GATES):
-            found.append((type(x), x.bound, places(x.a, x.A_log, x.dt_bias)))
-        elif of_cupy is not None and isinstance(x, BETAS):
-            found.append((type(x), x.scale, places(x.logits)))
+            found += (data.ptr, data.device_id, x.dtype, x.shape, x.strides)
+        elif x is None:
+            found.append(None)
         else:
-            return None
-        if found[-1] is not None and found[-1][-1] is None:
-            return None
+            if isinstance(x, GATES):
+                part = places(x.a, x.A_log, x.dt_bias)
+                found.append((type(x), x.bound, part))
+            elif isinstance(x, BETAS):
+                part = places(x.logits)
+                found.append((type(x), x.scale, part))
+            else:
+                return None
+            if part is None:
+                return None
     return tuple(found)
 
 

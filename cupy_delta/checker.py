@@ -6,6 +6,7 @@ Symbols as in problem.py; shapes are written as strings of symbols, e.g. ``"B T 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, lru_cache, wraps
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -40,7 +41,20 @@ def remembered(check):
 
 
 class Passed:
-    """What came of calls that passed every check: of those whose arrays all lie on a device.
+    """A call that has passed every check: its problem, without arrays.
+
+    `again` is what the backend may keep of it: a launch on the same memory.
+    """
+
+    __slots__ = ("again", "problem")
+
+    def __init__(self, problem):
+        self.problem = problem
+        self.again: Callable[[], None] | None = None
+
+
+class PassedCalls:
+    """Calls that passed every check, of those whose arrays all lie on a device.
 
     Kept by where the arrays lie, since nothing else of them is looked at there.
     """
@@ -48,16 +62,17 @@ class Passed:
     def __init__(self):
         self._kept: dict = {}
 
-    def find(self, key) -> Any:
+    def find(self, key) -> Passed | None:
         try:
             return self._kept.get(key)
         except TypeError:  # an option that has no hash: it is refused
             return None
 
-    def keep(self, key, result) -> None:
+    def keep(self, key, problem) -> Passed:
         if len(self._kept) >= KEPT_PLACES:
             self._kept.clear()
-        self._kept[key] = result
+        self._kept[key] = passed = Passed(problem)
+        return passed
 
 
 @cache

@@ -19,7 +19,7 @@ from .arrays import describe, looks, places, sharing
 from .call import Call
 from .checker import (
     Checker,
-    Passed,
+    PassedCalls,
     chunk_size_of,
     options_of,
     pool_look,
@@ -68,7 +68,7 @@ class Problem(Call):
     output_state_indices: Any = None
     fresh: Any = None
     accepted: Any = None
-    places: Any = None  # where all of them lie in device memory
+    passed: Any = None  # where all of them lie in device memory: the `Passed` of that
 
     # Two problems that are alike still have different arrays.
     __eq__ = object.__eq__
@@ -199,14 +199,17 @@ def step_problem(
 ) -> Problem:
     """Check a decoding step; one that has passed on the same memory of a device, by that alone."""
     named = (state_indices, output_state_indices, cu_seqlens, accepted)
-    arrays = dict(q=q, k=k, v=v, state=state, out=out) | by_name(beta, g)
-    arrays |= zip(STEPPED, named, strict=True)
     lies = places(q, k, v, beta, g, out, state, *named)
+    passed = None
     if lies is not None:
         key = (lies, scale, type(scale), qk_l2norm, type(qk_l2norm), state_layout)
-        alike = _steps_that_passed.find(key)
-        if alike is not None:
-            return alike.of(arrays | {"places": key})
+        passed = _steps_that_passed.find(key)
+        if passed is not None and passed.again is not None:
+            return passed.problem.of(dict(v=v, out=out, passed=passed))
+    arrays = dict(q=q, k=k, v=v, state=state, out=out) | by_name(beta, g)
+    arrays |= zip(STEPPED, named, strict=True)
+    if passed is not None:
+        return passed.problem.of(arrays | {"passed": passed})
     found = looks(q, k, v, beta, g, out, state, *named)
     alike = step_call(found, scale, qk_l2norm, state_layout, pool_look(state))
     problem = alike.of(arrays)
@@ -222,12 +225,11 @@ def step_problem(
     if out is not None:
         check_written(problem, "out")
     if lies is not None:
-        _steps_that_passed.keep(key, alike)
-        return problem.of({"places": key})
+        return problem.of({"passed": _steps_that_passed.keep(key, alike)})
     return problem
 
 
-_steps_that_passed = Passed()
+_steps_that_passed = PassedCalls()
 
 
 @remembered
@@ -445,8 +447,13 @@ def _idle(problem: Problem) -> np.ndarray | None:
         getattr(problem, name) for name in ("state_indices", "output_state_indices", "accepted")
     )
     idle = read < 0 if isinstance(read, np.ndarray) else None
-    if isinstance(accepted, np.ndarray) and (written is None or written is read):
-        idle = accepted == 0 if idle is None else idle | (accepted == 0)
+    if isinstance(accepted, np.ndarray):
+        own: Any = written is None or written is read
+        if not own and isinstance(written, np.ndarray):
+            start = np.arange(len(written)) if read is None else read
+            own = written == start if isinstance(start, np.ndarray) else False
+        left = (accepted == 0) & own
+        idle = left if idle is None else idle | left
     return idle
 
 

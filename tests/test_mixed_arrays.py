@@ -1,5 +1,6 @@
 """NumPy and CuPy arrays in one call, and two devices: a stand-in for CuPy, so no GPU is needed."""
 
+import copy
 import itertools
 import sys
 import types
@@ -10,6 +11,8 @@ from calls import ARRAYS, EVERY_ARRAY, call, first_of, good, integers, refuse
 
 import cupy_delta
 from cupy_delta import building_blocks, operators
+from cupy_delta.cuda import operators as cuda_operators
+from cupy_delta.cuda.spec import DeviceFacts
 
 ADDRESSES = itertools.count(1 << 40, 1 << 20)
 
@@ -194,17 +197,66 @@ def test_strided_device_memory_is_not_written(cupy):
     refuse("chunk_delta_rule", arguments, ValueError, message)
 
 
+class Launcher:
+    """A device that notes what is asked of it; arrays are as kernels read them, unless copied."""
+
+    facts = DeviceFacts(sm_count=132, shared_bytes=227 * 1024)
+
+    def __init__(self, copied=()):
+        self.copied, self.asked = copied, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def bring(self, x, name, dtype):
+        return FakeArray(x) if name in self.copied else x
+
+    def target(self, x, name):
+        return x
+
+    def prepare(self, launches):
+        self.asked.append("prepared")
+
+    def launch(self, launch, arrays):
+        self.asked.append("launched")
+
+    def repeated(self, launch, arrays):
+        return lambda: self.asked.append([arrays[name] for name in ("q", "state", "o")])
+
+
+@pytest.mark.parametrize("copied", [(), ("beta",)])
+def test_a_step_on_the_same_memory_is_the_same_launch(cupy, monkeypatch, copied):
+    """Unless it reads copies, which every call makes anew."""
+    device = Launcher(copied)
+    monkeypatch.setattr(operators, "backend_for", lambda kind: cuda_operators)
+    monkeypatch.setattr(cuda_operators, "device_of", lambda x: device)
+    arguments = on_device(good("delta_rule_step"))
+    arguments["out"] = FakeArray(np.zeros(arguments["v"].shape, arguments["v"].dtype))
+    alike = {n: copy.copy(x) for n, x in arguments.items()}
+    for given in (arguments, alike, arguments):
+        assert call("delta_rule_step", given) is given["out"]
+    planned = ["prepared", "launched"]
+    again = [arguments[name] for name in ("q", "state", "out")]
+    assert device.asked == (planned * 3 if copied else [*planned, again, again])
+    moved = arguments | on_device({"k": good("delta_rule_step")["k"]})
+    call("delta_rule_step", moved)
+    assert device.asked[-2:] == planned
+
+
 def test_a_step_on_the_same_memory_has_passed_before(cupy):
     """It is told by where arrays lie and how; anything else is looked at as ever."""
     arguments = on_device(good("delta_rule_step"))
     for _ in range(2):
         call("delta_rule_step", arguments)
     one, other = cupy.problems[-2:]
-    assert other.kept is one.kept and other.places == one.places is not None
-    assert not any(isinstance(x, FakeArray) for x in vars(one)["places"][0] if x is not None)
+    assert other.kept is one.kept and other.passed is one.passed is not None
+    assert not any(isinstance(x, FakeArray) for x in vars(one.passed.problem).values())
     moved = arguments | on_device({"q": good("delta_rule_step")["q"]})
     call("delta_rule_step", moved)
-    assert cupy.problems[-1].places != one.places
+    assert cupy.problems[-1].passed is not one.passed
     short = FakeArray(good("delta_rule_step")["q"][:1])
     short.address = arguments["q"].address
     with pytest.raises(ValueError, match="k: expected"):

@@ -122,6 +122,11 @@ def test_wrong_ragged_step(name):
         dict(state_indices=integers(4, 4, 4, 2), output_state_indices=integers(3, 1, -1, 2)),
         dict(state_indices=integers(4, 1, 0, -2), output_state_indices=integers(4, 5, -1, 4)),
         dict(state_indices=integers(4, 4, 4, 2), accepted=integers(0, 0, 0, 1)),
+        dict(
+            state_indices=integers(4, 4, 4, 2),
+            output_state_indices=integers(4, 4, 3, 2),
+            accepted=integers(0, 0, 1, 1),
+        ),
     ],
 )
 def test_right_ragged_steps(right):
