@@ -78,6 +78,14 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--state-layout", choices=("kv", "vk"), default="kv", help="of the states (default: kv)"
     )
+    parser.add_argument(
+        "--pool-dtype",
+        choices=[name for name in FLOAT_DTYPES if name != "float64"],
+        help="of pools that prefill and step work on (default: that of sums)",
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=positive, metavar="N", help="where prefill passes one"
+    )
 
 
 def run_command(args) -> int:
@@ -109,6 +117,8 @@ def run_command(args) -> int:
             varlen=args.varlen,
             qk_l2norm=args.qk_l2norm,
             state_layout=args.state_layout,
+            checkpoint_every=args.checkpoint_every,
+            pool_dtype=args.pool_dtype,
         )
         for launch in launches:
             distinct.setdefault((launch.file, launch.defines), launch)

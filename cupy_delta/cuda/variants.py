@@ -43,6 +43,7 @@ def launches_of(
     qk_l2norm: bool = False,
     state_layout: StateLayout = "kv",
     checkpoint_every: int | None = None,
+    pool_dtype: str | None = None,
 ) -> list[Launch]:
     """Plan the passes of a call and return its distinct kernels.
 
@@ -52,7 +53,7 @@ def launches_of(
     passes : tuple of {"forward", "prefill", "backward", "recurrent", "step", "blocks"}
         "prefill" is the forward on a pool of states, "blocks" are the WY building blocks.
     dtype : str
-        Of q, k and v; beta and g count as float32, pools as float32 (or float64).
+        Of q, k and v; beta and g count as float32 (or float64).
     K, V, B, T, H, HV
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
     gate : bool or {"scalar", "channel"}
@@ -62,6 +63,8 @@ def launches_of(
         the logits of `dtype`.
     chunk_size, varlen, qk_l2norm, state_layout, checkpoint_every
         Options as in `chunk_delta_rule`; the last of "prefill" alone.
+    pool_dtype : str, optional
+        Of pools, by default float32 (or float64).
 
     Returns
     -------
@@ -102,7 +105,8 @@ def launches_of(
     )
     calls = dict.fromkeys(PASSES, call)
     # A step of one sequence per batch row, and ragged ones. Building blocks have one layout.
-    on_pool = replace(call, pool_slots=N, pool_dtype=call.state_dtype, pool_stride=HV * K * V)
+    stored = call.state_dtype if pool_dtype is None else FLOAT_DTYPES[pool_dtype]
+    on_pool = replace(call, pool_slots=N, pool_dtype=stored, pool_stride=HV * K * V)
     calls["prefill"] = replace(on_pool, checkpoint_every=checkpoint_every)
     calls["step"] = replace(on_pool, B=N, varlen=False)
     calls["blocks"] = replace(call, state_layout="kv")

@@ -65,14 +65,18 @@ CASES = [
     dict(dtype=BF16, T=100, cu_seqlens=[0, 20, 100]),
     dict(dtype=F32, T=100, initial=True),
     dict(dtype=F32, T=20000, G=2),
+    dict(dtype=BF16, T=100, pool="bfloat16", every=64, initial=True),
+    dict(dtype=BF16, T=100, pool="float16", gate="channel", initial=True),
 ]
 
 
-def run(passes, args, kw, **options):
+def run(passes, args, kw, pool=None, every=None, **options):
     if passes == "forward":
         cd.chunk_delta_rule(*args, **kw, **options)
     elif passes == "prefill":
-        kw = kw | dict(state=kw["initial_state"], initial_state=None)
+        state = kw["initial_state"]
+        state = state if pool is None else state.astype(getattr(ml_dtypes, pool, pool))
+        kw = kw | dict(state=state, initial_state=None, checkpoint_every=every)
         cd.chunk_delta_rule(*args, **kw, **options)
     elif passes == "recurrent":
         cd.recurrent_delta_rule(*args, **kw, **options)
@@ -88,6 +92,7 @@ def run(passes, args, kw, **options):
 def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2norm, passes):
     device, sizes = recorder(architecture), dict(H=2, G=1, K=64, V=64) | case
     formula = sizes.pop("formula", None)
+    stored = {name: sizes.pop(name, None) for name in ("pool", "every")}
     args, kw = make_inputs(**sizes | dict(initial=passes == "prefill" or "initial" in case))
     if formula is not None:
         gate, dtype, rng = sizes["gate"], sizes["dtype"], np.random.default_rng(0)
@@ -108,24 +113,28 @@ def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2
         varlen=cu is not None,
         qk_l2norm=qk_l2norm,
         state_layout=sizes.get("layout", "kv"),
+        checkpoint_every=stored["every"],
+        pool_dtype=stored["pool"],
     )
     try:
         ahead = launches_of(device.facts, (passes,), **options)
     except NotImplementedError:
         with pytest.raises(NotImplementedError):
-            run(passes, args, kw, qk_l2norm=qk_l2norm)
+            run(passes, args, kw, **stored, qk_l2norm=qk_l2norm)
         return
-    run(passes, args, kw, qk_l2norm=qk_l2norm)
+    run(passes, args, kw, **stored, qk_l2norm=qk_l2norm)
     assert device.kernels == {(launch.file, launch.defines) for launch in ahead}
     assert device.kernels
 
 
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
-def test_steps_launch_what_was_planned_ahead(recorder, T, layout):
+@pytest.mark.parametrize("pool", ["float32", "bfloat16"])
+def test_steps_launch_what_was_planned_ahead(recorder, T, layout, pool):
     device = recorder("sm_90")
     args, kw = make_inputs(T, B=3, H=2, G=2, K=64, V=32, layout=layout, dtype=BF16, initial=True)
-    cd.delta_rule_step(*args, state=kw["initial_state"], state_layout=layout)
+    state = kw["initial_state"].astype(getattr(ml_dtypes, pool, pool))
+    cd.delta_rule_step(*args, state=state, state_layout=layout)
     sizes = dict(dtype="bfloat16", K=64, V=32, B=3, T=min(T, 2), H=2, HV=4, state_layout=layout)
-    ahead = launches_of(device.facts, ("step",), **sizes)
+    ahead = launches_of(device.facts, ("step",), **sizes, pool_dtype=pool)
     assert device.kernels == {(launch.file, launch.defines) for launch in ahead}
