@@ -9,9 +9,14 @@ from helpers import deviation, make_inputs
 from raw import raw_gate
 
 import cupy_delta as cd
+from cupy_delta.cuda import operators
+from cupy_delta.cuda.plan import plan
+from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.problem import step_problem
 
 BF16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
 ENDS = np.array([0, 3, 3, 5, 6])
+OPTIONS = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
 READ, WRITTEN, ACCEPTED = np.array([3, 1, -1, 0]), np.array([3, 2, 4, 0]), np.array([2, 0, 1, 0])
 
 
@@ -93,6 +98,35 @@ def test_verify_and_commit(emulated, layout):
     cd.delta_rule_step(*(x[:, :3] for x in args), state=alone, **options)
     assert np.array_equal(pool[0], alone[0])
     assert np.array_equal(pool[1], kw["initial_state"][1])
+
+
+# In device memory, and what is made of it: 2, 4, 0 and 0 tokens, of which the second sequence's are
+# taken up.
+WRONG = dict(
+    cu_seqlens=[-5, 2, 2**33, 3, 2],
+    accepted=[-7, 2**40, 5, 1],
+    output_state_indices=[2**32 + 1, 4, -3, 6],
+)
+RIGHT = dict(
+    cu_seqlens=[0, 2, 6, 6, 6], accepted=[0, 4, 0, 0], output_state_indices=[-1, 4, -1, -1]
+)
+
+
+def test_wrong_values_in_device_memory_touch_nothing_else(emulated, request):
+    if request.config.getoption("--on-gpu"):
+        pytest.skip("only the emulator tells what is outside")
+    args, _ = make_inputs(6, H=1, G=2, K=40, V=24, gate="scalar", dtype=F32)
+    pool = np.random.default_rng(0).standard_normal((6, 2, 40, 24)).astype(F32)
+    right = {name: np.array(x) for name, x in RIGHT.items()} | {"state_indices": np.arange(4)}
+    expected = pool.copy()
+    o = cd.delta_rule_step(*args, state=expected, **right)
+    problem = step_problem(*args, state=pool, **right, **OPTIONS)
+    with operators.device_of(args[0]) as device:
+        ready = {n: device.bring(np.array(x), n, np.int64) for n, x in WRONG.items()}
+        found = plan("step", problem, device.facts)
+        results = execute(found, vars(problem), device, {"state": pool}, ready)
+    assert np.array_equal(results["o"], o)
+    assert np.array_equal(pool, expected)
 
 
 RAW = [
