@@ -100,7 +100,7 @@ def measure(row: Row, repeats: int, peers: bool) -> dict:
         parts = [x.view(np.float32) for x in parts]
         for name, copy in (("memcpy", cupy.copyto), ("kernel", lambda to, x: COPY(x, to))):
             graphs[name] = graph_of([lambda x=x, copy=copy: copy(aside, x) for x in parts], stream)
-        for contestant in [decoding.Ours] + [decoding.FlashInfer] * peers:
+        for contestant in [decoding.Ours, decoding.OursFormed] + [decoding.FlashInfer] * peers:
             try:
                 one = contestant(row, inputs)
                 errors[one.name] = decoding.error(row, inputs, one)
@@ -122,10 +122,10 @@ def line(found: dict) -> list[str]:
     us, errors = found["us"], found["errors"]
     copy = us["copy"] * (0.5 if found["what"] == "verify" else 1)
     cells = [str(found[name]) for name in ("B", "T", "pool", "layout", "gate", "what")]
-    ours, theirs = us.get("cupy_delta"), us.get("flashinfer")
+    ours, formed, theirs = (us.get(x) for x in ("cupy_delta", "cupy_delta, arrays", "flashinfer"))
     cells += [f"{us['copy']:.1f}", "" if ours is None else f"{ours:.1f}"]
     cells += ["" if ours is None else f"{copy / ours:.2f}"]
-    cells += ["" if theirs is None else f"{theirs:.1f}"]
+    cells += ["" if x is None else f"{x:.1f}" for x in (formed, theirs)]
     return cells + [f"{e:.1e}" for e in errors.values()]
 
 
@@ -160,6 +160,7 @@ def main() -> int:
         "copy us",
         "us",
         "copy / us",
+        "arrays",
         "FlashInfer",
     ]
     print_table([*header, "errors"], [line(found)[: len(header) + 1] for found in report])
