@@ -40,6 +40,19 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_what_the_library_says_of_pages_is_there():
+    """In docstrings and messages: a page, or a heading of one by its words."""
+    text = "\n".join(p.read_text() for p in (ROOT / "cupy_delta").rglob("*.py"))
+    pages = set(re.findall(r"docs/\w+\.md", text))
+    assert {"docs/conventions.md", "docs/derivation.md"} <= pages
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
+    named = set(re.findall(r'"([^"\n]+)" in (docs/\w+\.md)', text))
+    assert ("When it diverges", "docs/conventions.md") in named
+    for heading, page in named:
+        assert re.search(rf"^#+ {heading}$", (ROOT / page).read_text(), re.MULTILINE), heading
+    assert '"When it diverges" in docs/conventions.md' in cupy_delta.chunk_delta_rule.__doc__
+
+
 def blocks(language, path=GUIDE):
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 

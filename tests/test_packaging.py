@@ -74,6 +74,13 @@ def test_the_examples_need_what_their_extra_installs(setup_cfg):
     assert imported - ours - platforms - set(sys.stdlib_module_names) == extra
 
 
+def test_classifiers_name_the_cudas_of_the_extras(setup_cfg):
+    classifiers = lines(setup_cfg["metadata"]["classifiers"])
+    named = [x.rpartition(" ")[2] for x in classifiers if x.startswith("Environment :: GPU :: ")]
+    extras = [x for x in setup_cfg["options.extras_require"] if x.startswith("cuda")]
+    assert extras == [f"cuda{version}" for version in named]
+
+
 def test_pythons(setup_cfg):
     classifiers = lines(setup_cfg["metadata"]["classifiers"])
     versions = [c.rpartition(" ")[2] for c in classifiers if re.search(r":: 3\.\d+$", c)]

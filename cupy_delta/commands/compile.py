@@ -127,7 +127,8 @@ def run_command(args) -> int:
     for _ in progress(launches, "compiling"):
         next(ready)
     where = f" for {args.arch}" if args.arch else ""
-    print(f"{len(launches)} kernels ready{where}: {', '.join(sorted({x.entry for x in launches}))}")
+    count = f"{len(launches)} kernel{'' if len(launches) == 1 else 's'}"
+    print(f"{count} ready{where}: {', '.join(sorted({x.entry for x in launches}))}")
     return 0
 
 

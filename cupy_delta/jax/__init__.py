@@ -1,7 +1,7 @@
 """The delta rule on JAX arrays, in compiled programs on CPUs and CUDA GPUs.
 
-Importing this imports JAX, 0.5 or newer: ``pip install "cupy_delta[jax]"``. On GPUs it needs CuPy
-as well, the extra ``cuda12`` or ``cuda13``. docs/jax.md tells how it works.
+Importing this imports JAX, 0.5 or newer: the extra ``jax``. On GPUs it needs CuPy as well, the
+extra ``cuda12`` or ``cuda13``. docs/jax.md tells how it works.
 """
 
 try:

@@ -79,6 +79,14 @@ def test_a_first_call_compiles_nothing_more(python):
     assert python("-c", FIRST_CALL, "17", "step").stdout == "2\n"
 
 
+def test_one_kernel_alone_is_ready_for_calls_of_several(python, tmp_path):
+    """Such calls begin with the empty program, however few were compiled at a time."""
+    some = ["--K", "16", "--passes", "recurrent"]
+    done = python(*COMPILE, *some, CUPY_CACHE_DIR=str(tmp_path))
+    assert done.stdout.startswith("1 kernel ready"), done.stderr
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_cannot_be_compiled_is_said_first(python):
     done = python(*COMPILE, "--K", "300")
     assert done.returncode == 2 and "K = 300: CuPy arrays support head sizes" in done.stderr

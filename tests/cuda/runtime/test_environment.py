@@ -204,6 +204,12 @@ def test_an_archive_has_no_files_for_nvrtc(tmp_path):
     assert f"imported from the archive {archive}" in found.stderr.splitlines()[-1]
 
 
+def test_what_keeps_nvrtc_from_its_files_is_one_line(cupy, capsys, monkeypatch):
+    error = RuntimeError("cupy_delta is imported from the archive all.zip: unpack it")
+    monkeypatch.setattr(environment_module, "kernel_folder", refuse(error))
+    assert only_problem(capsys) == str(error)
+
+
 def test_an_error_of_the_cache_says_what_helps(cupy, monkeypatch, tmp_path):
     """What CuPy raises on a full disk names no file."""
     (tmp_path / "file").write_text("")
