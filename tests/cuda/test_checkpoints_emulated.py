@@ -1,5 +1,7 @@
 """States on the way of sequences, through the kernels of both architectures."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,10 @@ from emulator import HOPPER
 from helpers import make_inputs
 
 import cupy_delta as cd
+from cupy_delta.arrays import FLOAT_DTYPES
+from cupy_delta.call import Call
+from cupy_delta.cuda.plan import made
+from cupy_delta.cuda.spec import DeviceFacts
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 ENDS = np.array(
@@ -102,3 +108,21 @@ def test_no_multiple_of_the_chunk(emulated, facts, chunk):
     with pytest.raises(ValueError, match=message):
         cd.chunk_delta_rule(*args, checkpoint_every=80, chunk_size=asked, out=out)
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
+def test_long_sequences_are_not_cut(capability, gate):
+    """Segments would end elsewhere in what is left of a sequence after a checkpoint."""
+    facts = DeviceFacts(132, 227 * 1024, capability)
+    call = Call(
+        dtype=FLOAT_DTYPES["bfloat16"],
+        **dict(B=1, T=2**16, N=1, H=1, HV=1, K=64, V=64, gate=gate),
+    )
+
+    def walks(call):
+        entries = [x.entry for x in made("forward", call, facts).launches]
+        return sum("forward" in entry for entry in entries)
+
+    assert walks(call) > 1
+    assert walks(replace(call, checkpoint_every=64)) == 1

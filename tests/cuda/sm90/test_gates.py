@@ -69,6 +69,17 @@ def test_a_single_reset(divided, gate, token):
     check(*gated(at([token], gate)))
 
 
+@pytest.mark.parametrize("gate", [-40.0, -60.0, -np.inf])
+def test_a_state_leaves_with_what_the_true_gates_leave_of_it(divided, gate):
+    """Beyond the floor that a single gate has inside its chunk."""
+    divided(1)
+    args, kw = gated(at([5], gate, 0.0))
+    args[3][...] = 0  # nothing is written
+    final = cd.chunk_delta_rule(*args, **kw).final_state
+    exact = np.exp(gate) * kw["initial_state"].astype(np.float64)
+    assert np.all(np.abs(final - exact) <= 1e-4 * np.abs(exact))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("count", [2, 3, 4, 9])
 def test_resets_among_long_memory(divided, dtype, count):
