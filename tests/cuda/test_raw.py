@@ -148,6 +148,15 @@ def test_outputs_and_gradients_are_those_of_the_arrays(emulated, sm, dtype, form
     assert found.beta.logits.dtype == dtype and deviation(found.beta.logits, exact) <= unit
 
 
+def test_parameters_of_more_heads_than_form_gates_together(emulated):
+    """On compute capability 9.0 they are formed for eight heads at a time."""
+    emulated(**HOPPER)
+    args = inputs("sigmoid", "scalar", "head", BF16, T=20, HV=10)
+    plain = [both(x).astype(np.float32) for x in args[3:]]
+    exact = cd.chunk_delta_rule(*args[:3], *plain, qk_l2norm=True).o
+    assert deviation(cd.chunk_delta_rule(*args, qk_l2norm=True).o, exact) <= 2 * UNIT[BF16] + 1e-5
+
+
 @pytest.mark.parametrize(
     ("formula", "gate", "bias", "dtype"),
     [("softplus", "channel", "channel", BF16), ("sigmoid", "scalar", "head", F64)],
