@@ -2,13 +2,10 @@
 
 import sys
 
-from . import starting
-
 
 def run() -> int:
     """Run one command; Ctrl-C while it is still being imported is as quiet as later."""
     try:
-        starting.hand_over()
         from .commands import main
 
         return main()

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 
+from .. import starting
 from ..version import __version__
 from .output import tell
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the process
     try:
         args = _parser().parse_args(argv)
+        starting.hand_over()  # all is imported, and work clears up behind itself
         status = args.function(args) or 0
         if sys.stdout is not None:
             sys.stdout.flush()
