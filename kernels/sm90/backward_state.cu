@@ -16,15 +16,15 @@
 // A math warpgroup holds 64 value channels of dS^T in accumulators, from which dS'^T, (b dN)^T and (b dY)^T are left
 // operands of wgmma: the chain from dS' to dS passes nothing through shared memory. What is not of the chain, the
 // products with dO and all stores, runs while the chain waits. dY leaves through the place of dO. Roles:
-// sm90/training/walk.cuh.
+// sm90/training/.
 //
 // Numbers: dS in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
-// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
-// STATE_VK (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), MATH (1 or 2),
-// CHUNK_STAGES. Grid: N *
-// segments walked * HV * slices blocks of 128 MATH + 32 threads; a slice is 64 MATH value channels. Shared memory:
-// CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see cupy_delta/cuda/sm90/training.py.
+// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK
+// (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), MATH (1 or 2),
+// CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH
+// value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see
+// cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
 #include "sm90/training/start.cuh"
 #include "sm90/sums.cuh"
@@ -50,24 +50,107 @@ PRIM void load_gradient(uint32_t (&dO)[4][4], const DTYPE* box, float scale, con
   }
 }
 
-// Returns what all chunks leave of a state, of a transfer.
-PRIM Carried walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], const TensorMap* dstates, const Rows& dy,
-                  float scale, int warpgroup, int HV, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-  Carried over_chunks;
-  if (work.chunks == 0) return over_chunks;
-  const int value = work.channel + warpgroup * 64 + warp * 16;  // first value channel of this warp
-  DTYPE* state_boxes = s.states + (warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
-  Ring<CHUNK_STAGES> ring;
-  float dN[8][4];  // then dY
-#if HAS_GATE == 1
-  float KD[8][4];
-#endif
-  uint32_t state[K_STEPS][4], dO[4][4], a[4][4];
-  round_sums<DTYPE>(state, dS);
-  auto rows = [&](int stage) { return s.rows + (stage * MATH + warpgroup) * TILE; };
-  // dN = Pqk^T dO^ of the chunk that is next.
-  auto begin = [&](int stage) {
+// A math warpgroup has sums dN, later dY, of a chunk, with a gate KD = K dS' apart from them, and dS over all chunks.
+typedef float TokenSums[8][4];
+typedef float StateSums[K_TILES][4];
+// Left operands of its products: dS', dO^, and what is made of dN.
+typedef uint32_t StateOperand[K_STEPS][4];
+typedef uint32_t TokenOperand[4][4];
+
+struct Walker {
+  const Shared& s;
+  const Work& work;
+  const TensorMap* dstates;
+  const Rows& dy;
+  const Part& part;
+  const float scale;
+  StateSums& dS;
+  // Of the warp: its first value channel, and where it stages states.
+  const int warp = part.warp(), lane = part.lane(), value = work.channel + part.warpgroup * 64 + warp * 16;
+  DTYPE* const state_boxes = s.states + (part.warpgroup * 4 + warp) * K_BOXES * 16 * BOX;
+
+  PRIM DTYPE* rows(int stage) const { return s.rows + (stage * MATH + part.warpgroup) * TILE; }
+
+  // Returns what all chunks leave of a state, of a transfer.
+  PRIM Carried walk() {
+    Carried over_chunks;
+    if (work.chunks == 0) return over_chunks;
+    Ring<CHUNK_STAGES> ring;
+    TokenSums dN, KD;
+    StateOperand state;
+    TokenOperand dO, a;
+    round_sums<DTYPE>(state, dS);
+    mbarrier_wait(s.full, 0);
+    begin(dN, dO, 0);
+    wgmma_wait<0>();
+    pin(dN);
+    for (int i = 0; i < work.chunks; i++) {
+      const Stage at(s, ring.stage);
+      // dN += w K dS', and half of dS += Q^T (r dO^) while b dN is made.
+      if constexpr (PER_TOKEN)
+        read_state(KD, state, at.writing);
+      else
+        read_state(dN, state, at.writing);
+      if constexpr (PER_TOKEN) {
+        carry(dS, at.reads);
+        if (TRANSFER) over_chunks.multiply(at.reads, 0);
+        load_gradient(dO, rows(ring.stage), scale, at.reads, !work.values, warp, lane);
+        pin(dO);
+      } else if constexpr (PER_CHANNEL) {
+        scale_columns(dS, at.carried, lane);
+        if (TRANSFER) over_chunks.multiply(at.carried, value + lane / 4);
+      }
+      if constexpr (HAS_GATE) {
+        pin(dS);
+        wgmma_fence();
+      }
+      add_queries(dO, at.q, 0);
+      wgmma_wait<1>();
+      if constexpr (PER_TOKEN) {
+        pin(KD);
+        scale_columns(KD, at.writes, lane);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+          for (int l = 0; l < 4; l++) dN[j][l] += KD[j][l];
+      } else {
+        pin(dN);
+      }
+      // dY = dN + core^T (b dN), and the other half while b dY is made.
+      correct(dN, a, at);
+      add_queries(dO, at.q, 2);
+      const int c = work.chunk(i);
+      if constexpr (STATES) send_gradient(state, c);
+      wgmma_wait<1>();
+      pin(dN);
+      // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
+      TokenOperand dY;
+      if constexpr (STATES) round_sums<DTYPE>(dY, dN);
+      if constexpr (PER_TOKEN)
+        round_columns<DTYPE>(a, dN, at.b, at.reads, lane);
+      else
+        round_columns<DTYPE>(a, dN, at.b, lane);
+      subtract_keys(a, at.k);
+      wgmma_wait<1>();
+      Ring<CHUNK_STAGES> next = ring;
+      if (i + 1 < work.chunks) next.advance();
+      mbarrier_wait(s.full + next.stage, next.parity);
+      begin(dN, dO, next.stage);
+      if constexpr (STATES) send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), part);
+      wgmma_wait<1>();
+      pin(dS);
+      free_stage(s, ring.stage, part.thread);
+      round_sums<DTYPE>(state, dS);
+      wgmma_wait<0>();
+      pin(dN);
+      ring = next;
+    }
+    if (lane == 0) tma_store_wait_read<0>();
+    return over_chunks;
+  }
+
+  // dN = Pqk^T dO^ of a chunk.
+  PRIM void begin(TokenSums& dN, TokenOperand& dO, int stage) const {
     load_gradient(dO, rows(stage), scale, nullptr, !work.values, warp, lane);
     pin(dO);
     wgmma_fence();
@@ -75,108 +158,53 @@ PRIM Carried walk(const Shared& s, const Work& work, float (&dS)[K_TILES][4], co
     for (int step = 0; step < 4; step++)
       wgmma<DTYPE, true>(dN, dO[step], step_of_rows(s.p + stage * TILE, step), step > 0);
     wgmma_commit();
-  };
-  mbarrier_wait(s.full, 0);
-  begin(0);
-  wgmma_wait<0>();
-  pin(dN);
-  for (int i = 0; i < work.chunks; i++) {
-    const DTYPE *k = s.k + ring.stage * K_BOXES * TILE, *q = s.q + ring.stage * K_BOXES * TILE;
-    const DTYPE* core = s.core + ring.stage * TILE;
-    const float* b = s.beta + ring.stage * CHUNK;
-    const DTYPE* writing = PER_CHANNEL ? s.writing + ring.stage * K_BOXES * TILE : k;
-    const float* carried = s.carried + ring.stage * KP;
-#if HAS_GATE == 1
-    const float *reads = s.reads + ring.stage * CHUNK, *writes = s.writes + ring.stage * CHUNK;
-    float (&sum)[8][4] = KD;
-#else
-    float (&sum)[8][4] = dN;
-    if constexpr (!PER_CHANNEL) pin(dS);
-#endif
-    // dN += w K dS', and half of dS += Q^T (r dO^) while b dN is made.
+  }
+
+  // d += K dS', or with a gate per token d = K dS'.
+  PRIM void read_state(TokenSums& d, StateOperand& state, const DTYPE* k) {
+    if constexpr (!HAS_GATE) pin(dS);
     pin(state);
-    pin(sum);
+    pin(d);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false>(sum, state[step], step_along_rows(writing, step), !PER_TOKEN || step > 0);
+      wgmma<DTYPE, false>(d, state[step], step_along_rows(k, step), !PER_TOKEN || step > 0);
     wgmma_commit();
-#if HAS_GATE == 1
-    carry(dS, reads);
-    if (TRANSFER) over_chunks.multiply(reads, 0);
-    load_gradient(dO, rows(ring.stage), scale, reads, !work.values, warp, lane);
-    pin(dO);
-#elif HAS_GATE == 2
-    scale_columns(dS, carried, lane);
-    if (TRANSFER) over_chunks.multiply(carried, value + lane / 4);
-#endif
-    if constexpr (HAS_GATE) {
-      pin(dS);
-      wgmma_fence();
-    }
+  }
+
+  // Two steps of dS += Q^T dO^.
+  PRIM void add_queries(const TokenOperand& dO, const DTYPE* q, int first) {
 #pragma unroll
-    for (int step = 0; step < 2; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
+    for (int step = first; step < first + 2; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
     wgmma_commit();
-    wgmma_wait<1>();
-    pin(sum);
-#if HAS_GATE == 1
-    scale_columns(KD, writes, lane);
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-      for (int l = 0; l < 4; l++) dN[j][l] += KD[j][l];
-#endif
-    // dY = dN + core^T (b dN), and the other half while b dY is made.
-    round_columns<DTYPE>(a, dN, b, lane);
+  }
+
+  PRIM void correct(TokenSums& dN, TokenOperand& a, const Stage& at) const {
+    round_columns<DTYPE>(a, dN, at.b, lane);
     pin(a);
     pin(dN);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(dN, a[step], step_of_rows(core, step), true);
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(dN, a[step], step_of_rows(at.core, step), true);
     wgmma_commit();
-#pragma unroll
-    for (int step = 2; step < 4; step++) wgmma<DTYPE, true>(dS, dO[step], step_of_rows(q, step), true);
-    wgmma_commit();
-    const int c = work.chunk(i);
-    if constexpr (STATES) {
-      stage_state(state_boxes, state, lane);
-      async_proxy_fence();
-      __syncwarp();
-      if (lane == 0) send_state(dstates, state_boxes, work, value, c);
-    }
-    wgmma_wait<1>();
-    pin(dN);
-    // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
-    uint32_t dY[4][4];
-    if constexpr (STATES) round_sums<DTYPE>(dY, dN);
-#if HAS_GATE == 1
-    round_columns<DTYPE>(a, dN, b, reads, lane);
-#else
-    round_columns<DTYPE>(a, dN, b, lane);
-#endif
+  }
+
+  PRIM void subtract_keys(TokenOperand& a, const DTYPE* k) {
     pin(a);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, true, true>(dS, a[step], step_of_rows(k, step), true);
     wgmma_commit();
-    wgmma_wait<1>();
-    Ring<CHUNK_STAGES> next = ring;
-    if (i + 1 < work.chunks) next.advance();
-    mbarrier_wait(s.full + next.stage, next.parity);
-    begin(next.stage);
-    if constexpr (STATES)
-      send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), value, 1 + warpgroup, HV, thread);
-    wgmma_wait<1>();
-    pin(dS);
-    free_stage(s, ring.stage, thread);
-    round_sums<DTYPE>(state, dS);
-    wgmma_wait<0>();
-    pin(dN);
-    ring = next;
   }
-  if (lane == 0) tma_store_wait_read<0>();
-  return over_chunks;
-}
+
+  // dS' of chunk c, for the gradients of it.
+  PRIM void send_gradient(const StateOperand& state, int c) const {
+    stage_state(state_boxes, state, lane);
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) send_state(dstates, state_boxes, work, value, c);
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_state_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
@@ -196,17 +224,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
   Shared s;
   Joins joins = {};
-#if JOINS
-  start(s, joins, &transfer_map, h, segment_decays);
+#if TRANSFER || JOINS
+  const Transfers transfers = {&transfer_map, h, segment_decays};
 #else
-  start(s, joins);
+  const Transfers transfers = {};
 #endif
-  Maps maps = {&q_map, &k_map, &core_map, &p_map, &do_map};
+  start(s, joins, transfers);
+  Inputs inputs = {&q_map, &k_map, &core_map, &p_map, &do_map};
 #if HAS_GATE == 2
-  maps.writing = &k_write_map;
+  inputs.writing = &k_write_map;
 #endif
-  if (!computes(s, joins, maps, work, beta, decays, HV, warpgroup, warp, lane)) return;
+  inputs.beta = beta, inputs.decays = decays;
+  if (warpgroup == MATH) return supply(s, inputs, work, joins.joined, warp, lane);
+  if constexpr (MATH == 2) more_registers<MATH_REGISTERS>();
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
+  const Part part = {column, work.hv, HV, warpgroup, thread};
   const int64_t state_at = ((int64_t)work.n * HV + work.hv) * HEAD_K * HEAD_V;
   float dS[K_TILES][4];
   clear(dS);
@@ -218,17 +250,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < K_TILES; j++) load_state(dS[j], dfinal_state + state_at, value, j * 8, lane);
   }
 #endif
-  if constexpr (JOINS)
-    join(dS, joins, work.n * (int64_t)transferred, work.step, column, work.hv, HV, warpgroup, thread);
-  const Carried over_chunks = walk(s, work, dS, &dstates_map, {&dy_map, dy}, scale, warpgroup, HV, thread);
-#if TRANSFER
-  leave_transfer(s, work, dS, &transfer_map, h, segment_decays, over_chunks, column, HV, warpgroup, thread);
-#else
-  (void)over_chunks;
-  // One per sequence, from its first segment.
-  if (work.last) {
+  if constexpr (JOINS) join(dS, joins, work.n * (int64_t)transferred, work.step, part);
+  const Rows rows = {&dy_map, dy};
+  const Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
+  if constexpr (TRANSFER) {
+    leave_transfer(s, work, dS, transfers, over_chunks, part);
+  } else if (work.last) {
+    // One per sequence, from its first segment.
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(dinitial_state + state_at, dS[j], value, j * 8, lane);
   }
-#endif
 }

@@ -139,6 +139,7 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int half = MATH == 1 ? 0 : uniform(threadIdx.x / 128) - 1;
   const int column = work.channel + half * 64, value = column + warp * 16;
+  const Part part = {column, work.hv, work.HV, half, thread};
   const int64_t head = (int64_t)work.hv * HEAD_K * HEAD_V;
   const int64_t state = ((int64_t)at.n * work.HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
@@ -154,7 +155,7 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
   }
-  if constexpr (JOINS) join(S, joins, at.n * (int64_t)at.transferred, at.step, column, work.hv, work.HV, half, thread);
+  if constexpr (JOINS) join(S, joins, at.n * (int64_t)at.transferred, at.step, part);
   float decay = 1.0f;
   if (WITH_PAIRS && work.pairs) {
     if constexpr (WITH_PAIRS) decay = Walker<true>{s, work, S, half, warp, lane, scale}.walk();
@@ -165,10 +166,9 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
     const int64_t index = at.n * (int64_t)at.walked + at.step;
     // The buffers of V are free: P has none.
     if (work.values)
-      keep_transfer(states.h, S, index, work.hv, work.HV, column, thread);
+      keep_transfer(states.h, S, index, part);
     else
-      send_transfer(states.p, s.v + half * K_BOXES * TILE, S, decay, column, index, work.hv, TRANSFER_BARRIER + half,
-                    thread);
+      send_transfer(states.p, s.v + half * K_BOXES * TILE, S, decay, index, part);
     if (HAS_GATE && !work.values && column == 0 && thread == 0) states.decays[index * work.HV + work.hv] = decay;
   } else if constexpr (ON_POOL) {
     const int64_t slot = states.slots.written(at.n);

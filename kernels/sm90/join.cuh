@@ -35,20 +35,20 @@ PRIM float4* place_in_h(float* h, int64_t index, int hv, int HV, int column, int
 
 // ---- what a transfer leaves ---------------------------------------------------------------------------------
 
-PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, int hv, int HV, int column, int thread) {
-  if (column >= HEAD_V) return;
-  float4* to = place_in_h(h, index, hv, HV, column, thread);
+PRIM void keep_transfer(float* h, const float (&S)[K_TILES][4], int64_t index, const Part& part) {
+  if (part.column >= HEAD_V) return;
+  float4* to = place_in_h(h, index, part.hv, part.HV, part.column, part.thread);
 #pragma unroll
   for (int j = 0; j < K_TILES; j++) to[j * 128] = make_float4(S[j][0], S[j][1], S[j][2], S[j][3]);
 }
 
-// 64 columns of P - c I from `column` on, by a warpgroup that holds P's transposed, through boxes of its own. c is one
-// number, or those of the thread's two rows.
+// 64 columns of P - c I by a warpgroup that holds P's transposed, through boxes of its own. c is one number, or those
+// of the thread's two rows.
 template <class Decay>
-PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][4], Decay c, int column, int64_t index,
-                        int hv, int barrier, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-  subtract_diagonal(S, c, column + warp * 16, lane);
+PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][4], Decay c, int64_t index,
+                        const Part& part) {
+  const int warp = part.warp(), lane = part.lane();
+  subtract_diagonal(S, c, part.column + warp * 16, lane);
   uint32_t a[K_STEPS][4];
   round_sums<DTYPE>(a, S);
 #pragma unroll
@@ -57,10 +57,11 @@ PRIM void send_transfer(const TensorMap* map, DTYPE* boxes, float (&S)[K_TILES][
         boxes + step / 4 * TILE + swizzled(step % 4 * 16 + lane % 8 + lane / 16 * 8, warp * 16 + lane / 8 % 2 * 8),
         a[step]);
   async_proxy_fence();
-  named_barrier(barrier, 128);
-  if (thread > 0) return;
+  named_barrier(MATH_BARRIER + part.warpgroup, 128);
+  if (part.thread > 0) return;
 #pragma unroll
-  for (int box = 0; box < K_BOXES; box++) tma_store(map, boxes + box * TILE, column, box * BOX, hv, (int)index);
+  for (int box = 0; box < K_BOXES; box++)
+    tma_store(map, boxes + box * TILE, part.column, box * BOX, part.hv, (int)index);
   tma_store_commit();
   tma_store_wait_read<0>();
 }
@@ -116,19 +117,18 @@ PRIM void multiply_transfer(float (&S)[K_TILES][4], const uint32_t (&x)[K_STEPS]
   for (int step = 0; step < K_STEPS; step++) wgmma<DTYPE, false>(S, x[step], step_along_rows<KP * BOX>(P, step), true);
 }
 
-// S, of 64 value channels from `column` on, after `count` transfers from `index` on; without H of P's columns.
+// S after `count` transfers from `index` on; without H of P's columns.
 template <bool WITH_H = true>
-PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, int column, int hv, int HV,
-               int warpgroup, int thread_in_warpgroup) {
+PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int count, const Part& part) {
   // Opaque, so that nothing of the walk is computed before.
-  const int thread = opaque(thread_in_warpgroup), lane = thread % 32;
-  const bool loads = warpgroup == 0 && thread == 0;
+  const int thread = opaque(part.thread), lane = thread % 32;
+  const bool loads = part.warpgroup == 0 && thread == 0;
   if (loads)
-    for (int i = 0; i < min(count, 2); i++) joins.load(index + i, hv, i);
+    for (int i = 0; i < min(count, 2); i++) joins.load(index + i, part.hv, i);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const int buffer = i % 2, parity = i / 2 % 2;
-    const float4* h = place_in_h(joins.h, index + i, hv, HV, min(column, HEAD_V - 1), thread);
+    const float4* h = place_in_h(joins.h, index + i, part.hv, part.HV, min(part.column, HEAD_V - 1), thread);
     float H[K_TILES][4];
     auto load_h = [&] {
 #pragma unroll
@@ -144,7 +144,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
         for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
     };
 #if HAS_GATE == 1
-    const float c = joins.decays[(index + i) * HV + hv];
+    const float c = joins.decays[(index + i) * part.HV + part.hv];
 #endif
     if (WITH_H && EARLY_H) load_h();
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
@@ -155,7 +155,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #pragma unroll
       for (int l = 0; l < 4; l++) S[j][l] *= c;
 #elif HAS_GATE == 2
-    decay_channels(S, joins.decays + ((index + i) * HV + hv) * HEAD_K, lane);
+    decay_channels(S, joins.decays + ((index + i) * part.HV + part.hv) * HEAD_K, lane);
 #endif
     if (WITH_H && H_FIRST) {
       load_h();
@@ -177,7 +177,7 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
     if (lane == 0) mbarrier_arrive(joins.free + buffer);
     if (loads && i + 2 < count) {
       mbarrier_wait(joins.free + buffer, parity);
-      joins.load(index + i + 2, hv, buffer);
+      joins.load(index + i + 2, part.hv, buffer);
     }
     __syncwarp();
   }

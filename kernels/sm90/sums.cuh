@@ -42,28 +42,39 @@ PRIM void write_rows(T* out, int64_t stride, const T* box, int tokens, int width
   }
 }
 
+// What a math warpgroup holds, transposed: of a value head's state 64 value channels, or of a transfer's P 64 columns.
+struct Part {
+  int column;     // the first one
+  int hv, HV;     // the value head, of how many
+  int warpgroup;  // which of the math warpgroups, each with a named barrier from MATH_BARRIER on
+  int thread;     // in it
+
+  PRIM int warp() const { return thread / 32; }
+  PRIM int lane() const { return thread % 32; }
+};
+
 // Where rows of (token, value head) go.
 struct Rows {
   const TensorMap* map;
   DTYPE* rows;
 };
-// The rows of chunk c, 16 value channels from `value` on per warp, through a box that the warpgroup shares: by TMA, or
-// one by one where what follows in memory is another sequence's.
+// The rows of chunk c, 16 value channels per warp, through a box that the warpgroup shares: by TMA, or one by one where
+// what follows in memory is another sequence's.
 template <class Work>
 PRIM void send_rows(const Rows& out, const uint32_t (&a)[4][4], DTYPE* box, const Work& work, int c, int tokens,
-                    int value, int barrier, int HV, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
+                    const Part& part) {
+  const int warp = part.warp(), lane = part.lane(), value = part.column + warp * 16;
   stage_rows(box, a, warp, lane);
   async_proxy_fence();
-  named_barrier(barrier, 128);
+  named_barrier(MATH_BARRIER + part.warpgroup, 128);
   if (tokens == CHUNK || (!VARLEN && tokens > 0)) {
-    if (thread == 0) {
+    if (part.thread == 0) {
       tma_store(out.map, box, value, work.hv, work.start + c * CHUNK, work.batch);
       tma_store_commit();
     }
   } else {
-    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * HV + work.hv;
-    write_rows(out.rows + row * HEAD_V + value, (int64_t)HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
+    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * part.HV + work.hv;
+    write_rows(out.rows + row * HEAD_V + value, (int64_t)part.HV * HEAD_V, box, tokens, HEAD_V - value, warp, lane);
   }
 }
 

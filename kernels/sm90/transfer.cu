@@ -10,7 +10,7 @@
 // come first, then those of P, if there are any. Shared memory: two P of segments.
 #include "tiles/swizzled.cuh"
 
-constexpr int MATH = 1, MATH_REGISTERS = 255;
+constexpr int MATH = 1, MATH_REGISTERS = 255, MATH_BARRIER = 1;
 constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8, TILE = 64 * BOX;
 constexpr int H_SLICES = (HEAD_V + BOX - 1) / BOX, P_SLICES = WITH_P ? (HEAD_K + BOX - 1) / BOX : 0;
 constexpr int SLICES = H_SLICES + P_SLICES;
@@ -25,6 +25,8 @@ extern "C" __global__ void __launch_bounds__(128, 1)
   const bool is_h = slice < H_SLICES;
   const int column = (is_h ? slice : slice - H_SLICES) * BOX, value = column + warp * 16;
   const int64_t head = (int64_t)n * HV + hv, first = n * (int64_t)transferred;
+
+  const Part part = {column, hv, HV, 0, thread};
 
   DynSmem smem;
   DTYPE* even = smem.take<DTYPE>(KP * KP, "P of a segment", 1024);
@@ -44,12 +46,12 @@ extern "C" __global__ void __launch_bounds__(128, 1)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + head * HEAD_K * HEAD_V, value, j * 8, lane);
     }
-    join(S, joins, first, transferred, column, hv, HV, 0, thread);
+    join(S, joins, first, transferred, part);
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(h + head * HEAD_K * HEAD_V, S[j], value, j * 8, lane);
   } else {
     add_identity(S, 1.0f, value, lane);
-    join<false>(S, joins, first, transferred, column, hv, HV, 0, thread);
+    join<false>(S, joins, first, transferred, part);
     float* out = p + head * HEAD_K * HEAD_K;
 #pragma unroll
     for (int j = 0; j < K_TILES; j++)

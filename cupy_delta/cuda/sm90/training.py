@@ -130,7 +130,7 @@ def given_walk_shared(
     output: bool = False,
     joins: bool = False,
 ) -> int:
-    """Return the bytes of shared memory of either walk, as sm90/training/walk.cuh carves them."""
+    """Return the bytes of shared memory of either walk, as sm90/training/shared.cuh carves them."""
     count, size = TILE
     boxes = -(-K // BOX)
     keys = 1 + queries + (gate == "channel")

@@ -56,8 +56,8 @@ constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
               "a warpgroup would wait for registers for ever");
-constexpr int SOLVER_BARRIER = 1;                           // and next: named barriers, one per solver
-constexpr int TRANSFER_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
+constexpr int SOLVER_BARRIER = 1;                       // and next: named barriers, one per solver
+constexpr int MATH_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per math warpgroup
 // States are joined in what is K's and Q's from this chunk on.
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
 static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
