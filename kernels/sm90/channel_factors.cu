@@ -46,11 +46,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, q + key, key_stride, tokens, HEAD_K, thread);
   cp_async_commit();
   if (thread < CHUNK) s.beta[thread] = thread < tokens ? beta[first + (int64_t)thread * HV] : 0.0f;
-  sum_gates(s, g + first * HEAD_K, row_stride, tokens, channel_decays + (slot * HV + hv) * HEAD_K, thread);
+  const int row = warp * BLOCK;
+  const int within = sum_gates(s, g + first * HEAD_K, row_stride, tokens - row, warp, lane);
   cp_async_wait<0>();
   __syncthreads();
+  multiply_decays(s, channel_decays + (slot * HV + hv) * HEAD_K, thread);
+  __syncthreads();
 
-  const int row = warp * BLOCK, within = tokens_within(s, warp);
   Own own = {}, beyond = {};
   if (within < BLOCK) multiply_one_by_one(beyond, s, warp, within, lane);
   scale_block(own, {k_read + first * HEAD_K, q_read + first * HEAD_K, k_write + first * HEAD_K, row_stride, tokens}, s,

@@ -20,9 +20,9 @@ PRIM void write_diagonal_block(DTYPE* core, int64_t stride, const float* block, 
                      pack2<DTYPE>(high.z, high.w));
     }
     if (row + r >= tokens) continue;
-    DTYPE* to = core + (row + r) * stride + piece * 8;
-    *(uint4*)(to + row) = x;
-    if (row == 0) *(uint4*)(to + HALF) = uint4{};
+    DTYPE* to = core + (row + r) * stride;
+    store_eight(to, row + piece * 8, x);
+    if (row == 0) store_eight(to, HALF + piece * 8, uint4{});
   }
 }
 

@@ -40,6 +40,14 @@ PRIM void store_rows(T* out, const float (&d)[4], int rows, int columns, int lan
   }
 }
 
+// Eight elements of 16 bits at once, from `column` on, which is a multiple of 8. The index counts vectors: where it
+// counts elements, NVRTC loses sight of the alignment of some addresses and stores one word after the other.
+template <class T>
+PRIM void store_eight(T* row, int column, uint4 x) {
+  static_assert(sizeof(T) == 2, "elements of 16 bits");
+  ((uint4*)row)[column / 8] = x;
+}
+
 // r[i] of lane j of every four lanes becomes r[j] of lane i: packed pairs of a row of four accumulator tiles become
 // eight neighbouring elements per lane.
 PRIM void transpose_quads(uint32_t (&r)[4], int lane) {
@@ -57,9 +65,10 @@ PRIM void transpose_quads(uint32_t (&r)[4], int lane) {
     }
 }
 
-// out[row * stride + column] = factor d(row, column) for 16 rows, 16 bytes at a time. TILES is a multiple of 4, and
-// `columns`, how many there are, one of 8.
-template <class T, int TILES>
+// out[row * stride + column] = factor d(row, column) for 16 rows, 16 bytes of a row per lane: at once, which takes four
+// neighbouring registers, or with SINGLY word after word. TILES is a multiple of 4, and `columns`, how many there are,
+// one of 8.
+template <class T, bool SINGLY = false, int TILES>
 PRIM void store_wide(T* out, int64_t stride, const float (&d)[TILES][4], float factor, int rows, int columns,
                      int lane) {
 #pragma unroll
@@ -72,7 +81,13 @@ PRIM void store_wide(T* out, int64_t stride, const float (&d)[TILES][4], float f
       for (int i = 0; i < 4; i++) r[i] = pack2<T>(factor * d[j + i][2 * half], factor * d[j + i][2 * half + 1]);
       transpose_quads(r, lane);
       const int column = (j + lane % 4) * 8;
-      if (row < rows && column < columns) *(uint4*)&out[row * stride + column] = make_uint4(r[0], r[1], r[2], r[3]);
+      const uint4 eight = make_uint4(r[0], r[1], r[2], r[3]);
+      if (row < rows && column < columns) {
+        if constexpr (SINGLY)
+          *(uint4*)&out[row * stride + column] = eight;
+        else
+          store_eight(out + row * stride, column, eight);
+      }
     }
   }
 }

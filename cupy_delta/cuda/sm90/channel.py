@@ -109,7 +109,7 @@ def channel_factors_shared(K: int, itemsize: int) -> int:
     keys = -(-K // BOX) * BOX
     rows = CHUNK * pitch(keys, itemsize), itemsize
     sums = BLOCKS * keys, 4
-    return carve((CHUNK * keys, 4), rows, rows, sums, sums, sums, sums, (CHUNK, 4), (4 * BLOCKS, 4))
+    return carve((CHUNK * keys, 4), rows, rows, sums, sums, sums, sums, (CHUNK, 4))
 
 
 def channel_factors_hopper_launch(call: Call) -> Launch:

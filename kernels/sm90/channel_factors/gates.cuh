@@ -12,7 +12,6 @@ struct Shared {
   DTYPE *k, *q;                         // then for earlier blocks
   float *sums, *over, *before, *after;  // per block and channel: z; 2^z; over all blocks before, and after
   float* beta;
-  int* within;  // per warp and block, of its channels
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -25,7 +24,6 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.before = smem.take<float>(COUNT * KP, "decays before blocks");
   s.after = smem.take<float>(COUNT * KP, "decays after blocks");
   s.beta = smem.take<float>(CHUNK, "beta");
-  s.within = smem.take<int>(THREADS / 32 * COUNT, "tokens within the range");
   return s;
 }
 
@@ -34,18 +32,26 @@ PRIM int x_place(int row, int channel) { return row * KP + ((channel / 4 ^ row %
 // Where eight channels of keys begin, as 16-bit elements.
 PRIM DTYPE* early_keys(const Shared& s, int row, int channel) { return (DTYPE*)&s.x[x_place(row, channel)]; }
 
-// A thread has a channel, all of whose gates it asks for at once.
-PRIM void load_gates(float (&gates)[CHUNK], const float* g, int64_t stride, int tokens) {
-  if (tokens == CHUNK) {
-#pragma unroll
-    for (int t = 0; t < CHUNK; t++, g += stride) gates[t] = *g;
+// A warp has a block, and a lane WIDTH of its channels, side by side.
+constexpr int WIDTH = KP / 32;
+typedef float Wide[WIDTH];
+PRIM void load_wide(Wide& y, const float* at) {
+  if constexpr (WIDTH == 4) {
+    const float4 x = *(const float4*)at;
+    y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w;
   } else {
-#pragma unroll
-    for (int t = 0; t < CHUNK; t++, g += stride) gates[t] = t < tokens ? *g : 0.0f;
+    const float2 x = *(const float2*)at;
+    y[0] = x.x, y[1] = x.y;
   }
 }
+PRIM void store_wide(float* at, const Wide& x) {
+  if constexpr (WIDTH == 4)
+    *(float4*)at = make_float4(x[0], x[1], x[2], x[3]);
+  else
+    *(float2*)at = make_float2(x[0], x[1]);
+}
 
-// The first token of a block whose sum is beyond the range in a thread's channel.
+// The first token of a block whose sum is beyond the range in a channel.
 PRIM int first_beyond(const Shared& s, int block, int channel) {
 #pragma unroll 1
   for (int i = 0; i < BLOCK; i++)
@@ -53,39 +59,48 @@ PRIM int first_beyond(const Shared& s, int block, int channel) {
   return BLOCK;
 }
 
-PRIM void sum_gates(const Shared& s, const float* g, int64_t stride, int tokens, float* channel_decays, int channel) {
-  float gates[CHUNK] = {}, over[COUNT];
-  if (channel < HEAD_K) load_gates(gates, g + channel, stride, tokens);
+// The sums of a block's gates, from its first row on, of which `tokens` there are: x, z and 2^z. Returns the first
+// token whose sum is beyond the range in any channel.
+PRIM int sum_gates(const Shared& s, const float* g, int64_t stride, int tokens, int block, int lane) {
+  const int channel = lane * WIDTH;
+  Wide gates[BLOCK] = {}, x = {};
+  if (channel < HEAD_K) {  // all are asked for at once
+    g += block * BLOCK * stride + channel;
 #pragma unroll
-  for (int block = 0; block < COUNT; block++) {
-    float x = 0.0f;
-#pragma unroll
-    for (int i = 0; i < BLOCK; i++) {
-      const float gate = 1.44269504f * gates[block * BLOCK + i];
-      x += gate < -LOWEST ? -LOWEST : gate;  // NaN stays
-      if (channel < KP) s.x[x_place(block * BLOCK + i, channel)] = x;
-    }
-    over[block] = exp2f(x);
-    if (channel < KP) s.sums[block * KP + channel] = x, s.over[block * KP + channel] = over[block];
-    int within = channel < KP && !(x >= -RANGE) ? first_beyond(s, block, channel) : BLOCK;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) within = min(within, __shfl_xor_sync(~0u, within, distance));
-    if (channel % 32 == 0) s.within[channel / 32 * COUNT + block] = within;
+    for (int i = 0; i < BLOCK; i++, g += stride)
+      if (i < tokens) load_wide(gates[i], g);
   }
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) {
+#pragma unroll
+    for (int c = 0; c < WIDTH; c++) {
+      const float gate = 1.44269504f * gates[i][c];
+      x[c] += gate < -LOWEST ? -LOWEST : gate;  // NaN stays
+    }
+    store_wide(&s.x[x_place(block * BLOCK + i, channel)], x);
+  }
+  Wide over;
+  int within = BLOCK;
+#pragma unroll
+  for (int c = 0; c < WIDTH; c++) {
+    over[c] = exp2f(x[c]);
+    if (!(x[c] >= -RANGE)) within = min(within, first_beyond(s, block, channel + c));
+  }
+  store_wide(&s.sums[block * KP + channel], x), store_wide(&s.over[block * KP + channel], over);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) within = min(within, __shfl_xor_sync(~0u, within, distance));
+  return within;
+}
+
+// The decays over all blocks before each and after it, and over the chunk. A thread has a channel.
+PRIM void multiply_decays(const Shared& s, float* channel_decays, int channel) {
+  if (channel >= KP) return;
   float before = 1.0f, after = 1.0f;
 #pragma unroll
   for (int block = 0; block < COUNT; block++) {
     const int last = COUNT - 1 - block;
-    if (channel < KP) s.before[block * KP + channel] = before, s.after[last * KP + channel] = after;
-    before *= over[block], after *= over[last];
+    s.before[block * KP + channel] = before, s.after[last * KP + channel] = after;
+    before *= s.over[block * KP + channel], after *= s.over[last * KP + channel];
   }
   if (channel < HEAD_K) channel_decays[channel] = before;
-}
-
-// The first token of a block whose sum is beyond the range in any channel.
-PRIM int tokens_within(const Shared& s, int block) {
-  int within = BLOCK;
-#pragma unroll
-  for (int warp = 0; warp < THREADS / 32; warp++) within = min(within, s.within[warp * COUNT + block]);
-  return within;
 }

@@ -90,7 +90,7 @@ PRIM void scale_block(Own& own, const Rows& out, const Shared& s, int block, int
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int row = block * BLOCK + h * 8 + lane / 4;
-      const int64_t at = row * out.stride + c;
+      const int64_t at = row * out.stride;
       const bool inside = row < out.tokens && c < HEAD_K;
       Eight x, k, q, since, until, ones;
       load_eight(x, &s.x[x_place(row, c)], &s.x[x_place(row, c + 4)]);
@@ -106,9 +106,9 @@ PRIM void scale_block(Own& own, const Rows& out, const Shared& s, int block, int
       *(uint4*)&s.q[row * K_PITCH + c] = pack_eight(late_q[h], ones);
       *(uint4*)early_keys(s, row, c) = pack_eight(until, ones);
       if (inside) {
-        *(uint4*)&out.k_read[at] = pack_eight(late_k[h], before);
-        *(uint4*)&out.q_read[at] = pack_eight(late_q[h], before);
-        *(uint4*)&out.k_write[at] = pack_eight(until, after);
+        store_eight(out.k_read + at, c, pack_eight(late_k[h], before));
+        store_eight(out.q_read + at, c, pack_eight(late_q[h], before));
+        store_eight(out.k_write + at, c, pack_eight(until, after));
       }
     }
     own.add(late_k, late_q, early);
@@ -209,5 +209,5 @@ PRIM void write_pairs(DTYPE* p, int64_t stride, const float (&d)[2][4], int rows
 }
 PRIM void write_zeros(DTYPE* p, int64_t stride, int block, int rows, int lane) {
   for (int column = (block + 1) * BLOCK; column < CHUNK; column += BLOCK)
-    if (lane / 2 < rows) *(uint4*)&p[lane / 2 * stride + column + lane % 2 * 8] = uint4{};
+    if (lane / 2 < rows) store_eight(p + lane / 2 * stride, column + lane % 2 * 8, uint4{});
 }

@@ -52,7 +52,8 @@ PRIM float2 unpack2(uint32_t x) {
 }
 PRIM uint32_t to_tf32(float x) {
   uint32_t u = __float_as_uint(x);
-  return (u & 0x7f800000) == 0x7f800000 ? u : (u + 0x1000) & ~0x1fffu;
+  const uint32_t half = KSM == 900 ? 0xfff + (u >> 13 & 1) : 0x1000;
+  return (u & 0x7f800000) == 0x7f800000 ? u : (u + half) & ~0x1fffu;
 }
 
 struct DynSmem {
