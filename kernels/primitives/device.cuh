@@ -56,9 +56,9 @@ PRIM float2 unpack2(uint32_t x) {
   return make_float2(widen(low), widen(high));
 }
 
-// float to tf32, the low 13 bits of which are zero: the nearest one, of two the one further from zero, which takes three
-// instructions, or on compute capability 9.0 the even one, which takes one. Newer ones have it too, but there kernels of
-// float spill with it.
+// float to tf32, the low 13 bits of which are zero: the nearest one, of two the one further from zero, which takes
+// three instructions, or on compute capability 9.0 the even one, which takes one. Newer ones have it too, but there
+// kernels of float spill with it.
 PRIM uint32_t to_tf32(float x) {
   uint32_t y;
 #if KSM == 900
