@@ -15,11 +15,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--on-gpu", action="store_true", help="run tests/cuda on CuPy arrays, not emulated"
     )
-    parser.addoption(
-        "--every-leg",
-        action="store_true",
-        help="run all cases of tests/cuda on what NVRTC makes of kernels too, not a third of them",
-    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -39,7 +39,7 @@ def checkout(tmp_path_factory):
 
 
 def run(root):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--every-leg", TEST]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TEST]
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     return done.stdout

@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 from importlib import import_module
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -25,36 +24,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone.
-
-    Else leave out two thirds of the cases that are compiled twice, but with --every-leg.
-    """
-    if config.getoption("--on-gpu"):
-        emulator_only = {"test_device.py", "test_legs.py", "test_resources.py"}
-        left_out = {x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames}
-    elif config.getoption("--every-leg"):
+    """With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone."""
+    if not config.getoption("--on-gpu"):
         return
-    else:
-        left_out = set(two_thirds_of_ptx(items))
-    config.hook.pytest_deselected(items=list(left_out))
+    emulator_only = {"test_device.py", "test_legs.py", "test_resources.py"}
+    left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
+    config.hook.pytest_deselected(items=left_out)
     items[:] = [x for x in items if x not in left_out]
-
-
-def two_thirds_of_ptx(items):
-    """Yield cases on what NVRTC makes of a kernel, whose C++ takes g++ most of the suite's time.
-
-    Of every test its first case stays, and of the others a third that goes by their names alone.
-    All of them run on the source.
-    """
-    met = set()
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "ptx" not in (parameters.get("emulated"), parameters.get("leg")):
-            continue
-        test, _, case = item.nodeid.partition("[")
-        if test in met and crc32(case.encode()) % 3:
-            yield item
-        met.add(test)
 
 
 @pytest.fixture

@@ -124,17 +124,15 @@ def test_outputs_do_not_depend_on_later_gates_by_a_bit(divided, later, first, dt
 
 
 @pytest.mark.parametrize("choice", [(2,), (2, 2, 1), (2, 3, 1), (1, 2, 2, 0, 100, True, 50)])
-def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice):
-    """The state is still there after joins: these gates forget next to nothing.
-
-    float16 has one launch, whatever its gates are.
-    """
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice, dtype):
+    """The state is still there after joins: these gates forget next to nothing."""
     first = 190
     gates = np.full(T, -0.001)
     changed = gates.copy()
     changed[first:] = -60.0
     divided(*choice)
-    calls = (gated(g, BF16, K=128, V=128, H=8, seed=1) for g in (gates, changed))
+    calls = (gated(g, dtype, K=128, V=128, H=8, seed=1) for g in (gates, changed))
     both = [cd.chunk_delta_rule(*args, **kw).o[:, :first] for args, kw in calls]
     assert np.array_equal(both[0].view("u2"), both[1].view("u2"))
 
