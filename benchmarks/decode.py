@@ -15,12 +15,14 @@ import math
 import statistics
 import sys
 import time
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 import cupy
 import ml_dtypes
 import numpy as np
 from comparison import decoding
+from comparison.contestants import torch_stream
 
 import cupy_delta
 from cupy_delta.commands.console import print_table
@@ -74,8 +76,13 @@ def graph_of(calls, stream):
         call()
     stream.synchronize()
     stream.begin_capture()
-    for call in calls:
-        call()
+    try:
+        for call in calls:
+            call()
+    except Exception:
+        with suppress(Exception):  # what is left of it
+            stream.end_capture()
+        raise
     return stream.end_capture()
 
 
@@ -93,8 +100,9 @@ def measure(row: Row, repeats: int, peers: bool) -> dict:
     inputs = decoding.draw(row, DTYPES[row.pool])
     stream = cupy.cuda.Stream(non_blocking=True)
     graphs, errors, failed = {}, {}, {}
+    kept = []  # a graph holds none of the memory that it reads and writes
     cupy.cuda.Device().synchronize()
-    with stream:
+    with stream, torch_stream(stream) if peers else nullcontext():
         aside = cupy.empty_like(inputs.pool[: row.B]).view(np.float32)
         parts = [inputs.pool[i * row.B : (i + 1) * row.B] for i in range(row.calls)]
         parts = [x.view(np.float32) for x in parts]
@@ -103,6 +111,7 @@ def measure(row: Row, repeats: int, peers: bool) -> dict:
         for contestant in [decoding.Ours, decoding.OursFormed] + [decoding.FlashInfer] * peers:
             try:
                 one = contestant(row, inputs)
+                kept.append(one)
                 errors[one.name] = decoding.error(row, inputs, one)
                 graphs[one.name] = one.graph(graph_of, stream)
             except Exception as error:
@@ -113,8 +122,6 @@ def measure(row: Row, repeats: int, peers: bool) -> dict:
                 times[name].append(milliseconds(graph, stream) / row.calls)
     us = {name: 1e3 * statistics.median(t) for name, t in times.items()}
     us["copy"] = min(us.pop("memcpy"), us.pop("kernel"))
-    inputs = None
-    cupy.get_default_memory_pool().free_all_blocks()
     return row._asdict() | dict(us=us, errors=errors, failed=failed, state_bytes=row.state_bytes)
 
 
@@ -150,6 +157,7 @@ def main() -> int:
             print("out of time")
             break
         report.append(measure(row, args.repeats, peers))
+        cupy.get_default_memory_pool().free_all_blocks()
     header = [
         "B",
         "T",

@@ -54,7 +54,10 @@ class Ours:
 
     @staticmethod
     def graph(copies: list, passes: str, stream):
-        """Capture one call per copy, each with buffers of its own; return what replays them."""
+        """Capture one call per copy, each with buffers of its own; return what replays them.
+
+        It keeps the copies: a graph holds none of the memory that it reads and writes.
+        """
 
         def calls():
             for copy in copies:
@@ -70,8 +73,8 @@ class Ours:
             with suppress(Exception):  # what is left of it
                 stream.end_capture()
             raise
-        graph = stream.end_capture()
-        return lambda: graph.launch(stream)
+        kept = [stream.end_capture(), copies]
+        return lambda: kept[0].launch(stream)
 
     @staticmethod
     def host(x) -> np.ndarray:
@@ -155,13 +158,13 @@ class TorchContestant:
 
     @staticmethod
     def graph(copies: list, passes: str, stream):
-        """Capture one call per copy; results stay alive, so that each copy has its own."""
+        """Capture one call per copy; copies and results stay alive, each with memory of its own."""
         import torch
 
         graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         with torch.cuda.graph(graph, stream=outer, capture_error_mode="thread_local"):
             results = [getattr(copy, passes)() for copy in copies]
-        kept = [graph, results]
+        kept = [graph, results, copies]
         return lambda: kept[0].replay()
 
     @staticmethod

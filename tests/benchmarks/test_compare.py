@@ -1,7 +1,9 @@
 """The GPU benchmark's own arithmetic: rows, floors, turns and report, with NumPy for a GPU."""
 
+import gc
 import json
 import time
+import weakref
 from contextlib import nullcontext
 
 import compare
@@ -308,3 +310,40 @@ def test_rows_can_be_listed_and_what_cannot_run_is_said(capsys, monkeypatch):
     monkeypatch.setattr("cupy_delta.commands.console.gpu_problem", lambda: "no driver")
     assert compare.main(["--rows", "length"]) == 2
     assert "no GPU can be used: no driver" in capsys.readouterr().err
+
+
+class Recorder:
+    """A stream that records nothing; a graph of it replays by counting."""
+
+    def __init__(self):
+        self.launched = 0
+
+    def synchronize(self):
+        pass
+
+    def begin_capture(self):
+        pass
+
+    def end_capture(self):
+        return self
+
+    def launch(self, stream):
+        stream.launched += 1
+
+
+def test_what_replays_a_graph_keeps_what_was_captured():
+    class Copy:
+        workspace = nullcontext()
+
+        def forward(self):
+            pass
+
+    copy, stream = Copy(), Recorder()
+    once, alive = contestants.Ours.graph([copy], "forward", stream), weakref.ref(copy)
+    del copy
+    gc.collect()
+    once()
+    assert stream.launched == 1 and alive() is not None
+    del once
+    gc.collect()
+    assert alive() is None
