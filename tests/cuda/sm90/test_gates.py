@@ -124,16 +124,28 @@ def test_outputs_do_not_depend_on_later_gates_by_a_bit(divided, later, first, dt
 
 
 @pytest.mark.parametrize("choice", [(2,), (2, 2, 1), (2, 3, 1), (1, 2, 2, 0, 100, True, 50)])
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice, dtype):
-    """The state is still there after joins: these gates forget next to nothing."""
-    first = 190
-    gates = np.full(T, -0.001)
+def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice):
+    """Float16 has one launch, whatever its gates are.
+
+    Sums in another order would be off by more than outputs are rounded by: the first token
+    overwrites much of a channel that only it writes, and two others cancel in all that is read.
+    """
+    divided(*choice)
+    first = 180  # of which many in a chunk are beyond its range
+    gates = np.zeros(T)
     changed = gates.copy()
     changed[first:] = -60.0
-    divided(*choice)
-    calls = (gated(g, dtype, K=128, V=128, H=8, seed=1) for g in (gates, changed))
-    both = [cd.chunk_delta_rule(*args, **kw).o[:, :first] for args, kw in calls]
+    both = []
+    for g in (gates, changed):
+        (q, k, v, beta, g), kw = gated(g, V=128, G=1)
+        for channel, x in ((0, 2.0**20), (1, 2.0**12), (40, -(2.0**12))):
+            kw["initial_state"][:, :, channel] = x
+        for x in (q, k):
+            x[..., 40] = x[..., 1]
+        k[..., 0] = 0
+        k[:, 0] = np.eye(64)[0]
+        beta[:, 0] = 1
+        both.append(cd.chunk_delta_rule(q, k, v, beta, g, **kw).o[:, :first])
     assert np.array_equal(both[0].view("u2"), both[1].view("u2"))
 
 
