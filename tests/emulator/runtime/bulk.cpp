@@ -7,7 +7,7 @@
 namespace emulator {
 
 namespace {
-constexpr int LONGEST_ROW = 128, PIECE = 16;  // bytes of a swizzled row and of what the swizzle moves
+constexpr int LONGEST_ROW = 128;  // bytes of a swizzled row
 constexpr uint64_t MAGIC = 0x70616d726f736e74;
 
 // What tensor_map.py encodes: an array and the box to copy, innermost axis first.

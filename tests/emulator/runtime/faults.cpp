@@ -19,8 +19,16 @@ static std::vector<Site> sites;
 static std::map<std::pair<const char*, int>, Place> site_places;
 
 Place place_of(Site site) {
+  // Of the places asked for last.
+  static struct {
+    Site site;
+    Place place;
+  } known[256];
+  auto& last = known[((uintptr_t)site.file / 8 + site.line) % 256];
+  if (last.site.file == site.file && last.site.line == site.line) return last.place;
   auto [entry, is_new] = site_places.try_emplace({site.file, site.line}, FROM_SITE | (Place)sites.size());
   if (is_new) sites.push_back(site);
+  last = {site, entry->second};
   return entry->second;
 }
 

@@ -46,7 +46,7 @@ void cp_async_wait(int pending, Site) {
 
 // ---- ldmatrix: lane l receives elements (l / 4, 2 (l % 4)) and the next of each tile -----------------------
 
-struct Load {
+struct Matrices {
   const void* row;
   uint32_t* r;
   Site site;
@@ -54,7 +54,7 @@ struct Load {
 
 template <bool TRANSPOSED>
 static void ldmatrix_body(void** arguments, unsigned) {
-  auto load = [&](int lane) { return (Load*)arguments[lane]; };
+  auto load = [&](int lane) { return (Matrices*)arguments[lane]; };
   uint16_t tile[4][8][8];
   for (int tile_number = 0; tile_number < 4; tile_number++) {
     int hits[8] = {}, worst = 1;  // eight rows of 16 bytes: one per group of four banks, or a conflict
@@ -73,7 +73,7 @@ static void ldmatrix_body(void** arguments, unsigned) {
     for (int t = 0; t < 4; t++) {
       // Charged to the lane that receives the data: so a missing __syncwarp shows.
       for (int half = 0; half < 2; half++) {
-        const Load* from = load(t * 8 + (TRANSPOSED ? c + half : r));
+        const Matrices* from = load(t * 8 + (TRANSPOSED ? c + half : r));
         const void* p = (const uint16_t*)from->row + (TRANSPOSED ? r : c + half);
         access(f, p, 2, false, place, "ldmatrix ");
       }
@@ -87,7 +87,7 @@ static void ldmatrix_body(void** arguments, unsigned) {
 void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
   if (!is_shared(row)) fault("bad-address", site, "ldmatrix of memory that is not shared");
   if ((uintptr_t)row % 16) fault("misaligned", site, "ldmatrix row at %p, no multiple of 16", row);
-  Load load{row, r, site};
+  Matrices load{row, r, site};
   warp_collective(transposed ? 11 : 10, ~0u, &load, transposed ? ldmatrix_body<true> : ldmatrix_body<false>, site);
 }
 
@@ -95,7 +95,7 @@ void ldmatrix(uint32_t* r, const void* row, bool transposed, Site site) {
 
 template <bool TRANSPOSED>
 static void stmatrix_body(void** arguments, unsigned) {
-  auto store = [&](int lane) { return (Load*)arguments[lane]; };
+  auto store = [&](int lane) { return (Matrices*)arguments[lane]; };
   Place place = place_of(store(0)->site);
   for (int lane = 0; lane < 32; lane++) {
     int r = lane >> 2, c = (lane & 3) * 2;
@@ -114,7 +114,7 @@ static void stmatrix_body(void** arguments, unsigned) {
 
 void stmatrix(void* row, const uint32_t* r, bool transposed, Site site) {
   if (shared_address(row, site) % 16) fault("misaligned", site, "stmatrix row at %p, no multiple of 16", row);
-  Load store{row, (uint32_t*)r, site};
+  Matrices store{row, (uint32_t*)r, site};
   warp_collective(transposed ? 14 : 13, ~0u, &store, transposed ? stmatrix_body<true> : stmatrix_body<false>, site);
 }
 

@@ -7,6 +7,7 @@ namespace emulator {
 
 std::vector<Block> blocks;
 static std::map<uintptr_t, std::unique_ptr<Region>> buffers;  // by the end of the mapping
+static std::array<Region*, 64> found_last;                    // by pages, so that most are found at once
 static Region windows;                                        // of a cluster's blocks, one after the other
 static std::vector<uint8_t> owner;                            // of each byte of them: 1 + array number, 0 for red zones
 static size_t dynamic_bytes;
@@ -25,8 +26,8 @@ extern "C" void* emulator_allocate(const char* name, size_t bytes, int initialis
   uint8_t* low = mapping + PAGE + inner - (bytes + 15) / 16 * 16;  // ends at the guard page, 16-byte aligned
   auto region = std::make_unique<Region>();
   *region = {name, (uintptr_t)low, (uintptr_t)low + bytes, {}, mapping, inner + 2 * PAGE};
-  region->cells.resize(bytes / GRANULE + 2);
-  for (Cell& c : region->cells) c.initialised = initialised;
+  region->shadow.grow(bytes);
+  region->shadow.clear(0, bytes, initialised);
   memset(mapping + PAGE, 0xff, inner);
   buffers[(uintptr_t)mapping + region->mapped] = std::move(region);
   return low;
@@ -35,15 +36,18 @@ extern "C" void* emulator_allocate(const char* name, size_t bytes, int initialis
 extern "C" void emulator_free(void* low) {
   auto found = buffers.upper_bound((uintptr_t)low);
   if (found == buffers.end()) return;
+  found_last.fill(nullptr);
   munmap(found->second->mapping, found->second->mapped);
   buffers.erase(found);
 }
 
 static Region* find(uintptr_t a) {
   if (a >= windows.low && a < windows.high) return &windows;
+  Region*& last = found_last[a / 4096 % found_last.size()];
+  if (last && a >= last->low && a < last->high) return last;
   auto found = buffers.upper_bound(a);
   if (found == buffers.end() || a < (uintptr_t)found->second->mapping) return nullptr;
-  return found->second.get();
+  return last = found->second.get();
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------
@@ -51,7 +55,7 @@ static Region* find(uintptr_t a) {
 static void clear_window(size_t i, size_t bytes) {
   const size_t start = i * SHARED_WINDOW;
   memset((uint8_t*)windows.low + start, 0xff, bytes);  // NaN in every format
-  std::fill_n(windows.cells.begin() + start / GRANULE, bytes / GRANULE, Cell());
+  windows.shadow.clear(start, bytes, false);
   std::fill_n(owner.begin() + start, bytes, 0);
 }
 
@@ -66,7 +70,7 @@ void begin_cluster_memory(int size, size_t bytes) {
   for (size_t i = 0; i < blocks.size(); i++) clear_window(i, blocks[i].window_end);
   for (size_t bytes_known = owner.size(); bytes_known < size * SHARED_WINDOW; bytes_known = owner.size()) {
     owner.resize(bytes_known + SHARED_WINDOW);
-    windows.cells.resize(owner.size() / GRANULE);
+    windows.shadow.grow(owner.size());
     clear_window(bytes_known / SHARED_WINDOW, SHARED_WINDOW);
   }
   blocks.assign(size, Block());
@@ -171,8 +175,7 @@ static bool inside(const Region* r, uintptr_t a, size_t bytes) {
 
 template <class F>
 static void each_cell(Region* r, uintptr_t a, size_t bytes, F body) {
-  uintptr_t base = r->low & ~(uintptr_t)(GRANULE - 1);
-  for (size_t i = (a - base) / GRANULE; i <= (a + bytes - 1 - base) / GRANULE; i++) body(r->cells[i]);
+  r->shadow.each_cell(a - r->low, a + bytes - r->low, r->high - r->low, body);
 }
 
 // By a thread, or by the async proxy for it.
@@ -198,27 +201,29 @@ static void check_proxy(const Access& x, uintptr_t a, const Cell& c) {
         x.text(a) + ", no async_proxy_fence since the write by " + who(c.write) + " at " + describe(c.write_place));
 }
 
-static void check_write(const Access& x, Cell& c, uintptr_t a) {
+// Faults unless all that the access has to come after has happened before.
+static void check_cell(const Access& x, const Cell& c, uintptr_t a) {
   check_order(x, a, c.write, c.write_place, "write");
   check_proxy(x, a, c);
-  for (int i = 0; i < READS; i++) {
-    check_order(x, a, c.reads[i], c.read_places[i], "read");
-    c.reads[i] = 0;
-  }
+  for (int i = 0; x.write && i < READS; i++) check_order(x, a, c.reads[i], c.read_places[i], "read");
+}
+
+static void record_write(const Access& x, Cell& c) {
+  for (Moment& read : c.reads) read = 0;
   c.write = x.when;
   c.write_place = x.place;
   c.initialised = true;
 }
 
-static void check_read(const Access& x, Cell& c, uintptr_t a) {
-  if (!c.initialised) fault("uninitialised", x.place, x.text(a) + ", never written");
-  check_order(x, a, c.write, c.write_place, "write");
-  check_proxy(x, a, c);
-  int slot = -1;
-  for (int i = 0; i < READS && slot < 0; i++) {
-    if (!c.reads[i] || c.reads[i] >> 32 == x.when >> 32 || happened_before(c.reads[i], x.f)) slot = i;
+// Where a read is kept: in place of one that it covers, or else of any.
+static int slot_for_read(const Access& x, const Cell& c) {
+  for (int i = 0; i < READS; i++) {
+    if (!c.reads[i] || c.reads[i] >> 32 == x.when >> 32 || happened_before(c.reads[i], x.f)) return i;
   }
-  if (slot < 0) slot = random_bits() % READS;
+  return random_bits() % READS;
+}
+
+static void record_read(const Access& x, Cell& c, int slot) {
   c.reads[slot] = x.when;
   c.read_places[slot] = x.place;
 }
@@ -236,13 +241,25 @@ static void check(const Access& x, const void* p, size_t bytes) {
                  locate(starts_inside ? end : a).c_str()));
   }
   if (!options.check) return;
+  // What a thread has just done it may do again, and neighbours mostly have the same history: neither needs a look.
+  Cell last;
+  bool any = false;
+  int slot = 0;
   each_cell(r, a, bytes, [&](Cell& c) {
     if (c.copy_in_flight)
       fault("async-hazard", x.place, x.text(a) + " while the cp.async of " + describe(c.write_place) + " is in flight");
+    if (!x.async && c.knows(x.when, x.write)) return;
+    if (!x.write && !c.initialised) fault("uninitialised", x.place, x.text(a) + ", never written");
+    if (!any || !c.has_moments_of(last)) {
+      check_cell(x, c, a);
+      if (!x.write) slot = slot_for_read(x, c);
+      last = c;
+      any = true;
+    }
     if (x.write)
-      check_write(x, c, a);
+      record_write(x, c);
     else
-      check_read(x, c, a);
+      record_read(x, c, slot);
   });
 }
 

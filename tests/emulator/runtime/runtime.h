@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../include/cuda_on_cpu.h"
+#include "shadow.h"
 #undef threadIdx
 #undef blockIdx
 #undef blockDim
@@ -39,11 +40,6 @@ struct Knowledge {
 };
 typedef std::shared_ptr<const Knowledge> SharedKnowledge;
 
-// A moment of a thread or agent: its number (unique over the blocks of a launch) << 32 | its clock.
-typedef uint64_t Moment;
-
-// A place in kernel source: a program counter of the module, or FROM_SITE | index of a known Site.
-typedef uint32_t Place;
 Place place_of(Site);
 Place place_of(void* pc);
 std::string describe(Place);
@@ -159,17 +155,10 @@ extern uintptr_t module_base;
 void install_signal_handlers();
 
 // ---- memory --------------------------------------------------------------------------------------------
-// Shadow of two bytes: the last write, up to three reads since that no later read covers.
-constexpr int GRANULE = 2, READS = 3;
-struct Cell {
-  Moment write, reads[READS];
-  Place write_place, read_places[READS];
-  bool initialised, copy_in_flight;
-};
 struct Region {  // a global buffer, or the windows of shared memory
   std::string name;
   uintptr_t low, high;
-  std::vector<Cell> cells;
+  Shadow shadow;
   void* mapping;
   size_t mapped;
 };
@@ -187,6 +176,7 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t SHARED_WINDOW = 256 << 10;  // what the descriptors of wgmma can address
 constexpr int MAX_CLUSTER = 8;
 
+constexpr int PIECE = 16;  // bytes that stay together where rows are swizzled
 // The byte of a tile swizzled by rows of 32, 64 or 128 bytes that lies at a shared address.
 inline uint32_t swizzled(uint32_t address, int row = 128) { return address ^ (address >> 7 & (row / 16 - 1)) << 4; }
 

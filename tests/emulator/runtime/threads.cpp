@@ -180,6 +180,8 @@ void run_cluster(unsigned first_block, unsigned block_size, unsigned grid_size, 
   running = nullptr;
 }
 
+static bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+
 // ---- barriers -------------------------------------------------------------------------------------------
 
 void block_barrier(int id, int threads, Site site) {
@@ -195,7 +197,7 @@ void block_barrier(int id, int threads, Site site) {
     b.site = site;
   } else if (b.expected != expected) {
     fault("bad-barrier", site, "barrier %d met with %d and with %d threads", id, b.expected, expected);
-  } else if (whole_block && (b.site.line != site.line || strcmp(b.site.file, site.file))) {
+  } else if (whole_block && !same_place(b.site, site)) {
     fault("divergent-barrier", site, "threads of one block wait at __syncthreads of lines %d and %d", b.site.line,
           site.line);
   }
@@ -232,7 +234,7 @@ static void meet(int kind, unsigned mask, void* argument, Collective body, bool 
   }
   if (meeting) {
     const Site& at = meeting->site;
-    if (meeting->mask != mask || meeting->kind != kind || at.line != site.line || strcmp(at.file, site.file))
+    if (meeting->mask != mask || meeting->kind != kind || !same_place(at, site))
       fault("divergence", site, "lanes %08x of the warp are in another operation at line %d", meeting->arrived,
             at.line);
   } else {
@@ -252,7 +254,8 @@ static void meet(int kind, unsigned mask, void* argument, Collective body, bool 
     return;
   }
   if (body) body(meeting->arguments, mask);
-  std::vector<Fiber*> all;
+  static std::vector<Fiber*> all;  // kept for its memory
+  all.clear();
   for (int i = 0; i < 32; i++) {
     if (mask >> i & 1) all.push_back(w.lanes[i]);
   }

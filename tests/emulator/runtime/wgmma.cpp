@@ -7,7 +7,7 @@
 namespace emulator {
 
 namespace {
-constexpr int ROWS = 16, DEPTH = 16, MAX_COLUMNS = 128, PIECE = 16;
+constexpr int ROWS = 16, DEPTH = 16, MAX_COLUMNS = 128;
 constexpr uint32_t POISON = 0x7fffffff;  // NaN
 
 struct PoisonedSums {
