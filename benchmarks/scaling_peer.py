@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -50,6 +51,9 @@ def work(rank: int, size: int, lengths: tuple[int, ...], end: float) -> None:
         cut = session.cut(T)
         weak = {} if session.over(end) else session.cut(T * size)
         for what in PASSES if rank == 0 else ():
+            if what in session.failed:
+                print(f"fla {what}, T {T}: {session.failed[what]}", flush=True)
+                continue
             row = {"fla": what, "T": T, "one GPU": alone[what], f"{size} GPUs": cut[what]}
             row["times as fast"] = round(alone[what] / cut[what], 2)
             if weak:
@@ -74,6 +78,7 @@ class Session:
 
         self.torch, self.dist, self.rank, self.size = torch, dist, rank, size
         self.rule, self.context = chunk_gated_delta_rule, build_cp_context
+        self.failed: dict[str, str] = {}  # what this version refuses, and why
 
     def alone(self, T: int) -> dict:
         """Time one GPU; the others wait."""
@@ -99,7 +104,7 @@ class Session:
                 o, _ = self.rule(q, k, v, g, beta, **options)
                 self.torch.autograd.grad(o, every, do)
 
-        return {what: self.time(x) for what, x in zip(PASSES, (forward, both), strict=True)}
+        return {what: self.time(what, x) for what, x in zip(PASSES, (forward, both), strict=True)}
 
     def arrays(self, T: int):
         torch = self.torch
@@ -117,11 +122,18 @@ class Session:
             x.requires_grad_()
         return q, k, v, do, torch.zeros_like(beta), beta
 
-    def time(self, once, repeats: int = 7) -> float:
-        """Return the median over repeats of the slowest rank's milliseconds."""
-        for _ in range(2):
-            once()
-            self.torch.cuda.synchronize()
+    def time(self, what: str, once, repeats: int = 7) -> float:
+        """Return the median over repeats of the slowest rank's milliseconds; NaN if any fails."""
+        works = True
+        try:
+            for _ in range(2):
+                once()
+                self.torch.cuda.synchronize()
+        except (RuntimeError, ImportError) as error:
+            works, self.failed[what] = False, str(error).splitlines()[0]
+        if not self.agreed(works):
+            self.failed.setdefault(what, "another rank failed")
+            return math.nan
         spent = []
         for _ in range(repeats):
             self.dist.barrier()
@@ -133,6 +145,12 @@ class Session:
         every = self.torch.tensor(spent, device="cuda")
         self.dist.all_reduce(every, self.dist.ReduceOp.MAX)
         return statistics.median(every.tolist())
+
+    def agreed(self, works: bool) -> bool:
+        """Whether it works on every rank."""
+        every = self.torch.tensor([float(works)], device="cuda")
+        self.dist.all_reduce(every, self.dist.ReduceOp.MIN)
+        return bool(every.item())
 
     def over(self, end: float) -> bool:
         """Whether the time is over, as rank 0 says."""
