@@ -31,6 +31,8 @@ BLOCKS = 4  # of 16 tokens in a chunk
 STAGES = {1: 2, 2: 2}
 # Without states of chunks, and of a transfer.
 OUTPUT_STAGES, TRANSFER_STAGES = {1: 3, 2: 2}, {1: 3, 2: 2}
+# Key channels of a block of the gradients, and value channels at a time.
+KEYS, SLICE = 64, 64
 
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
@@ -143,27 +145,21 @@ def channel_factors_hopper_launch(call: Call) -> Launch:
     )
 
 
-def backward_channel_shared(K: int, itemsize: int) -> int:
-    """Return the bytes of shared memory, as sm90/backward_channel/blocks.cuh carves them."""
-    keys = gradient_keys(K)
-    tile, floats = CHUNK * pitch(keys, itemsize) * itemsize, CHUNK * pitch(keys, 4) * 4
-    values = CHUNK * pitch(BOX, itemsize) * itemsize
-    units = 2 * BLOCKS * keys
-    through = BLOCKS * (BLOCKS - 1) * keys
-    place = max(4 * tile + 3 * values, 6 * floats)
-    sums = (units, 8), (units, 4), (through, 4), (units, 4), (units, 4)
-    pairs = (values, 1), (values, 1), (CHUNK * 18, 8)
-    rows = (2 * tile, 1), (2 * tile, 1), (2 * floats, 1)
-    return carve(*rows, *sums, *pairs, (CHUNK, 4), (CHUNK, 4), (place, 1))
-
-
-def gradient_keys(K: int) -> int:
-    """Key channels of four warps of the gradients."""
-    return 32 if K <= 64 else 64
+def backward_channel_shared(itemsize: int) -> int:
+    """Return the bytes of shared memory, as sm90/backward_channel/shared.cuh carves them."""
+    tile, sums = CHUNK * pitch(KEYS, itemsize) * itemsize, CHUNK * pitch(KEYS, 4) * 4
+    state = SLICE * pitch(KEYS, itemsize) * itemsize
+    value, pairs = (CHUNK * pitch(n, itemsize) * itemsize for n in (SLICE, CHUNK))
+    place = max(2 * state + 3 * value, 3 * tile + 2 * pairs)
+    units = BLOCKS * KEYS, 4
+    through = BLOCKS * (BLOCKS - 1) // 2 * KEYS, 4
+    rows = (tile, 1), (tile, 1), (sums, 1)
+    own = (BLOCKS * 96, 16), (BLOCKS * 96, 16)
+    return carve(*rows, units, through, units, units, units, *own, (CHUNK, 4), (place, 1))
 
 
 def backward_channel_hopper_launch(call: Call) -> Launch:
-    """The chunk-parallel gradients, a block per chunk and head."""
+    """The chunk-parallel gradients, a block per chunk, head and 64 key channels."""
     p = call
     defines = dict(
         DTYPE=C_TYPES[p.dtype.name],
@@ -171,17 +167,16 @@ def backward_channel_hopper_launch(call: Call) -> Launch:
         HEAD_V=p.V,
         CHUNK=CHUNK,
         VARLEN=int(p.varlen),
-        WARPS=8,
-        SLICE=BOX,
-        KEYS=gradient_keys(p.K),
+        KEYS=KEYS,
+        SLICE=SLICE,
     )
     return Launch(
         "sm90/backward_channel.cu",
         "backward_channel_hopper",
         tuple(defines.items()),
-        slots(p, CHUNK) * p.H,
+        slots(p, CHUNK) * p.H * -(-p.K // KEYS),
         256,
-        backward_channel_shared(p.K, p.dtype.itemsize),
+        backward_channel_shared(p.dtype.itemsize),
         gradient_arguments(p),
         arch="sm_90a",
     )

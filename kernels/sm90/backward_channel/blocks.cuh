@@ -1,286 +1,169 @@
-// What comes to the tokens of a block of 16 from other blocks and from states, in backward_channel.cu, and where
-// everything lies.
+// What comes to the tokens of a block from other blocks and from states, in backward_channel.cu.
 #pragma once
-#include "portable/channel_gradient.cuh"
-#include "portable/value_rows.cuh"
+#include "sm90/backward_channel/slices.cuh"
 
-static_assert(CHUNK == 64 && WARPS == 8, "a warp has 16 tokens and half of the channels");
-constexpr int HALVES = 2, HALF_THREADS = 128, COUNT = CHUNK / BLOCK, TILES = KEYS / 8;
-constexpr int PARTS = UNITS / HALF_THREADS;  // units of a thread
-constexpr int TILE = CHUNK * K_PITCH, STATES = SLICE * K_PITCH, P_PITCH = pitch_of<DTYPE>(CHUNK), OWN_PITCH = BLOCK + 2;
-// Bytes of the place that is used three times.
-constexpr int VALUE_BYTES = (2 * HALVES * STATES + 3 * CHUNK * V_PITCH) * sizeof(DTYPE);
-constexpr int COMING_BYTES = 3 * HALVES * CHUNK * X_PITCH * sizeof(float);
-constexpr int PLACE = VALUE_BYTES > COMING_BYTES ? VALUE_BYTES : COMING_BYTES;
+// Queries, keys and sums of gates of a tile, and of a lane's two channels the sums of all gates.
+struct Rows {
+  Tile q, k, x;
+  float z[2];
 
-struct Values {
-  DTYPE *o, *n, *r;  // dO, N^ then N, dY then -dR
-};
-
-// Where the gradients of a half go, and how many tokens and channels there are.
-struct Gradients {
-  DTYPE *dq, *dk;
-  float* dg;
-  int64_t stride;
-  int tokens, keys;
-};
-
-// Half of the key channels, of which a thread has one.
-struct Half {
-  Channels channels;
-  DTYPE *s, *d;                      // slices of S, dS'
-  DTYPE *late_k, *late_q, *early_k;  // Kl, Ql, Kc
-  int thread, c;
-
-  // The blocks of a thread's units.
-  PRIM int block(int part) const { return thread / KEYS + HALF_THREADS / KEYS * part; }
-  PRIM void scale_tiles(const float (&states_dot)[PARTS]) const;
-  PRIM void decay_sums() const;
-  PRIM void write_gradients(const Gradients& out, const float2* own) const;
-};
-
-struct Tiles {
-  DTYPE *q, *k;
-  float* e;
-  float2* sums;
-  float *decays, *through, *written, *states;
-  DTYPE *dPqk, *E;
-  float2* own;  // (scale dPqk, E) within blocks, [j][i]
-  float *b, *b_sums, *place;
-  Values values;
-
-  PRIM Half half(int n, int thread) const {
-    Half x = {};
-    x.thread = thread, x.c = thread % KEYS;
-    Channels& y = x.channels;
-    y.q = q + n * TILE, y.k = k + n * TILE, y.e = e + n * CHUNK * X_PITCH;
-    y.sums = sums + n * UNITS, y.decays = decays + n * UNITS, y.through = through + n * COUNT * (COUNT - 1) / 2 * KEYS;
-    y.written = written + n * UNITS, y.states = states + n * UNITS;
-    y.from_q = place + n * 3 * CHUNK * X_PITCH, y.from_k = y.from_q + CHUNK * X_PITCH;
-    y.from_n = y.from_k + CHUNK * X_PITCH;
-    DTYPE* tiles = (DTYPE*)place;
-    x.s = tiles + n * 2 * STATES, x.d = x.s + STATES;
-    x.late_k = tiles + n * 3 * TILE, x.late_q = x.late_k + TILE, x.early_k = x.late_q + TILE;
-    return x;
+  PRIM Rows(const Shared& s, const Warp& warp, int tile) {
+    const int at = warp.row() * K_PITCH + warp.channel() + tile * 16;
+    Product::read_transposed(q[0], q[1], s.q + at, K_PITCH, warp.lane);
+    Product::read_transposed(k[0], k[1], s.k + at, K_PITCH, warp.lane);
+    const float* sums = s.x + warp.first();
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[n][i] = sums[warp.place(tile, n, i)];
+    const float* last = s.x + (warp.row() + BLOCK - 1) * X_PITCH + warp.channel() + warp.eighth() + tile * 16;
+    z[0] = last[0], z[1] = last[8];
   }
 };
 
-PRIM Tiles take_tiles(DynSmem& smem) {
-  Tiles s = {};
-  s.q = smem.take<DTYPE>(HALVES * TILE, "q");
-  s.k = smem.take<DTYPE>(HALVES * TILE, "k");
-  s.e = smem.take<float>(HALVES * CHUNK * X_PITCH, "decays");
-  s.sums = smem.take<float2>(HALVES * UNITS, "sums of gates");
-  s.decays = smem.take<float>(HALVES * UNITS, "decays of blocks");
-  s.through = smem.take<float>(HALVES * COUNT * (COUNT - 1) / 2 * KEYS, "products of blocks");
-  s.written = smem.take<float>(HALVES * UNITS, "products with the leaving state");
-  s.states = smem.take<float>(HALVES * UNITS, "products of states");
-  s.dPqk = smem.take<DTYPE>(CHUNK * P_PITCH, "scale dp");
-  s.E = smem.take<DTYPE>(CHUNK * P_PITCH, "e");
-  s.own = smem.take<float2>(CHUNK * OWN_PITCH, "pairs within blocks");
-  s.b = smem.take<float>(CHUNK, "beta");
-  s.b_sums = smem.take<float>(CHUNK, "dbeta");
-  s.place = smem.take<float>(PLACE / 4, "values, then scaled tiles, then what comes to tokens");
-  s.values.o = (DTYPE*)s.place + 2 * HALVES * STATES, s.values.n = s.values.o + CHUNK * V_PITCH;
-  s.values.r = s.values.n + CHUNK * V_PITCH;
-  return s;
+// Sums of gates in place of gates, and the decays over whole blocks.
+PRIM void sum_gates(const Shared& s, const Warp& warp) {
+  const int c = warp.channel() + warp.lane;
+  float x = 0.0f, gates[BLOCK];
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) gates[i] = gate_power(s.x[(warp.row() + i) * X_PITCH + c]);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) s.x[(warp.row() + i) * X_PITCH + c] = x += gates[i];
+  s.over[warp.block * KEYS + c] = exp2f(x);
 }
 
-// A thread's units: Kl, Ql and Kc, and what states are to gates.
-PRIM void Half::scale_tiles(const float (&states_dot)[PARTS]) const {
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int a = block(part), at = a * KEYS + c;
-    float f = 1.0f;
-#pragma unroll 4
-    for (int t = a * BLOCK; t < (a + 1) * BLOCK; t++) {
-      f *= channels.e_of(t, c);
-      late_k[t * K_PITCH + c] = narrow<DTYPE>(f * channels.k_of(t, c));
-      late_q[t * K_PITCH + c] = narrow<DTYPE>(f * channels.q_of(t, c));
-    }
-    f = 1.0f;
-#pragma unroll 4
-    for (int t = (a + 1) * BLOCK - 1; t >= a * BLOCK; t--) {
-      early_k[t * K_PITCH + c] = narrow<DTYPE>(f * channels.k_of(t, c));
-      f *= channels.e_of(t, c);
-    }
-    channels.states[at] = states_dot[part] * decay_of_blocks(channels.sums + c, KEYS, 0, COUNT);
-  }
+// tile[token][channel] = d(channel, token).
+PRIM void write_tile(DTYPE* tile, const Tile& d, const Warp& warp, int u) {
+  const uint32_t r[4] = {pack2<DTYPE>(d[0][0], d[0][1]), pack2<DTYPE>(d[0][2], d[0][3]), pack2<DTYPE>(d[1][0], d[1][1]),
+                         pack2<DTYPE>(d[1][2], d[1][3])};
+  const int row = warp.row() + warp.lane % 8 + warp.lane / 16 * 8, column = warp.channel() + u * 16;
+  stmatrix_x4_trans(tile + row * K_PITCH + column + warp.lane / 8 % 2 * 8, r);
 }
 
-// The sums over products of whole blocks, times the decays over what lies between: those that pass a thread's units,
-// and theirs with the leaving state.
-PRIM void Half::decay_sums() const {
+// Kl, Ql and Kc.
+PRIM void scale_tiles(const Shared& s, const Warp& warp) {
 #pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int a = block(part);
-    float passed = channels.decays[a * KEYS + c], later = 1.0f;
-    for (int b = a + 1; b < COUNT; b++) {
-      channels.through_of(b, a, c) *= passed;
-      passed *= channels.decays[b * KEYS + c], later *= channels.decays[b * KEYS + c];
-    }
-    channels.written[a * KEYS + c] *= later;
-  }
-}
-
-// d times the decays of its columns.
-PRIM void decay_columns(float (&d)[TILES][4], const float* decays, int lane) {
+  for (int u = 0; u < TILES; u++) {
+    const Rows rows(s, warp, u);
+    Tile late_k, late_q, early_k;
 #pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    const float2 f = *(const float2*)&decays[sum_column(lane, j, 0)];
-    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
-  }
-}
-// d += A B, A the pairs of a warp's block with another one, or (TRANSPOSED) the other one's with it; B 16 scaled rows.
-template <bool TRANSPOSED>
-PRIM void multiply_block(float (&d)[TILES][4], const DTYPE* pairs, const DTYPE* rows, int lane) {
-  typename Product::A a;
-  if constexpr (TRANSPOSED)
-    Product::load_a_transposed(a, pairs, P_PITCH, lane);
-  else
-    Product::load_a(a, pairs, P_PITCH, lane);
-#pragma unroll
-  for (int j = 0; j < TILES; j += 2) {
-    typename Product::B b;
-    Product::load_b_transposed(b, rows + j * 8, K_PITCH, lane);
-    Product::multiply(d[j], d[j + 1], a, b);
-  }
-}
-// sums += rows . d, for the columns that a thread has.
-PRIM void add_products(float (&sums)[TILES][2], const DTYPE* rows, const float (&d)[TILES][4], int lane) {
-#pragma unroll
-  for (int j = 0; j < TILES; j++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float2 x = load_pair(&rows[(h * 8 + lane / 4) * K_PITCH + sum_column(lane, j, 0)]);
-      sums[j][0] += x.x * d[j][2 * h], sums[j][1] += x.y * d[j][2 * h + 1];
-    }
-}
-// out = the sums over a warp's rows: of a lane's columns the four rows of lanes share the work, each for a quarter.
-PRIM void store_sums(float* out, float (&sums)[TILES][2], int lane) {
-  const int row = lane / 4;
-#pragma unroll
-  for (int bit = 0; bit < 2; bit++) {
-    // Halves of the columns that are left go to lanes with this bit.
-    const int left = TILES >> bit;
-    const bool upper = row >> bit & 1;
-#pragma unroll
-    for (int j = 0; j < left / 2; j++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const float other = __shfl_xor_sync(~0u, upper ? sums[j][i] : sums[j + left / 2][i], 4 << bit);
-        sums[j][i] = (upper ? sums[j + left / 2][i] : sums[j][i]) + other;
-      }
-  }
-  const int first = (row & 1) * (TILES / 2) + (row >> 1 & 1) * (TILES / 4);
-#pragma unroll
-  for (int j = 0; j < TILES / 4; j++) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) sums[j][i] += __shfl_xor_sync(~0u, sums[j][i], 16);
-    if (row < 4) *(float2*)&out[sum_column(lane, first + j, 0)] = make_float2(sums[j][0], sums[j][1]);
-  }
-}
-
-// The products of a value head, as accumulators of a warp: with states, then with other blocks, too.
-struct Products {
-  float from_q[TILES][4], from_k[TILES][4], from_n[TILES][4];
-  float pairs[8][4];  // dPqk in the first half, E in the second
-
-  PRIM void clear_all() { clear(from_q), clear(from_k), clear(from_n), clear(pairs); }
-
-  // Pairs of the warp's block with earlier ones, and within it.
-  PRIM void store_pairs(const Tiles& s, float scale, int block, int warp, int lane) const {
-    const bool queries = warp < COUNT;
-    DTYPE* tile = queries ? s.dPqk : s.E;
-    const float factor = queries ? scale : 1.0f;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
+    for (int n = 0; n < 2; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int row = sum_row(lane, i), column = sum_column(lane, j, i) - block * BLOCK;
-        const float x = factor * pairs[j][i];
-        if (column < 0) tile[(block * BLOCK + row) * P_PITCH + block * BLOCK + column] = narrow<DTYPE>(x);
-        if (column < 0 || column >= BLOCK) continue;
-        float* own = (float*)&s.own[(block * BLOCK + column) * OWN_PITCH + row];
-        own[!queries] = column < row + queries ? x : 0.0f;
+        const float x = rows.x[n][i], f = exp2f(x);
+        late_k[n][i] = f * rows.k[n][i], late_q[n][i] = f * rows.q[n][i];
+        early_k[n][i] = exp2f(rows.z[i / 2] - x) * rows.k[n][i];
       }
+    write_tile(s.late_k, late_k, warp, u);
+    write_tile(s.late_q, late_q, warp, u);
+    write_tile(s.early_k, early_k, warp, u);
   }
+}
 
-  PRIM void gather_before(const Half& half, const Tiles& s, float scale, int block, int lane) {
-    const Channels& x = half.channels;
-    const int row = block * BLOCK;
+// Sums of a lane's channels over tokens.
+typedef float TokenSums[TILES][2];
+// sums += rows . d over a lane's tokens.
+PRIM void add_products(float (&sums)[2], const DTYPE* rows, const Tile& d, const Warp& warp, int u) {
+  Tile x;
+  const int at = warp.row() * K_PITCH + warp.channel() + u * 16;
+  Product::read_transposed(x[0], x[1], rows + at, K_PITCH, warp.lane);
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
+  for (int n = 0; n < 2; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) from_q[j][i] *= scale;
+    for (int i = 0; i < 4; i++) sums[i / 2] += x[n][i] * d[n][i];
+}
+// out[channel] = the sums over a warp's tokens, of which a lane ends with one channel.
+PRIM void store_sums(float* out, const TokenSums& sums, const Warp& warp) {
+  static_assert(TILES == 2, "four lanes share four channels");
+  const bool other_tile = warp.lane & 1, other_half = warp.lane & 2;
+  float kept[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float sent = other_tile ? sums[0][h] : sums[1][h];
+    kept[h] = (other_tile ? sums[1][h] : sums[0][h]) + __shfl_xor_sync(~0u, sent, 1);
+  }
+  const float sent = other_half ? kept[0] : kept[1];
+  const float sum = (other_half ? kept[1] : kept[0]) + __shfl_xor_sync(~0u, sent, 2);
+  out[warp.channel() + other_tile * 16 + other_half * 8 + warp.eighth()] = sum;
+}
+
+// d times the decays over a block.
+PRIM void decay(Tile& d, const float* over, const Warp& warp, int u) {
+  const float* at = over + warp.channel() + warp.eighth() + u * 16;
+  const float f[2] = {at[0], at[8]};
+#pragma unroll
+  for (int n = 0; n < 2; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) d[n][i] *= f[i / 2];
+}
+
+// d += scaled rows of another block, by pairs with the warp's tokens.
+PRIM void multiply_rows(Tile& d, const DTYPE* rows, const typename Product::B& pairs, const Warp& warp, int u) {
+  typename Product::A a;
+  Product::load_a_transposed(a, rows + warp.channel() + u * 16, K_PITCH, warp.lane);
+  Product::multiply(d[0], d[1], a, pairs);
+}
+
+// What comes from earlier blocks and the state that enters.
+PRIM void gather_before(Coming (&from)[TILES], const Shared& s, const Warp& warp) {
 #pragma unroll 1
-    for (int b = 0; b < block; b++) {
-      float sums[TILES][2] = {};
-      add_products(sums, half.late_q + row * K_PITCH, from_q, lane);
-      add_products(sums, half.late_k + row * K_PITCH, from_k, lane);
-      store_sums(&x.through_of(block, b, 0), sums, lane);
-      decay_columns(from_q, x.decays + b * KEYS, lane);
-      decay_columns(from_k, x.decays + b * KEYS, lane);
-      const DTYPE* keys = half.early_k + b * BLOCK * K_PITCH;
-      multiply_block<false>(from_q, s.dPqk + row * P_PITCH + b * BLOCK, keys, lane);
-      multiply_block<false>(from_k, s.E + row * P_PITCH + b * BLOCK, keys, lane);
+  for (int b = 0; b < warp.block; b++) {
+    TokenSums sums = {};
+    typename Product::B dPqk, E;
+    const int pairs = warp.row() * P_PITCH + b * BLOCK;
+    Product::load_b(dPqk, s.dPqk + pairs, P_PITCH, warp.lane);
+    Product::load_b(E, s.E + pairs, P_PITCH, warp.lane);
+#pragma unroll
+    for (int u = 0; u < TILES; u++) {
+      add_products(sums[u], s.late_q, from[u].q, warp, u);
+      add_products(sums[u], s.late_k, from[u].k, warp, u);
+      decay(from[u].q, s.over + b * KEYS, warp, u);
+      decay(from[u].k, s.over + b * KEYS, warp, u);
+      multiply_rows(from[u].q, s.early_k + b * BLOCK * K_PITCH, dPqk, warp, u);
+      multiply_rows(from[u].k, s.early_k + b * BLOCK * K_PITCH, E, warp, u);
     }
+    store_sums(s.through_of(warp.block, b), sums, warp);
   }
+}
 
-  PRIM void gather_behind(const Half& half, const Tiles& s, int block, int lane) {
-    const Channels& x = half.channels;
-    const int row = block * BLOCK;
-    float sums[TILES][2] = {};
-    add_products(sums, half.early_k + row * K_PITCH, from_n, lane);
-    store_sums(x.written + block * KEYS, sums, lane);
+// What comes from later blocks and the gradient of the state that leaves.
+PRIM void gather_behind(Coming (&from)[TILES], const Shared& s, const Warp& warp) {
+  TokenSums sums = {};
+#pragma unroll
+  for (int u = 0; u < TILES; u++) add_products(sums[u], s.early_k, from[u].n, warp, u);
+  store_sums(s.written + warp.block * KEYS, sums, warp);
 #pragma unroll 1
-    for (int b = COUNT - 1; b > block; b--) {
-      decay_columns(from_n, x.decays + b * KEYS, lane);
-      const int pairs = b * BLOCK * P_PITCH + row;
-      multiply_block<true>(from_n, s.dPqk + pairs, half.late_q + b * BLOCK * K_PITCH, lane);
-      multiply_block<true>(from_n, s.E + pairs, half.late_k + b * BLOCK * K_PITCH, lane);
+  for (int b = COUNT - 1; b > warp.block; b--) {
+    typename Product::B dPqk, E;
+    const int pairs = b * BLOCK * P_PITCH + warp.row();
+    Product::load_b_transposed(dPqk, s.dPqk + pairs, P_PITCH, warp.lane);
+    Product::load_b_transposed(E, s.E + pairs, P_PITCH, warp.lane);
+#pragma unroll
+    for (int u = 0; u < TILES; u++) {
+      decay(from[u].n, s.over + b * KEYS, warp, u);
+      multiply_rows(from[u].n, s.late_q + b * BLOCK * K_PITCH, dPqk, warp, u);
+      multiply_rows(from[u].n, s.late_k + b * BLOCK * K_PITCH, E, warp, u);
     }
   }
+}
 
-  PRIM void store(const Half& half, int block, int lane) const {
-    auto write = [&](float* to, const float (&d)[TILES][4]) {
+// What products of whole blocks and of states are to every gate of the warp's block; a lane has a channel.
+PRIM void sum_passing(const Shared& s, const Warp& warp) {
+  const int c = warp.channel() + warp.lane, a = warp.block;
+  float states = 0.0f, all = 1.0f, sum = 0.0f, passed = 1.0f;
 #pragma unroll
-      for (int j = 0; j < TILES; j++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-          *(float2*)&to[(block * BLOCK + h * 8 + lane / 4) * X_PITCH + sum_column(lane, j, 0)] =
-              make_float2(d[j][2 * h], d[j][2 * h + 1]);
-    };
-    write(half.channels.from_q, from_q);
-    write(half.channels.from_k, from_k);
-    write(half.channels.from_n, from_n);
+  for (int b = 0; b < COUNT; b++) states += s.states[b * KEYS + c], all *= s.over[b * KEYS + c];
+#pragma unroll 1
+  for (int b = a; b < COUNT; b++) {
+    if (b > a) sum += passed * s.through_of(b, a)[c];
+    passed *= s.over[b * KEYS + c];
   }
-};
-
-// Of a thread's units: all that comes to their tokens, and dg.
-PRIM void Half::write_gradients(const Gradients& out, const float2* own) const {
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    Unit unit;
-    unit.a = block(part), unit.c = c;
-    unit.load(channels);
-    Rows dq = {}, dk = {}, to_q, to_k;
-    auto read = [&](Rows& to, const float* from) {
-#pragma unroll
-      for (int i = 0; i < BLOCK; i++) to[i] = from[(unit.a * BLOCK + i) * X_PITCH + c];
-    };
-    read(to_q, channels.from_q), read(to_k, channels.from_k);
-    unit.add_before(to_q, to_k, dq, dk);
-    read(to_k, channels.from_n);
-    unit.add_behind(to_k, dk);
-    unit.within(own + unit.a * BLOCK * OWN_PITCH, OWN_PITCH, dq, dk);
-    unit.add_through(channels);
-#pragma unroll
-    for (int i = 0; i < BLOCK; i++) {
-      const int token = unit.a * BLOCK + i;
-      if (token >= out.tokens || c >= out.keys) continue;
-      const int64_t at = token * out.stride + c;
-      out.dq[at] = narrow<DTYPE>(dq[i]), out.dk[at] = narrow<DTYPE>(dk[i]), out.dg[at] = unit.dg[i];
-    }
+#pragma unroll 1
+  for (int b = a - 1; b >= 0; b--) {
+    // `passed` is the decay over the blocks from b + 1 on.
+    sum += passed * s.written[b * KEYS + c];
+    passed *= s.over[b * KEYS + c];
   }
+  s.passing[a * KEYS + c] = sum + all * states;
+  __syncwarp();
 }

@@ -1,6 +1,7 @@
 // Products of pairs of tokens in channel_factors.cu, and the tiles that are scaled on the way.
 #pragma once
 #include "sm90/channel_factors/gates.cuh"
+#include "sm90/gate_powers.cuh"
 #include "tiles/fragments.cuh"
 #include "tiles/store.cuh"
 
@@ -33,9 +34,7 @@ PRIM uint4 pack_eight(const Eight& a, const Eight& b) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// The tensor cores leave out what TF32 has no digits for. Factors are larger by what that is on average; numbers of 16
-// bits without a decay stay what they are.
-constexpr float KEPT = 1.0f + 1.0f / 2896;
+// Numbers of 16 bits without a decay stay what they are, and those with one make up for what TF32 leaves out.
 constexpr float UP = 288230376151711744.0f * KEPT, DOWN = KEPT / 288230376151711744.0f;  // 2^HALF_RANGE
 
 // M and p of a block's own pairs, as accumulators of a warp.
