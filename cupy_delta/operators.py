@@ -301,7 +301,8 @@ def delta_rule_step(
     The arithmetic is that of `recurrent_delta_rule`: float32 (float64 for float64 inputs). A token
     has the same bits whatever comes with it in the call, so several tokens equal as many calls of
     one, to the bit where the pool is float32 or float64; one of 16 bits is rounded once a call
-    instead of once a token, and on CuPy arrays a token that is alone may differ by rounding then.
+    instead of once a token. With such a pool on CuPy arrays one token, two to four, and more, or a
+    ragged number, may go through different kernels, whose results differ by rounding.
 
     Values of index arrays, `cu_seqlens` and `accepted` in device memory are not read back. There a
     state index past the pool is padding, an output index past it goes nowhere, lengths and

@@ -12,7 +12,7 @@ from ..arrays import FLOAT_DTYPES
 from ..cuda import compile_variants, launches_of
 from ..cuda.architectures import ARCHITECTURES
 from ..cuda.spec import Launch
-from ..cuda.variants import PASSES
+from ..cuda.variants import PASSES, STEPS
 from .console import gpu_problem, positive, positives, progress
 
 
@@ -99,7 +99,7 @@ def run_command(args) -> int:
     distinct: dict[tuple, Launch] = {}
     passes = [(name, T) for name in args.passes if name != "step" for T in args.tokens]
     if "step" in args.passes:
-        passes += [("step", 1), ("step", 2)]  # one token has a kernel of its own
+        passes += [("step", T) for T in STEPS]
     for dtype, K, B, (name, T) in itertools.product(args.dtype, args.K, args.batch, passes):
         launches = launches_of(
             device.facts,

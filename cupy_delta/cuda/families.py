@@ -18,7 +18,7 @@ from . import sm90
 from .architectures import ARCHITECTURES
 from .portable import backward, forward, pieces
 from .spec import DeviceFacts, Halves, Plan, Tells
-from .tokens import decode, recurrent
+from .tokens import recurrent, step
 
 MAX_HEAD = 256
 CHUNKS = (16, 32, 64)
@@ -82,7 +82,7 @@ FAMILIES = (
     Family(
         "tokens",
         _always,
-        {"recurrent": recurrent.plan_recurrent, "step": decode.plan_step},
+        {"recurrent": recurrent.plan_recurrent, "step": step.plan_step},
     ),
 )
 TOKENS = ("recurrent", "step")

@@ -12,6 +12,7 @@ from ..typing import StateLayout
 from .plan import plan
 from .runtime.sources import AT_ONCE
 from .spec import Compiler, DeviceFacts, Launch
+from .tokens.decode_products import MOST_TOKENS
 
 # What is computed in each pass, in the order in which it is refused.
 OPERATIONS = {
@@ -23,6 +24,8 @@ OPERATIONS = {
     "blocks": ("wy_factors", "state_pass", "chunk_output", "transfer"),
 }
 PASSES = tuple(OPERATIONS)
+# Tokens of the steps that have kernels of their own; the last are those of more.
+STEPS = range(1, MOST_TOKENS + 2)
 
 
 def launches_of(

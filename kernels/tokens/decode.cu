@@ -32,32 +32,11 @@
 // PARTS = 32. All of them powers of two. CHANNELS: value channels per block, of whole warps; BESIDE VALUES if WARPS is
 // not 1, else PARTS is at least VALUES. Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS *
 // WARPS threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1, Passed or PassedRows (decode/).
-#include "tiles/sequence.cuh"
 #if OWN_ROWS
 #include "tokens/decode/own_rows.cuh"
 #else
 #include "tokens/decode/shared_rows.cuh"
 #endif
-
-// The tokens of a sequence, how many of them its state takes up, and the slots that it comes from and goes to.
-struct Work {
-  int64_t first, from, to;
-  int tokens, kept;
-  bool padding, stores;
-};
-PRIM Work find_work(const int64_t* cu_seqlens, const int64_t* state_indices, const int64_t* output_state_indices,
-                    const int64_t* accepted, int n, int T, int pool_slots) {
-  const Sequence sequence = find_sequence<1>(cu_seqlens, n, ONE_TOKEN ? 1 : T);
-  Work w;
-  w.first = sequence.first;
-  w.tokens = ONE_TOKEN ? 1 : sequence.tokens;
-  w.kept = ONE_TOKEN || accepted == nullptr ? w.tokens : clamp_token(accepted[n], 0, w.tokens);
-  w.from = state_indices == nullptr ? n : state_indices[n];
-  w.to = output_state_indices == nullptr ? w.from : output_state_indices[n];
-  w.padding = w.from < 0 || w.from >= pool_slots;
-  w.stores = w.to >= 0 && w.to < pool_slots && (w.kept > 0 || w.to != w.from);
-  return w;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const BETA_DTYPE* beta, const GATE_DTYPE* g,

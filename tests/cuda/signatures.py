@@ -69,6 +69,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "pool_states": dict(states=("initial_state", "final_state")),
     "token_factors": dict(beta=("beta", "logits"), g=("g", "a")),
     "decode": dict(g=("g", "a"), beta=("beta", "logits")),
+    "decode_products": dict(g=("g", "a"), beta=("beta", "logits")),
     "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
 }
 KEYWORDS = {"d_o": "do"}

@@ -49,6 +49,9 @@ def cases():
         for operation in ("backward", "recurrent", "step"):
             yield operation, replace(call, **gated), A100
         yield "forward", replace(call, **gated), H200
+        few = replace(call, B=3, T=4, varlen=False, pool_dtype=bf16)
+        for one in (few, replace(few, **gated), replace(few, gate="scalar")):
+            yield "step", one, A100
     for dtype in (bf16, FLOAT_DTYPES["float16"]):
         yield "backward", replace(call, HV=2, gate="channel", dtype=dtype), H200
     yield "forward", replace(call, dtype=f32), A100

@@ -21,18 +21,38 @@ from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
 from cupy_delta.cuda.spec import GATES
 from cupy_delta.cuda.tokens.decode import decode_launch
+from cupy_delta.cuda.tokens.decode_products import decode_products_launch
+from cupy_delta.raw import RawBeta, RawGate
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "timed.json"
 
 
+BF16 = FLOAT_DTYPES["bfloat16"]
+
+
+def step_call(T, pool, **options):
+    """A step as benchmarks/decode.py makes it, with g and beta as arrays unless they are given."""
+    sizes = dict(B=64, N=64, T=T, H=16, HV=32, K=128, V=128)
+    on_pool = dict(pool_slots=64, pool_dtype=pool, pool_stride=32 * 128 * 128)
+    return Call(dtype=BF16, **sizes, **on_pool, **dict(qk_l2norm=True) | options)
+
+
 def steps():
-    """Steps of one token as benchmarks/decode.py makes them, with g and beta as arrays."""
-    dtypes = (FLOAT_DTYPES[name] for name in ("float32", "bfloat16"))
-    for pool, layout, gate in itertools.product(dtypes, ("kv", "vk"), GATES):
-        sizes = dict(B=64, N=64, T=1, H=16, HV=32, K=128, V=128)
-        on_pool = dict(pool_slots=64, pool_dtype=pool, pool_stride=32 * 128 * 128)
-        options = dict(gate=gate, state_layout=layout, qk_l2norm=True)
-        yield decode_launch(Call(dtype=FLOAT_DTYPES["bfloat16"], **sizes, **on_pool, **options))
+    for pool, layout, gate in itertools.product(
+        (FLOAT_DTYPES["float32"], BF16), ("kv", "vk"), GATES
+    ):
+        yield decode_launch(step_call(1, pool, gate=gate, state_layout=layout))
+
+
+def steps_by_products():
+    scalar, channel = dict(gate="scalar"), dict(gate="channel")
+    gates = (RawGate("softplus", BF16, per, 0.0) for per in ("head", "channel"))
+    raw, raw_channel = (dict(raw_gate=gate, raw_beta=RawBeta(BF16, 1.0)) for gate in gates)
+    for layout in ("kv", "vk"):
+        for options in (scalar | raw, channel):
+            yield decode_products_launch(step_call(4, BF16, state_layout=layout, **options))
+    for options in (scalar, channel, channel | raw_channel):
+        yield decode_products_launch(step_call(1, BF16, state_layout="kv", **options))
 
 
 # Of the walks on compute capability 9.0 of calls without a pool, which share their code.
@@ -54,7 +74,11 @@ def walks():
         )
 
 
-PROGRAMS = {"steps of one token": steps, "walks without a pool": walks}
+PROGRAMS = {
+    "steps of one token": steps,
+    "steps by products": steps_by_products,
+    "walks without a pool": walks,
+}
 
 
 def name_of(launch):

@@ -10,7 +10,7 @@ import cupy_delta as cd
 from cupy_delta import dispatch
 from cupy_delta.cuda import operators
 from cupy_delta.cuda.architectures import ARCHITECTURES
-from cupy_delta.cuda.variants import launches_of
+from cupy_delta.cuda.variants import STEPS, launches_of
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
@@ -127,7 +127,7 @@ def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2
     assert device.kernels
 
 
-@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("T", [1, 4, 8])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("pool", ["float32", "bfloat16"])
 def test_steps_launch_what_was_planned_ahead(recorder, T, layout, pool):
@@ -135,6 +135,8 @@ def test_steps_launch_what_was_planned_ahead(recorder, T, layout, pool):
     args, kw = make_inputs(T, B=3, H=2, G=2, K=64, V=32, layout=layout, dtype=BF16, initial=True)
     state = kw["initial_state"].astype(getattr(ml_dtypes, pool, pool))
     cd.delta_rule_step(*args, state=state, state_layout=layout)
-    sizes = dict(dtype="bfloat16", K=64, V=32, B=3, T=min(T, 2), H=2, HV=4, state_layout=layout)
+    sizes = dict(
+        dtype="bfloat16", K=64, V=32, B=3, T=min(T, STEPS[-1]), H=2, HV=4, state_layout=layout
+    )
     ahead = launches_of(device.facts, ("step",), **sizes, pool_dtype=pool)
     assert device.kernels == {(launch.file, launch.defines) for launch in ahead}

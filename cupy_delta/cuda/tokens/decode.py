@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...call import Call
-from ..spec import C_TYPES, GATES, DeviceFacts, Launch, Plan, carve, i32
+from ..spec import C_TYPES, GATES, Argument, Launch, carve, i32
 from .raw import raw_macros
 
 # Threads per block of warps that share nothing: as a rule, and of one token that comes with logits.
@@ -33,12 +33,6 @@ class Tiling(NamedTuple):
 # several tokens threads have more of them, so that fewer sums are passed.
 TILINGS = {2: Tiling(vk=128, kv=128, row=128), 4: Tiling(128, 256, 256), 8: Tiling(128, 128, 64)}
 SEVERAL_IN_16_BITS = Tiling(vk=256, kv=256, row=128, keys=16, vector=8)
-
-
-def plan_step(call: Call, facts: DeviceFacts) -> Plan:
-    """Plan `delta_rule_step`."""
-    outputs = {"o": (call.value_shape, call.dtype)}
-    return Plan((decode_launch(call),), outputs, sums=call.compute_dtype)
 
 
 def power_of_two(least: int) -> int:
@@ -115,11 +109,10 @@ def shared_bytes(call: Call, tile: dict, batch: int) -> int:
     return carve((-(-tokens // 4) * 4, real), (passed, real))
 
 
-def decode_launch(call: Call) -> Launch:
-    """The new tokens of all sequences, on the slots of a pool, in place."""
-    real = call.compute_dtype
-    tile = step_tile(call)
-    defines = dict(
+def step_macros(call: Call) -> dict:
+    """Return the macros of every kernel that decodes."""
+    real, raw_gate, raw_beta = call.compute_dtype, call.raw_gate, call.raw_beta
+    return dict(
         DTYPE=C_TYPES[call.dtype.name],
         STATE_DTYPE=C_TYPES[pool_dtype(call).name],
         HEAD_K=call.K,
@@ -130,49 +123,56 @@ def decode_launch(call: Call) -> Launch:
         STATE_VK=int(call.state_layout == "vk"),
         L2NORM=int(call.qk_l2norm),
         ONE_TOKEN=int(one_token(call)),
-        OWN_ROWS=int(own_rows(call)),
-    )
-    raw_gate, raw_beta = call.raw_gate, call.raw_beta
-    defines |= raw_macros(raw_gate) | dict(
+        **raw_macros(raw_gate),
         RAW_BETA=int(raw_beta is not None),
         GATE_DTYPE=C_TYPES[(real if raw_gate is None else raw_gate.dtype).name],
         BETA_DTYPE=C_TYPES[(real if raw_beta is None else raw_beta.dtype).name],
     )
-    raw: tuple = ()
-    if raw_gate is not None or raw_beta is not None:
-        raw = (
-            None if raw_gate is None else "A_log",
-            "dt_bias" if raw_gate is not None and raw_gate.bias else None,
-            real.type(0 if raw_gate is None else raw_gate.bound),
-            real.type(1 if raw_beta is None else raw_beta.scale),
-        )
-    batch = 1 if defines["ONE_TOKEN"] else BATCH
-    defines["BATCH"] = batch
-    threads = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
+
+
+def token_arguments(call: Call) -> tuple[Argument, ...]:
+    """Return the tokens that every kernel that decodes is given."""
+    beta, g = "logits" if call.raw_beta else "beta", "a" if call.raw_gate else "g"
+    return ("q", "k", "v", beta, g)
+
+
+def raw_arguments(call: Call) -> tuple[Argument, ...]:
+    """Return what gates and strengths are formed of, where they are."""
+    real, raw_gate, raw_beta = call.compute_dtype, call.raw_gate, call.raw_beta
+    if raw_gate is None and raw_beta is None:
+        return ()
+    return (
+        None if raw_gate is None else "A_log",
+        "dt_bias" if raw_gate is not None and raw_gate.bias else None,
+        real.type(0 if raw_gate is None else raw_gate.bound),
+        real.type(1 if raw_beta is None else raw_beta.scale),
+    )
+
+
+def decode_launch(call: Call) -> Launch:
+    """The new tokens of all sequences, on the slots of a pool, in place."""
+    tile, batch = step_tile(call), 1 if one_token(call) else BATCH
+    defines = step_macros(call) | dict(OWN_ROWS=int(own_rows(call)), BATCH=batch) | tile
     return Launch(
         "tokens/decode.cu",
         "decode",
-        tuple((defines | tile).items()),
+        tuple(defines.items()),
         call.N * call.HV * -(-call.V // tile["CHANNELS"]),
-        threads,
+        tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"],
         shared_bytes(call, tile, batch),
         (
-            "q",
-            "k",
-            "v",
-            "beta" if raw_beta is None else "logits",
-            "g" if raw_gate is None else "a",
+            *token_arguments(call),
             "cu_seqlens",
             "state_indices",
             "output_state_indices",
             "accepted",
             "state",
             "o",
-            real.type(call.scale),
+            call.compute_dtype.type(call.scale),
             i32(call.T),
             i32(call.HV),
             i32(call.pool_slots),
-            *raw,
+            *raw_arguments(call),
             np.int64(call.pool_stride),
         ),
     )

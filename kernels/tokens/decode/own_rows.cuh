@@ -44,7 +44,7 @@ struct Token {
   real beta = 0, gate = 0;
 
   PRIM void load(const Inputs& x, int64_t row, const Place& p) {
-    const int64_t value_row = row * x.HV + x.hv, key_row = (row * x.key_heads() + x.key_head()) * HEAD_K;
+    const int64_t value_row = row * x.HV + x.hv, key_row = x.key_row(row);
     q.load(x.q + key_row, p);
     k.load(x.k + key_row, p);
     if (p.has_own) {

@@ -42,12 +42,6 @@ struct Keys {
   PRIM real operator[](int i) const { return pieces[i / PIECE].element[i % PIECE]; }
 };
 
-// e^g, g of parameters where it is raw.
-PRIM real decay_of(const Inputs& x, GATE_DTYPE g, real A_log, real bias) {
-  if constexpr (RAW_GATE == 0) return power(widen(g));
-  return power(RawGate<real, RAW_GATE>{power(A_log), bias, x.bound}.gate(widen(g)));
-}
-
 // What one token has on its way to shared memory. To load asks for all of it, so that it is on its way together;
 // nothing is looked at before `store`. First the rows: a lane's elements of q, k and the gates per channel.
 struct FetchedRows {
@@ -61,7 +55,7 @@ struct FetchedRows {
 
   PRIM static int key(int m, uint32_t lane) { return (m * 32 + lane) * SIZE; }
   PRIM void load(const Inputs& x, int64_t row, uint32_t lane) {
-    const int64_t value_row = row * x.HV + x.hv, key_row = (row * x.key_heads() + x.key_head()) * HEAD_K;
+    const int64_t value_row = row * x.HV + x.hv, key_row = x.key_row(row);
 #pragma unroll
     for (int m = 0; m < COUNT; m++) {
       const int c = key(m, lane);
@@ -84,29 +78,6 @@ struct FetchedRows {
   PRIM void store_raw(Tokens& tokens, int b, real k_unit, real q_unit, uint32_t lane) const;
   PRIM void store_decayed(Tokens& tokens, int b, const Inputs& x, real k_unit, real q_unit, uint32_t lane) const;
 };
-// Then beta and the gate per head, by another warp if there is one.
-struct FetchedNumbers {
-  BETA_DTYPE beta;
-  GATE_DTYPE g = {};
-  real A_log = 0, bias = 0;
-
-  PRIM void load(const Inputs& x, int64_t row) {
-    const int64_t value_row = row * x.HV + x.hv;
-    beta = x.beta[value_row];
-    if constexpr (HAS_GATE == 1) {
-      g = x.g[value_row];
-      if constexpr (RAW_GATE > 0) A_log = x.A_log[x.hv];
-      if constexpr (BIAS > 0) bias = x.dt_bias[x.hv];
-    }
-  }
-  PRIM void store(Tokens& tokens, int b, const Inputs& x, uint32_t lane) const {
-    const real strength = RAW_BETA ? x.factor * sigmoid((real)widen(beta)) : (real)widen(beta);
-    const real decay = HAS_GATE == 1 ? decay_of(x, g, A_log, bias) : (real)1;
-    auto& numbers = tokens.numbers[b];
-    if (lane == 0) numbers.beta = strength, numbers.decay = decay;
-  }
-};
-
 // Over the rows of a token in shared memory, in the order of the tile: by the warp that has brought them there.
 struct RowSums {
   real k_k = 0, q_q = 0, k_q = 0;
@@ -192,7 +163,7 @@ PRIM void FetchedRows::store_decayed(Tokens& tokens, int b, const Inputs& x, rea
 struct Batch {
   static constexpr int EACH = (BATCH * CHANNELS + THREADS - 1) / THREADS, ALL_WARPS = THREADS / 32;
   FetchedRows rows;
-  FetchedNumbers numbers;
+  FetchedNumbers numbers;  // by another warp than the rows if there is one
   DTYPE values[EACH];
 
   // The first token whose numbers are a warp's: those of warps without rows, as far as there are any.
@@ -219,7 +190,9 @@ struct Batch {
     }
     for (int b = first_numbers(p.thread / 32, count); b < count; b += ALL_WARPS) {
       if (b >= ALL_WARPS) numbers.load(x, first + b);
-      numbers.store(tokens, b, x, lane);
+      const real strength = numbers.strength(x), decay = numbers.decay(x);
+      auto& to = tokens.numbers[b];
+      if (lane == 0) to.beta = strength, to.decay = decay;
     }
 #pragma unroll
     for (int e = 0; e < EACH; e++) {

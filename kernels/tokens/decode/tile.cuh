@@ -1,8 +1,7 @@
 // The tile of a state that a thread of tokens/decode.cu has, and sums over the threads that share its value channels.
 #pragma once
-#include "tiles/token.cuh"
+#include "tokens/decode/inputs.cuh"
 
-typedef Sum<DTYPE>::type real;
 PRIM constexpr bool is_power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 static_assert(is_power_of_two(VECTOR) && is_power_of_two(VALUES) && is_power_of_two(PARTS) && is_power_of_two(BESIDE) &&
                   is_power_of_two(WARPS),

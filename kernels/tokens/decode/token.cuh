@@ -2,24 +2,8 @@
 // (own_rows.cuh) or shared memory (shared_rows.cuh). Both sum in the same order, so that a token has the same bits in
 // tiles of the same shape.
 #pragma once
-#include "tiles/raw.cuh"
+#include "tokens/decode/inputs.cuh"
 #include "tokens/decode/tile.cuh"
-
-constexpr bool PER_CHANNEL = HAS_GATE == 2;
-
-// The arrays of all tokens, and the heads that are asked for. beta and g may be logits of what parameters make of them.
-struct Inputs {
-  const DTYPE *q, *k, *v;
-  const BETA_DTYPE* beta;
-  const GATE_DTYPE* g;
-  real scale;
-  uint32_t hv, HV;
-  const real *A_log, *dt_bias;
-  real bound, factor;
-
-  PRIM uint32_t key_head() const { return hv / GROUP; }
-  PRIM uint32_t key_heads() const { return HV / GROUP; }
-};
 
 // What warps that share keys pass to each other: sums over the keys of each, and n, to be times k.
 struct Passed {
