@@ -6,6 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 from emulator import EmulatorDevice, Run, span_of
+from threadpoolctl import threadpool_limits
 
 import cupy_delta.building_blocks as blocks_module
 import cupy_delta.operators as operators_module
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(config, items):
     left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [x for x in items if x not in left_out]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_of_blas():
+    """What tests compare with are small products; threads that wait for more take whole cores."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 @pytest.fixture

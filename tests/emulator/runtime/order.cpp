@@ -48,6 +48,7 @@ bool happened_before_exit(Moment m, const Block& block) {
 }
 
 bool shown_to_async(Moment m, const Fiber* f) {
+  if (index_of(m) == (uint64_t)f->number) return (uint32_t)m <= f->fenced;
   return m >> 32 < launch_thread || (f->knows && covers(f->knows->fenced, m));
 }
 
@@ -81,6 +82,12 @@ static void set(Clock& clock, int index, uint32_t value) {
   clock[index] = value;
 }
 
+// What a thread adds to what it knows: all that it has done itself.
+static void add_own(Knowledge& into, Fiber* f) {
+  set(into.seen, f->number, f->clock++);
+  if (f->fenced) set(into.fenced, f->number, f->fenced);
+}
+
 void join_all(const std::vector<Fiber*>& threads) {
   if (!options.check) return;
   auto joined = std::make_shared<Knowledge>();
@@ -89,14 +96,14 @@ void join_all(const std::vector<Fiber*>& threads) {
     if (f->knows.get() != last) merge(*joined, f->knows);
     last = f->knows.get();
   }
-  for (Fiber* f : threads) set(joined->seen, f->number, f->clock++);
+  for (Fiber* f : threads) add_own(*joined, f);
   for (Fiber* f : threads) f->knows = joined;
 }
 
 void release(Knowledge& into, Fiber* f) {
   if (!options.check) return;
   merge(into, f->knows);
-  set(into.seen, f->number, f->clock++);
+  add_own(into, f);
 }
 
 template <class Change>
@@ -132,11 +139,14 @@ void learn_step(const std::vector<Fiber*>& threads, int agent, uint32_t step) {
 
 // What happened before in the order of this thread is visible to the async proxy for all who learn of this fence.
 void async_proxy_fence() {
+  static SharedKnowledge last_known, last_result;
   Fiber* f = running;
   if (!options.check) return;
-  f->knows = with(f->knows, [&](Knowledge& k) {
-    merge(k.fenced, k.seen);
-    set(k.fenced, f->number, f->clock++);
-  });
+  if (!last_result || f->knows != last_known) {
+    last_known = f->knows;
+    last_result = with(f->knows, [](Knowledge& k) { merge(k.fenced, k.seen); });
+  }
+  f->knows = last_result;
+  f->fenced = f->clock++;
 }
 }  // namespace emulator

@@ -66,6 +66,7 @@ struct Fiber {
   Site waits_at;
   SharedKnowledge knows;
   uint32_t clock;
+  uint32_t fenced;  // its own clock at its last proxy fence, which `knows` need not have
   int arrays_taken;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
