@@ -53,6 +53,7 @@ def test_the_three_files_are_there():
     ]
 
 
+@pytest.mark.slow
 def test_the_kernel_passes_its_test_as_it_stands(checkout):
     assert re.search(r"^8 passed", run(checkout), re.M)
 

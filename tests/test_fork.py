@@ -129,6 +129,7 @@ def script(code, *argv):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.1])
 def test_a_fork_during_the_first_call(delay):
     code = """

@@ -400,6 +400,7 @@ def test_wy_factors_solve_their_equation(arrays):
     close((u,), (np.einsum("bthc,bchv->bthv", t, v),))
 
 
+@pytest.mark.slow
 @given(packed(), st.integers(0, 2**32 - 1))
 def test_a_transfer_does_what_the_sequence_does(problem, seed):
     arrays, cu_seqlens = problem
@@ -410,6 +411,7 @@ def test_a_transfer_does_what_the_sequence_does(problem, seed):
     close((transfer.apply(state),), (expected.final_state,))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_transfers_compose(data):
     arrays = data.draw(problems())
@@ -428,6 +430,7 @@ def test_transfers_compose(data):
 # --- gradients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.data())
 @example(data=None)
 def test_gradients_are_adjoint_to_the_directional_derivative(data):
@@ -461,6 +464,7 @@ def test_gradients_are_adjoint_to_the_directional_derivative(data):
     assert abs(difference - sum(parts)) <= 1e-7 * (1.0 + size)
 
 
+@pytest.mark.slow
 @given(packed(lengths=(0, 30)), chunks)
 def test_gradients_of_packed_sequences_equal_separate_calls(problem, chunk_size):
     arrays, cu_seqlens = problem
@@ -479,6 +483,7 @@ def test_gradients_of_packed_sequences_equal_separate_calls(problem, chunk_size)
         close((*inputs, state), expected)
 
 
+@pytest.mark.slow
 @given(problems(lengths=(1, 30)), chunks)
 def test_the_gradients_do_not_depend_on_the_chunk_size(arrays, chunk_size):
     def gradients(size):
@@ -488,6 +493,7 @@ def test_the_gradients_do_not_depend_on_the_chunk_size(arrays, chunk_size):
     close(gradients(chunk_size), gradients(7), 1e-11)
 
 
+@pytest.mark.slow
 @given(problems(lengths=(1, 30)))
 def test_no_gradient_of_the_final_state_means_zero(arrays):
     residuals = cd.chunk_delta_rule_fwd(**arrays).residuals
@@ -503,6 +509,7 @@ def test_no_gradient_of_the_final_state_means_zero(arrays):
 # --- decoding -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_steps_equal_the_token_loop(data):
     """Steps of one to eight tokens, in slots of a larger pool, some rows of it padding."""

@@ -9,7 +9,9 @@ SMALL = dict(K=3, V=2, chunk=8, every=8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))]
+)
 @pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_float64(seed, gate, layout):

@@ -79,6 +79,7 @@ def test_memory_and_values_are_checked_in_every_call():
     refuse("delta_rule_step", arguments, ValueError, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [f for f in ARRAYS if "Transfer" not in f and "bwd" not in f])
 def test_no_array_is_kept(function):
     arguments = good(function)

@@ -285,6 +285,7 @@ def test_nothing_is_started_after_the_budget():
     assert report["not_measured"] == ["1x70 h1/2 d16 forward", "1x70 h1/2 d16 backward"]
 
 
+@pytest.mark.slow
 def test_page_and_figure_are_rendered_from_the_json_file(report, tmp_path, capsys):
     path = tmp_path / "compare.json"
     path.write_text(json.dumps(report))

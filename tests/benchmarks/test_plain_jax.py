@@ -9,6 +9,7 @@ from helpers import deviation, make_inputs
 import cupy_delta as cd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [plain_jax.token_scan, plain_jax.chunked])
 def test_plain_forms_are_the_definition(form):
     args, _ = make_inputs(150, B=2, H=2, G=2, K=8, V=6, beta=(0, 2))

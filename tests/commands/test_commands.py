@@ -86,6 +86,7 @@ def test_info_without_a_device(tmp_path):
     assert "CuPy arrays" in result.stdout and "no usable NVIDIA driver" in result.stdout
 
 
+@pytest.mark.slow
 def test_info_names_a_gpu_that_is_too_old(tmp_path):
     (tmp_path / "cupy.py").write_text(
         "import types\n"
@@ -331,6 +332,7 @@ def test_compile_refuses_heads_that_no_call_has(capsys):
     assert "--value-heads: expected a multiple of --heads = 3, got 4" in error
 
 
+@pytest.mark.slow
 def test_traceback_on_request(tmp_path):
     argv = ["-m", "cupy_delta", "run", str(tmp_path / "none.npz"), "-o", "x.npz"]
     assert "Traceback" not in python(*argv).stderr

@@ -91,6 +91,7 @@ def test_a_name_that_is_empty(capsys, arrays, no_work, option):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, arrays, option):
     """A limit on the size of files stands for it."""
@@ -262,6 +263,7 @@ def start(*argv, path=None, **streams):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["argparse", "statistics"])
 def test_interruption_while_a_command_is_imported(tmp_path, module):
     (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
@@ -278,6 +280,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["ml_dtypes", "statistics"])
 @pytest.mark.parametrize("program", [["-m", "cupy_delta"], ["cupy_delta"]])
 def test_a_signal_while_a_command_is_imported(
@@ -332,6 +335,7 @@ def closed(*argv, streams):
     return process.returncode, out, error
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed():
     status, out, error = closed(*SMALL, "-o", "-", streams=[1])
     assert (status, out, error) == (2, "", "cupy_delta bench: -: the output is closed\n")
@@ -341,6 +345,7 @@ def test_streams_that_are_closed():
     assert closed("run", "nowhere.npz", "-o", "x.npz", streams=[1, 2])[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
 def test_an_error_output_that_is_full_stops_no_work(tmp_path, arrays):
     diverging = arrays(k=np.full((1, 20, 2, 5), 1e10, np.float32))
@@ -356,6 +361,7 @@ def test_an_error_output_that_is_full_stops_no_work(tmp_path, arrays):
             assert done.returncode == status
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
 def test_a_full_output_is_one_line():
     with open("/dev/full", "w") as full:

@@ -7,12 +7,21 @@ from emulator import HOPPER
 
 from cupy_delta.commands import check
 
-pytestmark = pytest.mark.fast
+# The fast ones: every operation, and the forward with a gate per channel.
+FAST = {
+    "chunk",
+    "chunk, channel gate",
+    "recurrent",
+    "step, indexed pool",
+    "building blocks",
+    "transfer",
+    "gradients",
+}
 
 # Compute capability 9.0 has kernels of its own for 16-bit types: of these one goes there, in turns.
 HALVES = [("float16", "bfloat16"), ("bfloat16", "float16")]
 CALLS = [
-    (case, dtype, sm)
+    pytest.param(case, dtype, sm, marks=[pytest.mark.fast] * (case.name in FAST))
     for case, (here, there) in zip(check.CASES, itertools.cycle(HALVES), strict=False)
     for dtype, sm in (("float64", 80), ("float32", 80), (here, 80), (there, 90))
 ]
@@ -32,7 +41,12 @@ class OnGpu:
 
 
 def test_every_type_is_called():
-    assert {dtype for _, dtype, _ in CALLS} == set(check.BOUNDS)
+    assert {call.values[1] for call in CALLS} == set(check.BOUNDS)
+
+
+def test_every_operation_is_called_while_one_works():
+    operators = {x.operator for x in check.CASES if x.name in FAST}
+    assert {x.split()[-1] for x in operators} == {x.operator.split()[-1] for x in check.CASES}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 def test_filter_reproduces_an_independent_nlms_and_beats_the_last_value(capsys, tmp_path):
     path = tmp_path / "filter.png"
     assert adaptive_filter.main(["-o", str(path)]) == 0

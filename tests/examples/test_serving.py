@@ -41,6 +41,7 @@ BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_a_wrong_call_is_noticed(capsys, monkeypatch, name):
     function, bug = BUGS[name]

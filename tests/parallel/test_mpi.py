@@ -49,7 +49,9 @@ def launcher():
     return [found, "--oversubscribe", "--allow-run-as-root"]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_processes_have_together_what_one_has(size):
     deviation, *errors = mpi(size, HERE / "mpi_program.py").splitlines()
     assert float(deviation) < 1e-12
