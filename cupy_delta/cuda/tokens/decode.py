@@ -136,6 +136,22 @@ def token_arguments(call: Call) -> tuple[Argument, ...]:
     return ("q", "k", "v", beta, g)
 
 
+# Which slots states come from and go to, and results.
+POOL_ARGUMENTS: tuple[Argument, ...] = (
+    "state_indices",
+    "output_state_indices",
+    "accepted",
+    "state",
+    "o",
+)
+
+
+def size_arguments(call: Call) -> tuple[Argument, ...]:
+    """Return the sizes that every kernel that decodes is given last, around its raw arguments."""
+    sizes = i32(call.HV), i32(call.pool_slots)
+    return (*sizes, *raw_arguments(call), np.int64(call.pool_stride))
+
+
 def raw_arguments(call: Call) -> tuple[Argument, ...]:
     """Return what gates and strengths are formed of, where they are."""
     real, raw_gate, raw_beta = call.compute_dtype, call.raw_gate, call.raw_beta
@@ -163,16 +179,9 @@ def decode_launch(call: Call) -> Launch:
         (
             *token_arguments(call),
             "cu_seqlens",
-            "state_indices",
-            "output_state_indices",
-            "accepted",
-            "state",
-            "o",
+            *POOL_ARGUMENTS,
             call.compute_dtype.type(call.scale),
             i32(call.T),
-            i32(call.HV),
-            i32(call.pool_slots),
-            *raw_arguments(call),
-            np.int64(call.pool_stride),
+            *size_arguments(call),
         ),
     )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from ...call import POOL_ALIGNMENT, Call
-from ..spec import Launch, i32, padded
-from .decode import one_token, pool_dtype, raw_arguments, step_macros, token_arguments
+from ..spec import Launch, padded
+from .decode import (
+    POOL_ARGUMENTS,
+    one_token,
+    pool_dtype,
+    size_arguments,
+    step_macros,
+    token_arguments,
+)
 
 # Tokens of a sequence, at most: rows of k and q are the columns of one product.
 MOST_TOKENS = 4
@@ -75,15 +80,8 @@ def decode_products_launch(call: Call) -> Launch:
         products_shared_bytes(call, tiles, warps),
         (
             *token_arguments(call),
-            "state_indices",
-            "output_state_indices",
-            "accepted",
-            "state",
-            "o",
+            *POOL_ARGUMENTS,
             call.compute_dtype.type(call.scale),
-            i32(call.HV),
-            i32(call.pool_slots),
-            *raw_arguments(call),
-            np.int64(call.pool_stride),
+            *size_arguments(call),
         ),
     )
