@@ -2,6 +2,9 @@
 
 python tests/cuda/resources.py           # prints the table
 python tests/cuda/resources.py --write   # and makes it tests/golden/resources.json
+
+A row of the table ends with a digest of what was compiled for it: source with all that it includes,
+architecture, options and NVRTC. While that is the same nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from cupy_delta.raw import RawBeta, RawGate
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "resources.json"
 NAMES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+OPTIONS = ("-ftz=true", "--ptxas-options=-v")
 ARCHITECTURES = {name: architectures.ARCHITECTURES[name] for name in NAMES}
 
 ALL = ("forward", "backward", "recurrent", "step", "blocks")
@@ -203,22 +207,52 @@ def must_not_spill(name: str) -> bool:
     return heads <= 128 and int(sizes.get("CHUNK", 0)) <= default
 
 
+class Row(NamedTuple):
+    """Of the table: what a kernel costs, and the digest of what was compiled."""
+
+    resources: Resources
+    digest: str
+
+
+@cache
+def table() -> dict[tuple[str, str], Row]:
+    """Return the rows of the golden table by architecture and name."""
+    rows = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    return {
+        (arch, name): Row(Resources(*row[:4]), "".join(row[4:]))
+        for arch in rows
+        for name, row in rows[arch].items()
+    }
+
+
+def row(arch: str, name: str) -> Row:
+    """Return the row of the table, compiled anew if it is of another source or is missing."""
+    digest, known = digest_for(*text(arch, name)), table().get((arch, name))
+    return known if known and known.digest == digest else Row(measure(arch, name), digest)
+
+
 def measure(arch: str, name: str) -> Resources:
     """Compile a kernel as CuPy does and read ptxas' report."""
+    return compiled(*text(arch, name))
+
+
+def text(arch: str, name: str) -> tuple[str, str]:
+    """Return what is compiled for a kernel, and for which architecture."""
     launch = launches(arch)[name]
-    return compiled(variant_source(launch.file, launch.macros), launch.arch or arch)
+    return variant_source(launch.file, launch.macros), launch.arch or arch
+
+
+def digest_for(source: str, arch: str) -> str:
+    # Without the first line, which is of every kernel file: what is included counts here.
+    source = re.sub(r"\A// kernels .*\n", "", source)
+    return digest_of(source, [nvrtc.KERNELS], nvrtc.version(), arch, *OPTIONS)
 
 
 def compiled(source: str, arch: str) -> Resources:
-    # Without the first line, which is of every kernel file: what is included counts here.
-    source = re.sub(r"\A// kernels .*\n", "", source)
-    options = ("-ftz=true", "--ptxas-options=-v")
-    digest = digest_of(source, [nvrtc.KERNELS], nvrtc.version(), arch, *options)
-
     def make(part: Path) -> None:
-        part.write_text(nvrtc.compile_source(source, arch, options).log)
+        part.write_text(nvrtc.compile_source(source, arch, OPTIONS).log)
 
-    log = kept(f"log-{digest}.txt", make).read_text()
+    log = kept(f"log-{digest_for(source, arch)}.txt", make).read_text()
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     shared = re.search(r"(\d+) bytes smem", log)
     return Resources(
@@ -232,13 +266,13 @@ def compiled(source: str, arch: str) -> Resources:
 def main() -> None:
     work = cases()
     with ThreadPoolExecutor() as pool:
-        measured = list(pool.map(measure, *zip(*work, strict=True)))
-    table: dict = {arch: {} for arch in ARCHITECTURES}
-    for (arch, name), resources in zip(work, measured, strict=True):
-        table[arch][name] = list(resources)
+        rows = list(pool.map(row, *zip(*work, strict=True)))
+    found: dict = {arch: {} for arch in ARCHITECTURES}
+    for (arch, name), (resources, digest) in zip(work, rows, strict=True):
+        found[arch][name] = [*resources, digest]
         print(f"{arch:7}{resources.registers:4} registers{resources.spilled:5} spilled  {name}")
     if "--write" in sys.argv:
-        GOLDEN.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

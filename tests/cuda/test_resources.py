@@ -3,7 +3,7 @@
 After a wanted change: python tests/cuda/resources.py --write
 """
 
-import json
+import shutil
 
 import ml_dtypes
 import nvrtc
@@ -15,15 +15,14 @@ from cupy_delta.cuda.runtime.sources import variant_source
 from cupy_delta.cuda.tokens.decode import decode_launch
 from cupy_delta.problem import step_problem
 
-GOLDEN = json.loads(resources.GOLDEN.read_text())
 MARGIN = 8  # registers: ptxas' choices move a little with unrelated code
 CASES = resources.cases()
+FILES = sorted({x.file for x in resources.launches("sm_90").values()})
 
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_kernel_compiles_within_its_resources(arch, name):
-    measured = resources.measure(arch, name)
-    known = resources.Resources(*GOLDEN[arch][name])
+    known, measured = resources.table()[arch, name].resources, resources.row(arch, name).resources
     assert measured.registers <= known.registers + MARGIN
     assert measured.spilled <= known.spilled
     assert not measured.serialised
@@ -33,19 +32,40 @@ def test_kernel_compiles_within_its_resources(arch, name):
     assert shared <= resources.ARCHITECTURES[arch].shared_bytes
 
 
-def test_what_8_9_has_is_what_8_6_has():
+@pytest.mark.parametrize("file", FILES)
+def test_rows_of_the_table_are_what_comes_out(file):
+    """Of every kernel file one for 9.0, compiled although the table has it."""
+    name = next(n for n, x in resources.launches("sm_90").items() if x.file == file)
+    assert resources.row("sm_90", name).resources == resources.measure("sm_90", name)
+
+
+def test_a_kernel_that_was_changed_is_compiled(monkeypatch, tmp_path):
+    """Also if it is a file that it includes that was."""
+    name = next(n for n, x in resources.launches("sm_80").items() if x.entry == "l2norm")
+    known = resources.row("sm_80", name)
+    wanted = resources.Resources(1, 2, 3, True)
+    monkeypatch.setattr(resources, "measure", lambda *case: wanted)
+    assert resources.row("sm_80", name) == known == resources.table()["sm_80", name]
+    shutil.copytree(nvrtc.KERNELS, tmp_path / "kernels")
+    monkeypatch.setattr(nvrtc, "KERNELS", tmp_path / "kernels")
+    assert resources.row("sm_80", name) == known
+    header = tmp_path / "kernels" / "primitives" / "device.cuh"
+    header.write_text(header.read_text() + "\n")
+    assert resources.row("sm_80", name).resources == wanted
+
+
+@pytest.mark.parametrize("file", sorted({x.file for x in resources.launches("sm_89").values()}))
+def test_what_8_9_has_is_what_8_6_has(file):
     """Of every kernel file one, compiled for both: why `cases` leaves out what they share."""
-    launches = resources.launches("sm_89")
-    both = {x.file: n for n, x in launches.items() if n in resources.launches("sm_86")}
-    assert set(both) == {x.file for x in launches.values()}
-    for name in both.values():
-        one, other = resources.measure("sm_86", name), resources.measure("sm_89", name)
-        assert abs(one.registers - other.registers) <= MARGIN
-        assert one._replace(registers=0) == other._replace(registers=0)
+    names = [name for name, x in resources.launches("sm_89").items() if x.file == file]
+    name = next(name for name in names if name in resources.launches("sm_86"))
+    one, other = resources.measure("sm_86", name), resources.measure("sm_89", name)
+    assert abs(one.registers - other.registers) <= MARGIN
+    assert one._replace(registers=0) == other._replace(registers=0)
 
 
 def test_the_table_has_no_kernel_that_is_gone():
-    assert {(arch, name) for arch in GOLDEN for name in GOLDEN[arch]} == set(CASES)
+    assert set(resources.table()) == set(CASES)
 
 
 def test_every_kernel_file_is_measured():
