@@ -13,8 +13,10 @@ COLOURS = {
     "fla_gated": "#7fa7c9",
     "flash_qla": "#edae49",
     "flashinfer": "#3c8d5a",
+    "fla_kda": "#30638e",
+    "cudnn": "#6b4c9a",
 }
-MARKERS = dict(zip(COLOURS, "Dosv^", strict=True))
+MARKERS = dict(zip(COLOURS, "Dosv^sP", strict=True))
 # Of a row's height in the figure, what its contestants share: each has a line of its own, so that
 # equal times do not cover each other.
 SPREAD = 0.7
@@ -227,6 +229,7 @@ def figure(report: dict):
     page.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
     versions = report["versions"]
     packages = ("cupy_delta", "torch", "triton", "fla-core", "flash_qla", "flashinfer-python")
+    packages += ("nvidia-cudnn-frontend",)
     # No line ends between a name and its version.
     named = ", ".join(f"{n}\N{NO-BREAK SPACE}{versions[n]}" for n in packages if n in versions)
     title = f"{report['gpu']}, driver {report['driver']}\n{textwrap.fill(named, 72)}"

@@ -10,6 +10,7 @@ import compare
 import numpy as np
 import pytest
 from comparison import contestants, costs, rows, timing
+from comparison import report as report_module
 
 import cupy_delta
 
@@ -283,6 +284,11 @@ def test_nothing_is_started_after_the_budget():
         report = compare.run(NoGpu, [OnNumpy], few, args, lambda r: None)
     assert report["rows"] == []
     assert report["not_measured"] == ["1x70 h1/2 d16 forward", "1x70 h1/2 d16 backward"]
+
+
+def test_everybody_has_a_colour_and_a_mark():
+    everybody = set(contestants.CONTESTANTS)
+    assert everybody == set(report_module.COLOURS) == set(report_module.MARKERS)
 
 
 @pytest.mark.slow
