@@ -52,18 +52,17 @@ def looks(*arrays: Any) -> tuple[AnyLook, ...]:
     What is in the place of `g` or `beta` has a `RawLook`.
     """
     of_cupy = getattr(sys.modules.get("cupy"), "ndarray", ())
-    # Their arithmetic differs from that of arrays. To name the second would import it, 10 ms.
-    refused = (np.matrix, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
     new = tuple.__new__  # a named tuple's own constructor takes longer than all of this
+    plain = np.ndarray
     found: list[AnyLook] = []
     for x in arrays:
         if x is None:
             found.append(None)
-        elif type(x) is np.ndarray:
+        elif type(x) is plain:
             found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
         elif isinstance(x, of_cupy):
             found.append(new(Look, ("cupy", x.dtype, x.shape, x.data.device_id)))
-        elif isinstance(x, np.ndarray) and not isinstance(x, refused):
+        elif isinstance(x, plain) and not _refused(x):
             found.append(new(Look, ("numpy", x.dtype, x.shape, None)))
         elif isinstance(x, GATES):
             found.append(RawLook(type(x), looks(x.a, x.A_log, x.dt_bias), x.bound))
@@ -72,6 +71,12 @@ def looks(*arrays: Any) -> tuple[AnyLook, ...]:
         else:
             found.append(type(x))
     return tuple(found)
+
+
+def _refused(x: np.ndarray) -> bool:
+    """Whether the arithmetic of an array's class differs from that of arrays."""
+    # To name the second would import it, 10 ms.
+    return isinstance(x, (np.matrix, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())))
 
 
 def places(*arrays: Any) -> tuple | None:
@@ -121,9 +126,5 @@ def sharing(kind: str) -> Callable[[Any, Any], bool]:
 
 
 def _shares_memory(x: np.ndarray, y: np.ndarray) -> bool:
-    if not np.may_share_memory(x, y):  # told by their bounds, in a fraction of the time
-        return False
-    try:
-        return np.shares_memory(x, y, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
+    # Strides that are harder to compare may share it.
+    return np.may_share_memory(x, y, 10_000)  # type: ignore[arg-type]

@@ -7,11 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from .arrays import FLOAT_DTYPES, dtype_name
+from .arrays import FLOAT_DTYPES
 from .raw import RawBeta, RawGate
 from .typing import StateLayout
 
 Gate = Literal["scalar", "channel"]
+_FLOAT32, _FLOAT64 = FLOAT_DTYPES["float32"], FLOAT_DTYPES["float64"]
 POOL_ALIGNMENT = 16  # bytes, of pools that lie as arrays do
 
 
@@ -83,7 +84,7 @@ class Call:
     @property
     def compute_dtype(self) -> np.dtype:
         """What the arithmetic runs in."""
-        return FLOAT_DTYPES["float64" if dtype_name(self.dtype) == "float64" else "float32"]
+        return _FLOAT64 if self.dtype == _FLOAT64 else _FLOAT32
 
     # The dtype of states that are arguments or results.
     state_dtype = compute_dtype

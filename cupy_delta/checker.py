@@ -270,10 +270,12 @@ class PoolLook(NamedTuple):
 
 def pool_look(state: Any) -> PoolLook | None:
     """Describe how a pool lies in memory; None for what is no array and will be refused."""
+    if isinstance(state, np.ndarray):
+        return tuple.__new__(PoolLook, (state.strides, 0))  # in half the time of its constructor
     strides = getattr(state, "strides", None)
     if strides is None:
         return None
-    on_host = isinstance(state, np.ndarray | np.generic)
+    on_host = isinstance(state, np.generic)
     return PoolLook(strides, 0 if on_host else state.data.ptr % POOL_ALIGNMENT)
 
 

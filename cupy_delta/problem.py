@@ -35,7 +35,6 @@ SIZES = ("B", "T", "N", "H", "HV", "K", "V")
 # A pool of states, and what there is of each sequence.
 ON_POOL = ("state", "state_indices", "output_state_indices", "fresh")
 NO_POOL = ((None,) * len(ON_POOL), None)
-STEPPED = ("state_indices", "output_state_indices", "cu_seqlens", "accepted")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,9 +114,9 @@ def operator_problem(
     """Check a call of an operator over whole sequences; `on_pool`, of states in a pool."""
     found = looks(q, k, v, beta, g, initial_state, cu_seqlens, out)
     options = scale, qk_l2norm, state_layout, chunk_size
-    arrays = dict(
-        q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
-    ) | by_name(beta, g)
+    arrays = by_name(
+        beta, g, q=q, k=k, v=v, initial_state=initial_state, cu_seqlens=cu_seqlens, out=out
+    )
     if checkpoint_every is None and all(x is None for x in on_pool.values()):
         problem = _with_values(operator_call(found, beta_shapes, *options).of(arrays))
     else:
@@ -206,8 +205,19 @@ def step_problem(
         passed = _steps_that_passed.find(key)
         if passed is not None and passed.again is not None:
             return passed.problem.of(dict(v=v, out=out, passed=passed))
-    arrays = dict(q=q, k=k, v=v, state=state, out=out) | by_name(beta, g)
-    arrays |= zip(STEPPED, named, strict=True)
+    arrays = by_name(
+        beta,
+        g,
+        q=q,
+        k=k,
+        v=v,
+        state=state,
+        out=out,
+        state_indices=state_indices,
+        output_state_indices=output_state_indices,
+        cu_seqlens=cu_seqlens,
+        accepted=accepted,
+    )
     if passed is not None:
         return passed.problem.of(arrays | {"passed": passed})
     found = looks(q, k, v, beta, g, out, state, *named)
@@ -273,7 +283,7 @@ def backward_arrays(problem: Problem, do, dfinal_state) -> None:
 def factors_problem(k, v, beta, g, *, qk_l2norm, cu_seqlens, chunk_size=None) -> Problem:
     """Check a call of `wy_factors` or `sequence_transfer`."""
     alike = _factors(looks(k, v, beta, g, cu_seqlens), qk_l2norm, chunk_size)
-    return _with_values(alike.of(dict(k=k, v=v, cu_seqlens=cu_seqlens) | by_name(beta, g)))
+    return _with_values(alike.of(by_name(beta, g, k=k, v=v, cu_seqlens=cu_seqlens)))
 
 
 @remembered
@@ -288,8 +298,8 @@ def _factors(found, qk_l2norm, chunk_size) -> Problem:
 def state_pass_problem(k, w, u, g, *, initial_state, qk_l2norm, cu_seqlens, chunk_size) -> Problem:
     """Check a call of `state_pass`."""
     alike = _state_pass(looks(k, w, u, g, initial_state, cu_seqlens), qk_l2norm, chunk_size)
-    arrays = dict(k=k, w=w, u=u, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return _with_values(alike.of(arrays | by_name(None, g)))
+    arrays = by_name(None, g, k=k, w=w, u=u, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return _with_values(alike.of(arrays))
 
 
 @remembered
@@ -312,8 +322,8 @@ def chunk_output_problem(
     """Check a call of `chunk_output`; the backend checks the chunk axis of `states`."""
     found = looks(q, k, v_new, states, g, cu_seqlens)
     alike = _chunk_output(found, scale, qk_l2norm, chunk_size)
-    arrays = dict(q=q, k=k, v_new=v_new, states=states, cu_seqlens=cu_seqlens)
-    return _with_values(alike.of(arrays | by_name(None, g)))
+    arrays = by_name(None, g, q=q, k=k, v_new=v_new, states=states, cu_seqlens=cu_seqlens)
+    return _with_values(alike.of(arrays))
 
 
 @remembered
@@ -513,6 +523,10 @@ def _check_slots(problem: Problem, idle: np.ndarray | None = None) -> None:
 _PLAIN = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "accepted", *ON_POOL)
 _RAW = {"logits": "beta.logits", "a": "g.a", "A_log": "g.A_log", "dt_bias": "g.dt_bias"}
 _READ = {name: name for name in _PLAIN} | _RAW
+_READ_BESIDE = {
+    name: [(other, shown) for other, shown in _READ.items() if other != name]
+    for name in ("out", "state")
+}
 
 
 def check_written(problem: Problem, name: str) -> None:
@@ -525,9 +539,7 @@ def check_written(problem: Problem, name: str) -> None:
     if on_host and not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
     shared, known = sharing(problem.kind), vars(problem)
-    for other, shown in _READ.items():
+    for other, shown in _READ_BESIDE[name]:
         y = known[other]
-        if y is None or other == name or isinstance(y, np.ndarray) != on_host:
-            continue
-        if shared(x, y):
+        if y is not None and isinstance(y, np.ndarray) == on_host and shared(x, y):
             raise ValueError(f"{name}: expected no memory in common with {shown}")

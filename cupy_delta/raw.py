@@ -192,9 +192,9 @@ class RawBeta(NamedTuple):
     scale: float
 
 
-def by_name(beta: Any, g: Any) -> dict[str, Any]:
-    """Return the arrays of beta and g by the names that backends know; None where absent."""
-    arrays = dict(beta=beta, g=g)
+def by_name(beta: Any, g: Any, **arrays: Any) -> dict[str, Any]:
+    """Return beta, g and other arrays by the names that backends know; None where absent."""
+    arrays["beta"], arrays["g"] = beta, g
     if isinstance(g, GATES):
         arrays |= dict(g=None, a=g.a, A_log=g.A_log, dt_bias=g.dt_bias)
     if isinstance(beta, BETAS):

@@ -10,6 +10,7 @@ from calls import (
 )
 
 import cupy_delta
+from cupy_delta import arrays
 
 WRITERS = [(f, "out") for f in WITH_LAYOUT] + [("delta_rule_step", "state")]
 
@@ -101,3 +102,13 @@ def test_arrays_side_by_side_in_one_buffer_are_accepted():
     arguments["v"] = memory[:size].reshape(2, 6, 4, 5)
     arguments["out"] = memory[size:].reshape(2, 6, 4, 5)
     assert cupy_delta.chunk_delta_rule(**arguments).o is arguments["out"]
+
+
+def test_interleaved_arrays_share_no_memory_and_what_is_too_hard_to_tell_may():
+    share, view = arrays.sharing("numpy"), np.lib.stride_tricks.as_strided
+    memory = np.zeros(1_000_000, np.int8)
+    assert not share(memory[::2], memory[1::2])
+    assert share(memory[::2], memory[::3])
+    some = view(memory, (7,) * 8, (1, 21, 187, 1009, 2003, 5003, 7919, 10007))
+    others = view(memory[3:], (7,) * 8, (2, 23, 191, 1013, 2011, 5009, 7927, 10009))
+    assert share(some, others)

@@ -40,19 +40,19 @@ def recurrent_delta_rule_bwd(problem: Problem, do, dfinal_state=None):
         for t in reversed(range(len(steps))):
             x, at = steps[t], (rows, tokens.start + t)
             decayed, r, after = history[t]
-            d = np.asarray(do[at], dtype).reshape(r.shape)[..., None, :]
+            d = np.asarray(do[at], dtype).reshape(r.shape)
             dq[at] = _rows(d @ after.swapaxes(-1, -2))
             dS = dS + x.q.swapaxes(-1, -2) * d
-            m = (x.k @ dS)[..., 0, :]
+            m = x.k @ dS
             db = m * r
             if not problem.beta_per_value:
                 db = db.sum(axis=-1)
             dbeta[at] = db.reshape(dbeta[at].shape)
             dr = x.beta * m
             dv[at] = dr.reshape(dv[at].shape)
-            written = (x.beta * r)[..., None, :] @ dS.swapaxes(-1, -2)
-            dk[at] = _rows(written - dr[..., None, :] @ decayed.swapaxes(-1, -2))
-            dS = dS - x.k.swapaxes(-1, -2) * dr[..., None, :]
+            written = (x.beta * r) @ dS.swapaxes(-1, -2)
+            dk[at] = _rows(written - dr @ decayed.swapaxes(-1, -2))
+            dS = dS - x.k.swapaxes(-1, -2) * dr
             if x.g is not None and dg is not None:
                 flow = np.sum(dS * decayed, axis=-1)
                 if problem.gate == "scalar":

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cache
 
 import numpy as np
@@ -54,10 +55,14 @@ def for_each(function: Callable, items: Iterable, products: float = np.inf) -> N
                 done.result()
 
 
+# NumPy keeps what it warns of in a context; to enter a copy takes no time, `np.errstate` does.
+_quiet = copy_context()
+_quiet.run(np.seterr, all="ignore")
+
+
 def call_quietly(function: Callable, item: tuple) -> None:
     """Call without warnings: Inf and NaN in inputs are legal and go where arithmetic takes them."""
-    with np.errstate(all="ignore"):
-        function(*item)
+    _quiet.copy().run(function, *item)
 
 
 # Calls that hold BLAS to one thread, by the thread that made them, and what to restore after them.

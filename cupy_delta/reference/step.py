@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..problem import Problem
 from .parallel import call_quietly, for_each
-from .token_loop import advance, read, shared_products, token_inputs
+from .token_loop import ALL, advance, read, shared_products, token_inputs
 
 # Elements of all states together below which a call's time is that of calling NumPy; BLAS uses one
 # thread for so few.
@@ -33,6 +34,12 @@ class Part(NamedTuple):
     kept: np.ndarray | None = None
 
 
+@cache
+def _whole(T: int) -> Part:
+    """All sequences, each with a slot of its own; a named tuple takes a while to make."""
+    return Part(ALL, None, T, ALL)
+
+
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated."""
     o = problem.out
@@ -49,11 +56,12 @@ def delta_rule_step(problem: Problem):
         in_place = ready and part.kept is None and isinstance(slots, slice)
         S = pool[slots] if in_place else np.array(pool[slots], dtype, order="C")
         states = S.reshape(stack)
-        inputs = token_inputs(problem, part.rows, part.tokens)
+        single = part.length == 1
+        inputs = token_inputs(problem, part.rows, part.tokens, single=single)
         for t in range(part.length):
             if part.kept is not None:
                 _keep(pool, part, S, t)
-            x = inputs.at(t)
+            x = inputs if single else inputs.at(t)
             advance(states, x)
             place = t if part.tokens is None else part.tokens[:, t]
             o[part.rows, place] = read(states, x.q).reshape(-1, HV, problem.V)
@@ -74,9 +82,8 @@ def delta_rule_step(problem: Problem):
             o[indices < 0] = 0
         few = count * size < SMALL_POOL
         if few:
-            whole = slice(None)
-            rows, slots = (whole, whole) if used is None else (used, indices[used])
-            parts = [Part(rows, None, problem.T, slots)]
+            one = _whole(problem.T) if used is None else Part(used, None, problem.T, indices[used])
+            parts = [one]
         else:
             parts = list(_parts(problem.T, indices, used, count, size))
     if few:

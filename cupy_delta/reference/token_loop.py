@@ -7,7 +7,8 @@ Per token, with S of shape (..., K, V)::
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.blas import dger, sger
@@ -21,6 +22,7 @@ from .tiles import l2norm
 LARGE_STATE = 1 << 12
 # Elements of all heads' states from which a token is more work for NumPy than for Python.
 LONG_TOKEN = 1 << 17
+ALL = slice(None)
 
 
 def recurrent_delta_rule(problem: Problem):
@@ -45,7 +47,10 @@ def recurrent_delta_rule(problem: Problem):
 
 
 class TokenInputs(NamedTuple):
-    """Inputs shaped to broadcast against states (B, H, G, K, V), with or without a time axis."""
+    """Inputs as rows that meet states (B, H, G, K, V): q and k (1, K), v and beta (1, V or 1).
+
+    With a time axis after B, unless they are of one token.
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -76,33 +81,43 @@ def batches(problem: Problem):
         yield slice(b, b + 1), slice(start, stop), slice(n, n + 1)
 
 
-def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
-    """Load inputs (B, t, H, G, ...): q and k as rows (1, K), scaled and normalised; v as (V,).
+@cache
+def _number(dtype: np.dtype, x: float) -> Any:
+    """A number as an array: making it takes NumPy as long as a product of few elements."""
+    return np.array(x, dtype)
 
-    Of some batch rows, and of a slice of tokens or all of them.
+
+def token_inputs(problem: Problem, rows, tokens=None, *, single: bool = False) -> TokenInputs:
+    """Load inputs, q scaled, q and k normalised where that is asked for.
+
+    Of some batch rows, and of a slice of tokens or all of them, which is `single` if there is one.
 
     Always C-contiguous, so that strides of the caller's arrays never change a bit of the result.
     """
     dtype, H, G, K = problem.compute_dtype, problem.H, problem.groups, problem.K
 
     def load(x):
-        return np.ascontiguousarray(x[rows] if tokens is None else x[rows, tokens], dtype)
+        if tokens is not None:
+            x = x[rows, tokens]
+        elif rows is not ALL:
+            x = x[rows]
+        return np.asarray(x, dtype, order="C")
 
     q, k, v, g = load(problem.q), load(problem.k), load(problem.v), None
     beta = load_beta(problem, load)
     if problem.qk_l2norm:
         q, k = l2norm(q)[0], l2norm(k)[0]
-    q = q * dtype.type(problem.scale)
-    B, T = q.shape[:2]
+    q = q * _number(dtype, problem.scale)
+    lead = (*q.shape[: 1 if single else 2], H)
     if problem.gate is not None:
         channels = 1 if problem.gate == "scalar" else K
         g = load_gate(problem, load, lambda x: np.asarray(x, dtype))
-        g = g.reshape(B, T, H, G, channels, 1)
+        g = g.reshape(*lead, G, channels, 1)
     return TokenInputs(
-        q.reshape(B, T, H, 1, 1, K),
-        k.reshape(B, T, H, 1, 1, K),
-        v.reshape(B, T, H, G, problem.V),
-        beta.reshape(B, T, H, G, problem.V if problem.beta_per_value else 1),
+        q.reshape(row := (*lead, 1, 1, K)),
+        k.reshape(row),
+        v.reshape(*lead, G, 1, problem.V),
+        beta.reshape(*lead, G, 1, problem.V if problem.beta_per_value else 1),
         g,
     )
 
@@ -118,28 +133,28 @@ def initial_states(problem: Problem, states, index: slice):
 
 
 def advance(S, x: TokenInputs):
-    """Advance contiguous states by one token, in place; return the token's r = v - S^T k."""
+    """Advance contiguous states by one token, in place; return the token's r = v - S^T k, a row."""
     if x.g is not None:
         S *= np.exp(x.g)
-    r = x.v - (x.k @ S)[..., 0, :]
+    r = x.v - x.k @ S
     _add_outer(S, x.k, x.beta * r)
     return r
 
 
 def read(S, q):
-    """S^T q, with the scale already in q."""
-    return (q @ S)[..., 0, :]
+    """S^T q as a row, with the scale already in q."""
+    return q @ S
 
 
 def _add_outer(S, k, w) -> None:
-    """S += k w^T, in place."""
+    """S += k w^T of rows k and w, in place."""
     K, V = S.shape[-2:]
     if K * V < LARGE_STATE:
-        S += k.swapaxes(-1, -2) * w[..., None, :]
+        S += k.swapaxes(-1, -2) * w
         return
     # In one pass over S, where the product on its own would take two and as much memory again.
     add = _GER[S.dtype]
-    k = np.broadcast_to(k, (*w.shape[:-1], 1, K)).reshape(-1, K)
+    k = np.broadcast_to(k, (*w.shape[:-1], K)).reshape(-1, K)
     for one, row, column in zip(S.reshape(-1, K, V), w.reshape(-1, V), k, strict=True):
         add(1.0, row, column, a=one.T, overwrite_a=True)
 
