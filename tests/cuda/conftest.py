@@ -25,13 +25,25 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone."""
-    if not config.getoption("--on-gpu"):
-        return
-    emulator_only = {"test_device.py", "test_legs.py", "test_resources.py"}
-    left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
+    """Leave out cases that are not for the ptx leg, by the marker of that name.
+
+    With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone.
+    """
+    left_out = [x for x in items if not has_its_leg(x)]
+    if config.getoption("--on-gpu"):
+        emulator_only = {"test_device.py", "test_legs.py", "test_resources.py"}
+        left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [x for x in items if x not in left_out]
+
+
+def has_its_leg(item):
+    """Tell whether a case runs on its leg: sizes and values that legs have in common need one."""
+    marker = item.get_closest_marker("ptx_leg")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if marker is None or "ptx" not in (parameters.get("emulated"), parameters.get("leg")):
+        return True
+    return all(parameters[name] in values for name, values in marker.kwargs.items())
 
 
 @pytest.fixture(autouse=True, scope="module")

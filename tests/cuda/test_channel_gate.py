@@ -44,6 +44,7 @@ def inputs(dtype, **more):
     return args, kw, *output_gradients(args, kw)
 
 
+@pytest.mark.ptx_leg(dtype=[F16, F32])
 @pytest.mark.parametrize(
     ("dtype", "facts"), [(BF16, {}), (F16, {}), (F32, {}), (BF16, HOPPER), (F16, HOPPER)]
 )

@@ -26,6 +26,7 @@ def part(args, first, end):
 
 # With a gate that resets the state now and then, so that some chunks of compute capability 9.0 are
 # paired.
+@pytest.mark.ptx_leg(dtype=[BF16, F16])
 @pytest.mark.parametrize(
     ("facts", "dtype", "every", "chunk"),
     [({}, BF16, 32, 32), ({}, F32, 64, 16), (HOPPER, BF16, 64, None), (HOPPER, F16, 128, None)],

@@ -50,11 +50,13 @@ def inputs(dtype):
     return args, kw, *output_gradients(args, kw)
 
 
+@pytest.mark.ptx_leg(dtype=[F16, F32])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_decays_of_every_strength(emulated, on_reference, dtype):
     check(on_reference, PATTERNS, CHUNK[dtype], *inputs(dtype))
 
 
+@pytest.mark.ptx_leg(dtype=[BF16])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_a_small_gradient_beside_large_ones(emulated, on_reference, dtype):
     """Of tokens that forget among such that remember, and of the state that they forget."""

@@ -51,6 +51,7 @@ def test_token_by_token(emulated, dtype, size, layout):
         assert close(x, y, BOUND[dtype.name])
 
 
+@pytest.mark.ptx_leg(tokens=[3])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize(("dtype", "size"), BY_TOKEN)

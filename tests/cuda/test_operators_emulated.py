@@ -59,6 +59,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.ptx_leg(K=[17, 60, 100])
 @pytest.mark.parametrize(("K", "V", "dtype"), SHAPES)
 def test_head_sizes(emulated, K, V, dtype):
     args, kw = make_inputs(50, G=2, K=K, V=V, dtype=dtype, initial=True)
@@ -72,6 +73,7 @@ def test_lengths(emulated, T, dtype):
     check(args, kw)
 
 
+@pytest.mark.ptx_leg(chunk=[64])
 @pytest.mark.parametrize("chunk", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_chunk_sizes(emulated, chunk, dtype):
@@ -79,6 +81,7 @@ def test_chunk_sizes(emulated, chunk, dtype):
     check(args, kw, chunk)
 
 
+@pytest.mark.ptx_leg(gate=["scalar"], varlen=[True])
 @pytest.mark.parametrize("gate", [None, "scalar"])
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
@@ -97,6 +100,7 @@ def test_sequences_end_to_end(emulated, index, dtype):
     assert np.array_equal(result.final_state[0], kw["initial_state"][0])
 
 
+@pytest.mark.ptx_leg(beta=[(1.99, 1.99)])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("beta", [(0, 1), (1, 1), (0, 2), (1.99, 1.99), (0, 0)])
@@ -139,6 +143,7 @@ def test_strong_decay(emulated, dtype):
     check(args, kw)
 
 
+@pytest.mark.ptx_leg(reset=[-np.inf])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("reset", [-100, -1e4, -np.inf])
 def test_strong_resets_among_mild_gates(emulated, dtype, reset):
@@ -204,6 +209,7 @@ def test_normalised_keys(emulated, on_reference, dtype):
     assert error(result.o, expected.o) < (1e-6 if dtype == F32 else 1e-2)
 
 
+@pytest.mark.ptx_leg(dtype=[F64, F16])
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16])
 @pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 @pytest.mark.parametrize("per_value", [False, True])
@@ -220,6 +226,7 @@ def test_recurrent(emulated, on_reference, dtype, gate, per_value):
     assert deviation(result.final_state, expected.final_state) < min(bound, 1e-6)
 
 
+@pytest.mark.ptx_leg(K=[33])
 @pytest.mark.parametrize("K", [1, 33, 100, 256])
 @pytest.mark.parametrize("V", [1, 130])
 def test_recurrent_head_sizes(emulated, on_reference, K, V):
@@ -229,6 +236,7 @@ def test_recurrent_head_sizes(emulated, on_reference, K, V):
     assert max(deviation(x, y) for x, y in zip(result, expected, strict=True)) < 1e-14
 
 
+@pytest.mark.ptx_leg(T=[0, 8])
 @pytest.mark.parametrize("T", [0, 1, 8])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("pool", ["float32", "bfloat16", "float16"])
@@ -249,6 +257,7 @@ def test_step(emulated, on_reference, T, layout, pool):
 
 # Vectors of 1, 2, 4 and 8 elements; whole warps and parts of them; more threads than values; keys
 # per thread that are no power of two; warps side by side that share no keys.
+@pytest.mark.ptx_leg(sizes=[(100, 7), (256, 40)])
 @pytest.mark.parametrize(
     "sizes", [(1, 8), (3, 6), (33, 4), (128, 128), (256, 40), (100, 7), (129, 24), (3, 200)]
 )
@@ -293,10 +302,11 @@ def test_step_in_float64_with_gate(emulated, on_reference):
 
 
 BLOCKS = [(dtype, varlen, None, False) for dtype in (BF16, F32) for varlen in (False, True)]
-BLOCKS += [(BF16, True, "scalar", True), (F32, True, "scalar", False), (F16, False, "scalar", True)]
+BLOCKS += [(BF16, True, "scalar", True), (F32, True, "scalar", False), (F16, True, "scalar", True)]
 BLOCKS += [(BF16, True, "channel", True), (F32, False, "channel", False)]
 
 
+@pytest.mark.ptx_leg(varlen=[True])
 @pytest.mark.parametrize(("dtype", "varlen", "gate", "l2norm"), BLOCKS)
 def test_building_blocks(emulated, on_reference, dtype, varlen, gate, l2norm):
     sizes = dict(H=2, G=2, K=40, V=32, cu_seqlens=VARLEN if varlen else None)

@@ -81,6 +81,7 @@ def check(divided, on_reference, args, kw, final=True):
         assert np.linalg.norm(x - y) <= 3 * np.linalg.norm(other - y) + floor
 
 
+@pytest.mark.ptx_leg(T=[129])
 @pytest.mark.parametrize("T", [1, 64, 129])
 @pytest.mark.parametrize("math", [1, 2])
 def test_lengths(divided, on_reference, math, T):
@@ -146,6 +147,7 @@ def gated(gates, T, **options):
     return args, kw
 
 
+@pytest.mark.ptx_leg(gates=["resets", "weak"])
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("math", [1, 2])
 def test_gates(divided, on_reference, gates, math):
@@ -257,6 +259,7 @@ def test_any_order_of_events_gives_the_same_bits(divided, gate):
         assert all(np.array_equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.ptx_leg(t=[100])
 @pytest.mark.parametrize("gate", [None, "scalar"])
 @pytest.mark.parametrize("t", [64, 100])
 def test_nothing_reaches_forward_in_time(divided, t, gate):

@@ -137,6 +137,7 @@ def check(divided, args, kw):
     return result
 
 
+@pytest.mark.ptx_leg(T=[65, 200])
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("math", [1, 2])
 def test_lengths(divided, math, T):
@@ -201,6 +202,7 @@ UNEVEN = [0, 0, 3, 260, 261, 390]
 
 
 # Every pair of slices per block, lengths of segments and sequences; of slices and K.
+@pytest.mark.ptx_leg(cu_seqlens=[UNEVEN])
 @pytest.mark.parametrize(
     ("math", "K", "first", "last", "cu_seqlens"),
     [
@@ -249,6 +251,7 @@ def test_nine_segments(divided, gate, first):
     check(divided, args, kw)
 
 
+@pytest.mark.ptx_leg(gate=["scalar"])
 @pytest.mark.parametrize("gate", [None, "scalar"])
 def test_x_that_is_given_has_the_bits_of_x_that_is_solved(divided, gate):
     args, kw = make_inputs(300, K=128, V=72, gate=gate, dtype=BF16, initial=True, beta=(0, 2))
@@ -261,6 +264,7 @@ def test_x_that_is_given_has_the_bits_of_x_that_is_solved(divided, gate):
     assert np.array_equal(solved.final_state, given.final_state)
 
 
+@pytest.mark.ptx_leg(beta=[(1.99, 1.99)])
 @pytest.mark.parametrize("correlation", [0.5, 0.9])
 @pytest.mark.parametrize("beta", [(0, 1), (1.99, 1.99)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -272,6 +276,7 @@ def test_segments_of_hard_keys(divided, dtype, correlation, beta):
 
 
 # The slices of a transfer make clusters of two; or, as there are three of them, none.
+@pytest.mark.ptx_leg(decay=[0.3])
 @pytest.mark.parametrize(("math", "V"), [(1, 72), (1, 64), (2, 136)])
 @pytest.mark.parametrize("decay", [0.3, 30])
 def test_segments_with_a_gate(divided, math, V, decay):
@@ -306,6 +311,7 @@ def test_any_order_of_events_gives_the_same_bits(divided, gate, math, segments, 
         assert np.array_equal(result.final_state, results[0].final_state)
 
 
+@pytest.mark.ptx_leg(beta=[(1.99, 1.99)])
 @pytest.mark.parametrize("correlation", [0.5, 0.9])
 @pytest.mark.parametrize("beta", [(0, 1), (1, 1), (1.99, 1.99)])
 @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -56,12 +56,14 @@ def at(tokens, gate, others=-0.01):
     return gates
 
 
+@pytest.mark.ptx_leg(gate=[WITHIN, BEYOND])
 @pytest.mark.parametrize("gate", [-0.5, -1.2, -1.3, WITHIN, BEYOND, -2.4, -5.0, -20.0])
 def test_constant_gates(divided, gate):
     divided(1)
     check(*gated(gate))
 
 
+@pytest.mark.ptx_leg(gate=[-np.inf])
 @pytest.mark.parametrize("gate", [-20.0, -88.0, -1000.0, -np.inf])
 @pytest.mark.parametrize("token", [0, 1, 31, 32, 63, 64, 127, T - 1])
 def test_a_single_reset(divided, gate, token):
@@ -80,6 +82,7 @@ def test_a_state_leaves_with_what_the_true_gates_leave_of_it(divided, gate):
     assert np.all(np.abs(final - exact) <= 1e-4 * np.abs(exact))
 
 
+@pytest.mark.ptx_leg(count=[3, 9])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("count", [2, 3, 4, 9])
 def test_resets_among_long_memory(divided, dtype, count):
@@ -96,6 +99,7 @@ def test_any_decay(divided, dtype):
     check(*gated(-rng.exponential(size=T) * rng.choice([0.01, 1.0, 5.0, 30.0], T), dtype))
 
 
+@pytest.mark.ptx_leg(segments=[3])
 @pytest.mark.parametrize("gates", [-0.001, -0.3, -5.0, at([70, 71, 72, 73, 74], -200.0)])
 @pytest.mark.parametrize("segments", [1, 3])
 def test_the_division_of_value_channels_changes_no_bit(divided, gates, segments):
@@ -109,6 +113,7 @@ def test_the_division_of_value_channels_changes_no_bit(divided, gates, segments)
 
 
 # Later gates change the chunk's reference, make tokens leave its range, or another chunk do so.
+@pytest.mark.ptx_leg(later=[-3.0, -np.inf])
 @pytest.mark.parametrize("later", [-0.01, -1.0, -3.0, -40.0, -np.inf])
 @pytest.mark.parametrize("first", [100, 128])
 @pytest.mark.parametrize("dtype", [BF16, F16])

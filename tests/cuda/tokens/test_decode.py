@@ -42,6 +42,7 @@ def one_by_one(args, pool, options):
     return np.concatenate(outputs, axis=1), after
 
 
+@pytest.mark.ptx_leg(sizes=[(40, 24)])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 @pytest.mark.parametrize("sizes", [(40, 24), (128, 12)])
@@ -65,6 +66,7 @@ def test_a_ragged_step_is_its_tokens_one_by_one(emulated, layout, gate, sizes):
     assert np.array_equal(pool, after)
 
 
+@pytest.mark.ptx_leg(T=[2])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("T", [1, 2])

@@ -41,6 +41,7 @@ def off(x, y):
     return float(np.abs(x.astype(F64) - y).max() / np.abs(y).max())
 
 
+@pytest.mark.ptx_leg(T=[1, 2, 4])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize(
     ("T", "gate", "sizes"),
