@@ -41,7 +41,7 @@ def remembered(check):
 
 
 class Passed:
-    """A call that has passed every check: its problem, without arrays.
+    """A call that has passed every check: its problem, without arrays but with this.
 
     `again` is what the backend may keep of it: a launch on the same memory.
     """
@@ -49,7 +49,7 @@ class Passed:
     __slots__ = ("again", "problem")
 
     def __init__(self, problem):
-        self.problem = problem
+        self.problem = problem.of({"passed": self})
         self.again: Callable[[], None] | None = None
 
 

@@ -344,7 +344,10 @@ def delta_rule_step(
         state_layout=state_layout,
         out=out,
     )
-    return backend_for(problem.kind).delta_rule_step(problem)
+    o = backend_for(problem.kind).delta_rule_step(problem)
+    if out is not None:
+        o = out
+    return o
 
 
 def chunk_delta_rule_fwd(

@@ -137,13 +137,14 @@ def recurrent_delta_rule(problem: Problem):
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated.
 
-    Calls with `out` on the same memory are the same launch: the second one is made of it alone.
+    Calls with `out` on the same memory are the same launch: the second one is made of it alone, and
+    has no arrays.
     """
     passed = problem.passed
+    if passed is not None and passed.again is not None:
+        passed.again()
+        return problem.out
     with device_of(problem.v) as device:
-        if passed is not None and passed.again is not None:
-            passed.again()
-            return problem.out
         plan = plans.plan("step", problem, device.facts)
         targets = {"o": problem.out, "state": problem.state}
         results = execute(plan, vars(problem), device, targets)

@@ -116,14 +116,25 @@ class CupyDevice:
         return cupy.cuda.Stream.from_external(ForeignStream(address))
 
     def repeated(self, launch: Launch, arrays: dict) -> Callable[[], None]:
-        """Return a launch on the same memory, of which it holds the addresses alone."""
+        """Return a launch on the same memory, of which it holds the addresses alone.
+
+        It may be called with any device as the current one.
+        """
         loaded = _loaded(self.index, launch)
         arguments = loaded.arguments.copy()
         for i, name in launch.pointers:
             x = arrays[name]
             if x is not None:
                 arguments[i] = by_value(np.array([x.data.ptr], np.uint64))
-        return partial(loaded.kernel, loaded.grid, loaded.block, arguments, launch.shared)
+        start = partial(loaded.kernel, loaded.grid, loaded.block, arguments, launch.shared)
+
+        def again() -> None:
+            if cupy.cuda.runtime.getDevice() == self.index:  # quicker than to make it current
+                return start()
+            with self:
+                start()
+
+        return again
 
     def launch(self, launch: Launch, arrays: dict) -> None:
         """Launch a kernel; a pointer to no array is null."""

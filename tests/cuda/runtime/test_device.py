@@ -90,7 +90,8 @@ def on_device(monkeypatch):
         monkeypatch.setattr(Module, name, value)
     monkeypatch.setattr(Device, "set_in_threads", [])
     monkeypatch.setattr(Module, "meeting", threading.Barrier(1))
-    cuda = SimpleNamespace(function=None, Device=Device)
+    runtime = SimpleNamespace(getDevice=lambda: device_in_use.index)
+    cuda = SimpleNamespace(function=None, Device=Device, runtime=runtime)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
     # Setting it first has it as it was afterwards.
     monkeypatch.setattr(cupy_delta.cuda.runtime, "device", None, raising=False)
@@ -244,6 +245,17 @@ def test_a_repeated_launch_holds_addresses_and_no_array(on_device, monkeypatch):
     assert arguments[1:] == ["kept", None] and arguments[0].dtype == np.uint64
     assert arguments[0] == [1 << 40]
     assert loaded.arguments == [None, "kept", None]
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_repeated_launch_is_on_its_device_whichever_is_current(on_device, monkeypatch, current):
+    devices = []
+    loaded = on_device.Loaded(lambda *call: devices.append(device_in_use.index), (1,), (32,), [])
+    monkeypatch.setattr(on_device, "_loaded", lambda *which: loaded)
+    again = on_device.CupyDevice(1).repeated(replace(launch("l2norm"), arguments=()), {})
+    monkeypatch.setattr(device_in_use, "index", current)
+    again()
+    assert devices == [1] and device_in_use.index == current
 
 
 class Array:
