@@ -63,16 +63,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   write_zeros(pairs + row * pair_stride, pair_stride, warp, tokens - row, lane);
   __syncthreads();
 
-  // Six blocks of pairs: three warps have one with decays over blocks in between, the last one has the three others.
   Met met[3];
-  const int count = warp == 3 ? 3 : 1;
-  auto later = [&](int n) { return warp == 3 ? n + 1 : warp == 0 ? 2 : 3; };
-  auto earlier = [&](int n) { return warp == 3 ? n : warp == 1 ? 1 : 0; };
+  const Meeting meeting = {warp};
 #pragma unroll
   for (int n = 0; n < 3; n++) {
-    if (n >= count) continue;
-    const int a = later(n) * BLOCK, b = earlier(n) * BLOCK;
-    met[n].multiply(s, later(n), earlier(n), lane);
+    if (n >= meeting.count()) continue;
+    const int a = meeting.later(n) * BLOCK, b = meeting.earlier(n) * BLOCK;
+    if (meeting.apart())
+      met[n].multiply<true>(s, meeting.later(n), meeting.earlier(n), lane);
+    else
+      met[n].multiply<false>(s, meeting.later(n), meeting.earlier(n), lane);
     write_pairs(pairs + a * pair_stride + b, pair_stride, met[n].p, tokens - a, lane);
   }
   __syncthreads();  // everyone is done with the scaled keys
@@ -80,7 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   store_block_of_m(s.x, own.m, row, row, lane);
 #pragma unroll
   for (int n = 0; n < 3; n++)
-    if (n < count) store_block_of_m(s.x, met[n].m, later(n) * BLOCK, earlier(n) * BLOCK, lane);
+    if (n < meeting.count())
+      store_block_of_m(s.x, met[n].m, meeting.later(n) * BLOCK, meeting.earlier(n) * BLOCK, lane);
   __syncthreads();
   if (warp < 2)
     CoreWarp{s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, 1, lane}.write(core + first * CHUNK,

@@ -27,13 +27,24 @@ PRIM void load_eight(Eight& y, const float* low, const float* high) {
   const float4 a = *(const float4*)low, b = *(const float4*)high;
   y[0] = a.x, y[1] = a.y, y[2] = a.z, y[3] = a.w, y[4] = b.x, y[5] = b.y, y[6] = b.z, y[7] = b.w;
 }
-PRIM uint4 pack_eight(const Eight& a, const Eight& b) {
+PRIM uint4 pack_eight(const Eight& a) {
   uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) pairs[i] = pack2<DTYPE>(a[2 * i] * b[2 * i], a[2 * i + 1] * b[2 * i + 1]);
+  for (int i = 0; i < 4; i++) pairs[i] = pack2<DTYPE>(a[2 * i], a[2 * i + 1]);
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
+PRIM uint4 pack_eight(const Eight& a, const Eight& b) {
+  Eight x;
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = a[i] * b[i];
+  return pack_eight(x);
+}
 
+// 2^(-x - HALF_RANGE), larger by what TF32 leaves out. Where it overflows, pairs are not made of it.
+PRIM float power_before(float x) {
+  constexpr float KEPT_POWER = 0.000498f;  // log2(KEPT)
+  return exp2f(KEPT_POWER - HALF_RANGE - x);
+}
 // Numbers of 16 bits without a decay stay what they are, and those with one make up for what TF32 leaves out.
 constexpr float UP = 288230376151711744.0f * KEPT, DOWN = KEPT / 288230376151711744.0f;  // 2^HALF_RANGE
 
@@ -91,19 +102,19 @@ PRIM void scale_block(Own& own, const Rows& out, const Shared& s, int block, int
       const int row = block * BLOCK + h * 8 + lane / 4;
       const int64_t at = row * out.stride;
       const bool inside = row < out.tokens && c < HEAD_K;
-      Eight x, k, q, since, until, ones;
+      Eight x, k, q, since, until;
       load_eight(x, &s.x[x_place(row, c)], &s.x[x_place(row, c + 4)]);
       load_eight(k, &s.k[row * K_PITCH + c]);
       load_eight(q, &s.q[row * K_PITCH + c]);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        since[i] = exp2f(x[i]), until[i] = exp2f(z[i] - x[i]) * k[i], ones[i] = 1.0f;
+        since[i] = exp2f(x[i]), until[i] = exp2f(z[i] - x[i]) * k[i];
         late_k[h][i] = since[i] * k[i], late_q[h][i] = since[i] * q[i];
-        early[h][i] = KEPT * exp2f(fminf(-x[i] - HALF_RANGE, HALF_RANGE)) * k[i];
+        early[h][i] = power_before(x[i]) * k[i];
       }
-      *(uint4*)&s.k[row * K_PITCH + c] = pack_eight(late_k[h], ones);
-      *(uint4*)&s.q[row * K_PITCH + c] = pack_eight(late_q[h], ones);
-      *(uint4*)early_keys(s, row, c) = pack_eight(until, ones);
+      *(uint4*)&s.k[row * K_PITCH + c] = pack_eight(late_k[h]);
+      *(uint4*)&s.q[row * K_PITCH + c] = pack_eight(late_q[h]);
+      *(uint4*)early_keys(s, row, c) = pack_eight(until);
       if (inside) {
         store_eight(out.k_read + at, c, pack_eight(late_k[h], before));
         store_eight(out.q_read + at, c, pack_eight(late_q[h], before));
@@ -158,19 +169,21 @@ PRIM void multiply_one_by_one(Own& own, const Shared& s, int block, int within, 
 struct Met {
   float m[2][4], p[2][4];
 
-  // Scaled rows of the later block, times the decays over blocks in between, by scaled keys of the earlier one.
+  // Scaled rows of the later block, times the decays over blocks in between, by scaled keys of the earlier one. APART:
+  // there are such blocks.
+  template <bool APART>
   PRIM void multiply(const Shared& s, int later, int earlier, int lane) {
     typedef Mma<DTYPE> Product;
     clear(m), clear(p);
     const int row = earlier * BLOCK + lane % 8 + lane / 16 * 8;
-#pragma unroll 4
+#pragma unroll
     for (int k = 0; k < KP; k += 16) {
       typename Product::A keys, queries;
       typename Product::B early;
       Product::load_a(keys, s.k + later * BLOCK * K_PITCH + k, K_PITCH, lane);
       Product::load_a(queries, s.q + later * BLOCK * K_PITCH + k, K_PITCH, lane);
       ldmatrix_x4(early.r, early_keys(s, row, k + lane / 8 % 2 * 8));
-      if (later > earlier + 1) {
+      if constexpr (APART) {
         float2 f[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -193,6 +206,16 @@ struct Met {
       rows[i] = pack2<DTYPE>(f[i / 2].x * x.x, f[i / 2].y * x.y);
     }
   }
+};
+
+// The six pairs of blocks that meet, of a warp: three have one with decays over blocks in between, the last one has the
+// three others.
+struct Meeting {
+  int warp;
+  PRIM bool apart() const { return warp != 3; }
+  PRIM int count() const { return apart() ? 1 : 3; }
+  PRIM int later(int n) const { return warp == 3 ? n + 1 : warp == 0 ? 2 : 3; }
+  PRIM int earlier(int n) const { return warp == 3 ? n : warp == 1 ? 1 : 0; }
 };
 
 // 16 x 16 of p, and zeros to the right of the blocks on the diagonal.
