@@ -172,6 +172,7 @@ def test_gates_after_resets_of_the_same_chunk(emulated, dtype, facts, slope):
         assert error(x, y) < (2e-6 if dtype == F32 else twice(other, y))
 
 
+@pytest.mark.ptx_leg(scale=[-2.5])
 @pytest.mark.parametrize("scale", [-2.5, 0.0])
 @pytest.mark.parametrize("facts", [{}, HOPPER], ids=["portable", "hopper"])
 def test_negative_and_zero_scale(emulated, on_reference, facts, scale):
@@ -306,7 +307,7 @@ BLOCKS += [(BF16, True, "scalar", True), (F32, True, "scalar", False), (F16, Tru
 BLOCKS += [(BF16, True, "channel", True), (F32, False, "channel", False)]
 
 
-@pytest.mark.ptx_leg(varlen=[True])
+@pytest.mark.ptx_leg(l2norm=[True])
 @pytest.mark.parametrize(("dtype", "varlen", "gate", "l2norm"), BLOCKS)
 def test_building_blocks(emulated, on_reference, dtype, varlen, gate, l2norm):
     sizes = dict(H=2, G=2, K=40, V=32, cu_seqlens=VARLEN if varlen else None)
@@ -347,6 +348,7 @@ def test_building_blocks(emulated, on_reference, dtype, varlen, gate, l2norm):
     assert error(transfer.apply(state), expected.p @ state + expected.h) < bound
 
 
+@pytest.mark.ptx_leg(dtype=[F16])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_gradients(emulated, on_reference, dtype):
     options = dict(cu_seqlens=[0, 0, 1, 40, 74], initial=True, layout="vk", beta=(0, 2))

@@ -34,7 +34,7 @@ def assert_cut(emulated):
     assert cut[-3:] == [(8, 1, 0), (8, 1, 1), (8, 0, 0)]
 
 
-@pytest.mark.ptx_leg(T=[160])
+@pytest.mark.ptx_leg(T=[160], dtype=[F32])
 @pytest.mark.parametrize("T", [128, 129, 160, 330])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_lengths(emulated, short_segments, T, dtype):
@@ -64,7 +64,7 @@ def test_hard_keys(emulated, short_segments, correlation, beta):
         assert error(x, y) < twice(plain, y)
 
 
-@pytest.mark.ptx_leg(initial=[True])
+@pytest.mark.ptx_leg(gate=["scalar"], layout=["vk"], initial=[True])
 @pytest.mark.parametrize("gate", [None, "scalar"])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("initial", [False, True])
@@ -91,7 +91,7 @@ def test_a_gate_per_key_channel(emulated, on_reference, short_segments):
         assert error(x, y) < 5e-6
 
 
-@pytest.mark.ptx_leg(gate=[None, "channel"])
+@pytest.mark.ptx_leg(gate=["channel"])
 @pytest.mark.parametrize("gate", [None, "scalar", "channel"])
 def test_gradients_from_residuals_of_segments(emulated, on_reference, short_segments, gate):
     args, kw = make_inputs(200, K=32, V=16, dtype=F32, initial=True, gate=gate)

@@ -202,7 +202,7 @@ UNEVEN = [0, 0, 3, 260, 261, 390]
 
 
 # Every pair of slices per block, lengths of segments and sequences; of slices and K.
-@pytest.mark.ptx_leg(cu_seqlens=[UNEVEN])
+@pytest.mark.ptx_leg(cu_seqlens=[UNEVEN], first=[60, 130])
 @pytest.mark.parametrize(
     ("math", "K", "first", "last", "cu_seqlens"),
     [
@@ -286,6 +286,7 @@ def test_segments_with_a_gate(divided, math, V, decay):
     check(divided, args, kw)
 
 
+@pytest.mark.ptx_leg(math=[2])
 @pytest.mark.parametrize(
     ("gate", "math", "segments", "first", "last"),
     [
