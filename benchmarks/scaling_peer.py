@@ -81,30 +81,28 @@ class Session:
         self.failed: dict[str, str] = {}  # what this version refuses, and why
 
     def alone(self, T: int) -> dict:
-        """Time one GPU; the others wait."""
-        return self.times(T, {}) if self.rank == 0 else self.times(0, {})
+        """Time one GPU; the others tune their kernels meanwhile, for minutes, and then wait."""
+        return self.times(T, {}, only_first=True)
 
     def cut(self, T: int) -> dict:
         ends = self.torch.tensor([0, T], dtype=self.torch.long)
         context = self.context(ends.to("cuda"), self.dist.group.WORLD, cu_seqlens_cpu=ends)
         return self.times(T // self.size, {"cp_context": context})
 
-    def times(self, T: int, options: dict) -> dict:
-        if T:
-            q, k, v, do, g, beta = self.arrays(T)
-        every = (q, k, v, beta) if T else ()
+    def times(self, T: int, options: dict, only_first: bool = False) -> dict:
+        q, k, v, do, g, beta = self.arrays(T)
 
         def forward():
-            if T:
-                with self.torch.no_grad():
-                    self.rule(q, k, v, g, beta, **options)
+            with self.torch.no_grad():
+                self.rule(q, k, v, g, beta, **options)
 
         def both():
-            if T:
-                o, _ = self.rule(q, k, v, g, beta, **options)
-                self.torch.autograd.grad(o, every, do)
+            o, _ = self.rule(q, k, v, g, beta, **options)
+            self.torch.autograd.grad(o, (q, k, v, beta), do)
 
-        return {what: self.time(what, x) for what, x in zip(PASSES, (forward, both), strict=True)}
+        idle = only_first and self.rank > 0
+        passes = zip(PASSES, (forward, both), strict=True)
+        return {what: self.time(what, once, idle) for what, once in passes}
 
     def arrays(self, T: int):
         torch = self.torch
@@ -122,8 +120,11 @@ class Session:
             x.requires_grad_()
         return q, k, v, do, torch.zeros_like(beta), beta
 
-    def time(self, what: str, once, repeats: int = 7) -> float:
-        """Return the median over repeats of the slowest rank's milliseconds; NaN if any fails."""
+    def time(self, what: str, once, idle: bool, repeats: int = 7) -> float:
+        """Return the median over repeats of the slowest rank's milliseconds; NaN if any fails.
+
+        An idle rank does not take part in the repeats.
+        """
         works = True
         try:
             for _ in range(2):
@@ -139,7 +140,8 @@ class Session:
             self.dist.barrier()
             self.torch.cuda.synchronize()
             start = time.perf_counter()
-            once()
+            if not idle:
+                once()
             self.torch.cuda.synchronize()
             spent.append(1e3 * (time.perf_counter() - start))
         every = self.torch.tensor(spent, device="cuda")
