@@ -10,7 +10,8 @@
 //
 // With a gate the same products: rows of tokens and the state are in units of their own, so that V is scaled on its way
 // in, O on its way out, and S once per chunk (sm90/tokens.cuh). Where a chunk forgets more than these units have room
-// for, X, Pqk and what is read and written hold decays.
+// for, tokens have units of their own, too: X and Pqk hold the decays between them, and what tokens read and write is
+// multiplied by powers of two.
 //
 // What portable/factors.cu and portable/forward.cu compute in two kernels is one here: nothing but inputs and results
 // touches global memory.
@@ -35,12 +36,11 @@
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
-// them), CHECKPOINTS (with one segment: states after every checkpoint_every tokens of a sequence are left, too), PAIRED
-// (with a gate: which blocks walk, see forward/shared.cuh), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1
-// without TRANSFER), PLACED (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES.
-// Grid: N * walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared
-// memory: rings of K and Q with what is known of tokens, of V, of X and Pqk, and of A; O on its way out; see
-// cupy_delta/cuda/sm90/forward.py and, for the roles, sm90/forward/.
+// them), CHECKPOINTS (with one segment: states after every checkpoint_every tokens of a sequence are left, too), MATH
+// (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else strangers),
+// KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a
+// slice is 64 MATH value channels. Shared memory: rings of K and Q with what is known of tokens, of V, of X and Pqk,
+// and of A; O on its way out; see cupy_delta/cuda/sm90/forward.py and, for the roles, sm90/forward/.
 #include "sm90/forward/factors.cuh"
 #include "sm90/join.cuh"
 #include "sm90/forward/load.cuh"
@@ -157,11 +157,13 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
   }
   if constexpr (JOINS) join(S, joins, at.n * (int64_t)at.transferred, at.step, part);
   float decay = 1.0f;
+  if constexpr (TRANSFER && HAS_GATE) pin(S);  // what is made of it before and after is not made in both walks
   if (WITH_PAIRS && work.pairs) {
     if constexpr (WITH_PAIRS) decay = Walker<true>{s, work, S, half, warp, lane, scale}.walk();
   } else {
     if constexpr (WITHOUT_PAIRS) decay = Walker<false>{s, work, S, half, warp, lane, scale}.walk();
   }
+  if constexpr (TRANSFER && HAS_GATE) pin(S);
   if constexpr (TRANSFER) {
     const int64_t index = at.n * (int64_t)at.walked + at.step;
     // The buffers of V are free: P has none.
@@ -248,10 +250,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   int* found = LOOKS_FIRST ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
   work.pairs = WITH_PAIRS;
-  if constexpr (LOOKS_FIRST) {
-    work.pairs = uniform(meets_pairs(work, found));
-    if (work.pairs ? !WITH_PAIRS : !WITHOUT_PAIRS) return;
-  }
+  if constexpr (LOOKS_FIRST) work.pairs = uniform(meets_pairs(work, found));
   begin(s, work, joins);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;

@@ -72,28 +72,29 @@ PRIM Sums sum_gates(float2 g, int lane) {
 
 PRIM void write_gates(float* record, const Sums& s, float scale, int lane) {
   const int at = factor_place(2 * lane);
-  float F[2], down[2], up[2];
+  int F[2];
+  float down[2], up[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const Exponent G = split(s.G[i]);
-    F[i] = (float)s.F;
-    down[i] = scaled(exp2f(-G.fraction), s.F - G.whole);
-    up[i] = scale * scaled(exp2f(G.fraction), G.whole - s.F);
-    if (!(fabsf(s.G[i]) <= RANGE)) F[i] = s.G[i], down[i] = 0.0f, up[i] = scale;
+    F[i] = fabsf(s.G[i]) <= RANGE ? s.F : G.whole;  // NaN stays in the factors
+    down[i] = scaled(exp2f(-G.fraction), F[i] - G.whole);
+    up[i] = scale * scaled(exp2f(G.fraction), G.whole - F[i]);
   }
+  const int last = __shfl_sync(~0u, F[1], 31);  // in whose units the state is
   *(float2*)&record[DOWN_AT + at] = make_float2(down[0], down[1]);
   *(float2*)&record[UP_AT + at] = make_float2(up[0], up[1]);
   if (s.paired) {
-    *(float2*)&record[READS_AT + at] = make_float2(exp2f(F[0] - s.F), exp2f(F[1] - s.F));
-    *(float2*)&record[WRITES_AT + at] = make_float2(exp2f(s.end - F[0]), exp2f(s.end - F[1]));
+    *(float2*)&record[READS_AT + at] = make_float2(scaled(1.0f, F[0]), scaled(1.0f, F[1]));
+    *(float2*)&record[WRITES_AT + at] = make_float2(scaled(1.0f, last - F[0]), scaled(1.0f, last - F[1]));
     *(float2*)&record[REFERENCE_AT + 2 * lane] = make_float2(F[0], F[1]);
   }
   if (lane > 0) return;
   const Exponent end = split(s.end);
   ChunkGates gates = {};
   gates.paired = s.paired, gates.forget = exp2f(s.lost), gates.decay = exp2f(s.end + s.lost);
-  gates.carry = s.paired ? exp2f(s.end + s.lost - s.F) : scaled(exp2f(end.fraction), end.whole - s.F);
-  gates.enter = scaled(1.0f, s.F);
+  gates.carry = scaled(exp2f(end.fraction), end.whole - last);
+  gates.enter = scaled(1.0f, last);
   *(ChunkGates*)&record[GATES_AT] = gates;
 }
 

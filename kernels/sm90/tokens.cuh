@@ -8,12 +8,13 @@
 // so that the decay of what token i reads of token j becomes 2^(F_i - F_j). Where a chunk forgets at most RANGE, all
 // F_i are one whole number F in the middle: there is no decay between tokens at all, S is in units of 2^F, and factors
 // of rows, and of the state from one chunk's units to the next one's, have room in a float. Beyond, a token whose own
-// G_i lies within RANGE keeps F, and the others have F_i = G_i: a chunk that is "paired", since the decays between
-// pairs of tokens have to be formed.
+// G_i lies within RANGE keeps F, and the others have F_i = floor(G_i): a chunk that is "paired", since the decays
+// between pairs of tokens have to be formed. S is in units of 2^(F_C), those of the last token. Tokens read it times
+// 2^(F_i), in true units, and write to it times 2^(F_C - F_i); both are 2^F and 1 where all have the unit of the chunk.
 //
-// Which of the two a token has follows from gates up to its own, and another F is a power of two, which changes no
-// rounding of normal numbers: so no output depends on a later gate by a single bit, unless a state below 2^-63 meets
-// such a unit, or something overflows or is NaN, which may spread within its chunk.
+// All F are whole, so that every factor between units is a power of two, which changes no rounding of normal numbers.
+// Which F a token has follows from gates up to its own: so no output depends on a later gate by a single bit, unless a
+// state below 2^-63 meets such a unit, or something overflows or is NaN, which may spread within its chunk.
 //
 // A gate counts for at least -FLOOR inside its chunk: what lies before it adds 2^-FLOOR of its size to what comes
 // after. The state that leaves the chunk has of the one that entered it what the true gates leave, of -inf nothing.
@@ -28,10 +29,10 @@ constexpr float FLOOR = 41.0f, RANGE = IsHalf<DTYPE>::value ? -1.0f : 3 * FLOOR 
 // What a gate does to the state over a chunk.
 struct alignas(16) ChunkGates {
   float paired;  // 0 or 1
-  float forget;  // of the state that enters, beyond what FLOOR lets be forgotten, unless paired
-  float carry;   // 2^(G_C - F), into true units; of the true gates if paired
+  float forget;  // of the state that enters, beyond what FLOOR lets be forgotten
+  float carry;   // 2^(G_C - F_C), into true units
   float decay;   // e^(sum of g)
-  float enter;   // 2^F, from true units into this chunk's
+  float enter;   // 2^(F_C), from true units into this chunk's
   float unused[3];
 };
 
@@ -40,9 +41,9 @@ struct alignas(16) ChunkGates {
 constexpr int ROW_GAP = HAS_GATE ? 4 : 0;  // without a gate there is beta alone, and no room
 constexpr int FACTOR_WORDS = CHUNK + ROW_GAP;
 constexpr int BETA_AT = 0, DOWN_AT = FACTOR_WORDS,
-              UP_AT = 2 * FACTOR_WORDS;  // beta; 1 / 2^(G - F), 0 if F_i = G_i; scale / that
+              UP_AT = 2 * FACTOR_WORDS;  // beta; 2^(F_i - G_i); scale / that
 constexpr int GATES_AT = 3 * FACTOR_WORDS, RECORD_HEAD = GATES_AT + 8;
-constexpr int READS_AT = RECORD_HEAD, WRITES_AT = READS_AT + FACTOR_WORDS;  // 2^(F_i - F); 2^(G_C - F_i)
+constexpr int READS_AT = RECORD_HEAD, WRITES_AT = READS_AT + FACTOR_WORDS;                   // 2^(F_i); 2^(F_C - F_i)
 constexpr int REFERENCE_AT = WRITES_AT + FACTOR_WORDS, RECORD_WORDS = REFERENCE_AT + CHUNK;  // F_i, in their order
 
 // Where the factor of a token lies, an even one's beside the next one's: the 16 that a thread needs of a product's

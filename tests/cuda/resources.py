@@ -125,6 +125,7 @@ HOPPER_CALLS = (
         state_layout="vk",
         passes=("forward",),
     ),
+    dict(dtype="bfloat16", K=128, V=128, gate=True, H=64, B=4, varlen=True, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, chunk_size=64, passes=("backward",)),
     dict(dtype="float16", K=96, V=200, chunk_size=64, B=3, varlen=True, passes=("backward",)),
     dict(dtype="bfloat16", K=128, V=128, gate=True, H=8, T=32768, passes=("backward",)),

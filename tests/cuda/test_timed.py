@@ -55,12 +55,13 @@ def steps_by_products():
         yield decode_products_launch(step_call(1, BF16, state_layout="kv", **options))
 
 
-# Of the walks on compute capability 9.0 of calls without a pool, which share their code.
+# Of the walks on compute capability 9.0 of calls without a pool, of sequences of one length, which
+# share their code.
 WALKS = (
     dict(MATH=1, HAS_GATE=0, TRANSFER=0, JOINS=0),
     dict(MATH=1, HAS_GATE=1, TRANSFER=0, JOINS=1),
     dict(MATH=2, HAS_GATE=1, TRANSFER=0, JOINS=0),
-    dict(MATH=2, HAS_GATE=1, TRANSFER=1, JOINS=0),
+    dict(MATH=2, HAS_GATE=1, TRANSFER=1, VARLEN=0),
 )
 
 

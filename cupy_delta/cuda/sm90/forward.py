@@ -60,7 +60,7 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
     tiles, segments, reuse_x = choice.value_tiles, choice.segments, choice.reuse_x
     if segments == 1:
-        return forward_hopper_launches(call, tiles), {}
+        return [walk_launch(call, tiles)], {}
     head, workspace, initial = [], {}, "initial_state"
     percents = choice.first_percent, choice.last_percent
     part = Part(segments, *percents, walked=segments, transferred=segments - 1)
@@ -70,28 +70,18 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
         first = part._replace(walked=1, transferred=0)
         part = part._replace(first=1, walked=segments - 1, transferred=segments - 2)
         width = choice.concurrent
-        head = forward_hopper_launches(call, width, first, final=initial, concurrent=True)
+        head = [walk_launch(call, width, first, final=initial, concurrent=True)]
     workspace |= segment_arrays(call, part.transferred, reuse_x)
     transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x)
-    walks = forward_hopper_launches(call, tiles, part, initial=initial, reuse_x=reuse_x)
-    return [*head[:1], transfer, *head[1:], *walks], workspace
+    walk = walk_launch(call, tiles, part, initial=initial, reuse_x=reuse_x)
+    return [*head, transfer, walk], workspace
 
 
-def forward_hopper_launches(
-    call: Call, tiles: int, part: Part = WHOLE, *, concurrent: bool = False, **given
-) -> list[Launch]:
-    """A walk with output; of two tiles with a gate two launches, without and with paired chunks.
-
-    All gated chunks of float16 are paired. Blocks with such chunks have registers for one tile.
-    """
+def walk_launch(call: Call, tiles: int, part: Part = WHOLE, **given) -> Launch:
+    """A walk with output, of one tile per block where all chunks are paired: two were not timed."""
     if call.gate is not None and call.dtype.name == "float16":
         tiles = 1
-    if call.gate is None or tiles == 1:
-        return [forward_hopper_launch(call, tiles, part, concurrent=concurrent, **given)]
-    return [
-        forward_hopper_launch(call, tiles, part, paired=0, concurrent=concurrent, **given),
-        forward_hopper_launch(call, 1, part, paired=1, **given),
-    ]
+    return forward_hopper_launch(call, tiles, part, **given)
 
 
 def transfer_launch(call: Call, tiles: int, walked: Part, reuse_x: bool = False) -> Launch:
@@ -111,7 +101,6 @@ def forward_hopper_launch(
     final: str | None = "final_state",
     concurrent: bool = False,
     reuse_x: bool = False,
-    paired: int = 2,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
@@ -119,8 +108,7 @@ def forward_hopper_launch(
     from the identity; else from `initial` and, after the first segment of those walked, through
     what transfers have left; X is kept by these with `reuse_x`. A launch that is `concurrent` with
     transfers is placed in pairs like them: else it would leave them single multiprocessors, which
-    clusters cannot use. With `paired` 0 and 1 only blocks without or with paired chunks walk
-    (sm90/tokens.cuh), else all of them.
+    clusters cannot use.
     """
     p = call
     gate = p.gate is not None
@@ -134,7 +122,7 @@ def forward_hopper_launch(
     stages = CLUSTER_STAGES if cluster > 1 else (GATED_STAGES if gate else STAGES)[tiles]
     grid = p.N * part.walked * p.HV * slices
     warpgroups = 1 + tiles + solvers
-    looks = gate and not transfer and p.dtype.name != "float16"
+    looks = gate and p.dtype.name != "float16"
     choosing_warps = 4 * warpgroups if looks else 0
     defines = variant(
         p,
@@ -150,7 +138,6 @@ def forward_hopper_launch(
         KEY_STAGES=stages[0],
         VALUE_STAGES=stages[1],
         FACTOR_STAGES=stages[2],
-        **(dict(PAIRED=paired) if gate else {}),
         **(dict(CHECKPOINTS=1) if p.checkpoint_every else {}),
         **(pool_macros(p) if whole else {}),
     )

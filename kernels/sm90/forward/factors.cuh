@@ -9,12 +9,14 @@
 // (TRANSPOSED: below it) they may overflow, which is cut away after.
 template <bool TRANSPOSED>
 PRIM void decay_pairs(float (&d0)[4], float (&d1)[4], const float* F, int row, int column, int lane) {
+  const float rows[2] = {F[row + sum_row(lane, 0)], F[row + sum_row(lane, 2)]};
+  const float2 c0 = *(const float2*)&F[column + sum_column(lane, 0, 0)];
+  const float2 c1 = *(const float2*)&F[column + sum_column(lane, 1, 0)];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float r = F[row + sum_row(lane, i)];
-    const float c0 = F[column + sum_column(lane, 0, i)], c1 = F[column + sum_column(lane, 1, i)];
-    d0[i] *= exp2f(TRANSPOSED ? c0 - r : r - c0);
-    d1[i] *= exp2f(TRANSPOSED ? c1 - r : r - c1);
+    const float r = rows[i / 2], x0 = i % 2 == 0 ? c0.x : c0.y, x1 = i % 2 == 0 ? c1.x : c1.y;
+    d0[i] *= exp2f(TRANSPOSED ? x0 - r : r - x0);
+    d1[i] *= exp2f(TRANSPOSED ? x1 - r : r - x1);
   }
 }
 // A block on the diagonal: zero on and above it; below it.
@@ -110,7 +112,7 @@ PRIM void load_kept(const Shared& s, const TensorMap* kept, const Work& work) {
 // What a solving warp makes of its 16 rows of K K^T, and of its 16 columns of Q K^T, of a chunk.
 template <bool PAIRS>
 struct Solver {
-  const float* F;  // references of tokens, null unless paired
+  const float* F;  // references of tokens, with PAIRS
   float b_low, b_high;
   int warp, lane;
 
@@ -121,7 +123,7 @@ struct Solver {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 > warp || j / 4 < warp / 2) continue;
-      if (PAIRS && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if constexpr (PAIRS) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_above_diagonal(M[j], M[j + 1], lane);
       float* at = a + row * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
       *(float2*)at = make_float2(b_low * M[j][0], b_low * M[j][1]);
@@ -137,7 +139,7 @@ struct Solver {
     if (warp < 2) return;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      if (PAIRS && F != nullptr) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if constexpr (PAIRS) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       write_box(tile, M[j], M[j + 1], warp * 16, j * 8, lane);
       keep_rest(M[j]);
       keep_rest(M[j + 1]);
@@ -151,14 +153,14 @@ struct Solver {
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
       float (&p0)[4] = products[FIRST + j], (&p1)[4] = products[FIRST + j + 1];
-      if (PAIRS && F != nullptr) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
+      if constexpr (PAIRS) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
   }
 };
 
-// GIVEN: P alone. PAIRS: chunks may be paired.
+// GIVEN: P alone. PAIRS: with decays of pairs.
 template <bool GIVEN, bool PAIRS>
 PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_warpgroup) {
   const int id = SOLVER_BARRIER + solver;
@@ -191,15 +193,13 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     if constexpr (INVERTS) named_barrier(id, 128);  // everyone is done with the A of the chunk before
     const float* tokens = tokens_of(s, keys.stage);
     const int row = warp * 16 + lane / 4;
-    const Solver<PAIRS> mine = {PAIRS && is_paired(tokens) ? tokens + REFERENCE_AT : nullptr,
-                                tokens[BETA_AT + factor_place(row)], tokens[BETA_AT + factor_place(row + 8)], warp,
-                                lane};
+    const Solver<PAIRS> mine = {tokens + REFERENCE_AT, tokens[BETA_AT + factor_place(row)],
+                                tokens[BETA_AT + factor_place(row + 8)], warp, lane};
     DTYPE* x = s.x + factors.stage * TILE;
     float* a = s.a + stages.stage * CHUNK * INVERSE_PITCH;
     wgmma_wait<0>();
     pin(products);
-    const bool reads_more = PAIRS && mine.F != nullptr;
-    if (lane == 0 && !reads_more) mbarrier_arrive(s.keys_free + keys.stage);
+    if (lane == 0 && !PAIRS) mbarrier_arrive(s.keys_free + keys.stage);
     // The blocks of A to be inverted, which takes longest, then M21, then P.
     if constexpr (!GIVEN) {
       mine.write_a(a, products);
@@ -217,7 +217,7 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) {
-      if (reads_more) mbarrier_arrive(s.keys_free + keys.stage);
+      if constexpr (PAIRS) mbarrier_arrive(s.keys_free + keys.stage);
       mbarrier_arrive(s.factors_full + factors.stage);
     }
     advance(CLUSTER * SOLVERS, SOLVERS);

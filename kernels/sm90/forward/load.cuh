@@ -13,26 +13,37 @@ PRIM void load_boxes(DTYPE* tiles, const TensorMap* map, uint64_t* barrier, cons
     tma_load(tiles + box * PITCH, map, barrier, channel + box * BOX, head, work.start + c * CHUNK, work.batch);
 }
 
+// Rows from `tokens` on, by a warp, in few registers.
+template <int BOXES>
+PRIM void clear_tail(DTYPE* tiles, int tokens, int lane) {
+#pragma unroll 1
+  for (int row = tokens + lane / 8; row < CHUNK; row += 4)
+#pragma unroll 1
+    for (int box = 0; box < BOXES; box++) *(uint4*)&tiles[box * TILE + row * BOX + lane % 8 * 8] = {};
+}
+
 // The output of chunk c, by a warp: by TMA, or row by row where what follows in memory is another sequence's. Walkers
 // do not wait until their writes are seen by TMA: it is for the sender to make them so.
 PRIM void send_output(const Shared& s, const Work& work, const Rows& o, int c, int lane) {
   mbarrier_wait(s.output_full, c % 2);
   const int tokens = work.tokens(c);
+  if (!VARLEN || tokens == CHUNK) {
+    if (lane == 0) {
+      async_proxy_fence();
 #pragma unroll
-  for (int half = 0; half < MATH; half++) {
-    const DTYPE* box = s.o + half * TILE;
-    const int channel = work.channel + half * BOX;
-    if (!VARLEN || tokens == CHUNK) {
-      if (lane > 0) continue;
-      if (half == 0) async_proxy_fence();
-      tma_store(o.map, box, channel, work.hv, work.start + c * CHUNK, work.batch);
-      if (half == MATH - 1) tma_store_commit(), tma_store_wait_read<0>();
-    } else {
-      const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * work.HV + work.hv;
+      for (int half = 0; half < MATH; half++)
+        tma_store(o.map, s.o + half * TILE, work.channel + half * BOX, work.hv, work.start + c * CHUNK, work.batch);
+      tma_store_commit(), tma_store_wait_read<0>();
+    }
+  } else {
+    constexpr int PIECES = SLICE / 8;  // of a row
 #pragma unroll 1
-      for (int warp = 0; warp < 4; warp++)
-        write_rows(o.rows + row * HEAD_V + channel + warp * 16, (int64_t)work.HV * HEAD_V, box, tokens,
-                   HEAD_V - channel - warp * 16, warp, lane);
+    for (int i = opaque(lane); i < tokens * PIECES; i += 32) {
+      const int token = i / PIECES, piece = i % PIECES, channel = work.channel + piece * 8;
+      const int64_t row = (work.sequence.first + c * CHUNK + token) * work.HV + work.hv;
+      const DTYPE* box = s.o + piece / 8 * TILE;
+      if (channel < HEAD_V)
+        *(uint4*)&o.rows[row * HEAD_V + channel] = *(const uint4*)&box[swizzled(token, piece % 8 * 8)];
     }
   }
   __syncwarp();
@@ -65,10 +76,10 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, const Rows& 
 #endif
       }
       __syncwarp();
-      tokens.write(tokens_of(s, keys.stage), c);
+      tokens.write(tokens_of(s, keys.stage));
       if (clears(c)) {
         mbarrier_wait(barrier, 0);
-        clear_rows(k, KEYS / TILE, work.tokens(c), opaque(lane));
+        clear_tail<KEYS / TILE>(k, work.tokens(c), opaque(lane));
         async_proxy_fence();
       }
       __syncwarp();
@@ -89,7 +100,7 @@ PRIM void load(const Shared& s, const Maps& maps, const Work& work, const Rows& 
       if (clears(c)) {
         __syncwarp();
         mbarrier_wait(barrier, 0);
-        clear_rows(v, MATH, work.tokens(c), opaque(lane));
+        clear_tail<MATH>(v, work.tokens(c), opaque(lane));
         async_proxy_fence();
         __syncwarp();
         if (lane == 0) mbarrier_arrive(full);

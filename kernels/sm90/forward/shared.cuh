@@ -8,18 +8,11 @@
 #define WITH_OUTPUT (!TRANSFER)
 // X that transfers have kept is given to all segments that have a transfer.
 #define WITH_GIVEN (JOINS && KEPT)
-// A walk with output that may meet paired chunks (sm90/tokens.cuh) is a slow one, so a block looks at its chunks first.
-// Two slices leave no registers for both walks, so there are two launches: with PAIRED 0 blocks that would meet such a
-// chunk leave, with PAIRED 1 all others. With PAIRED 2 a block takes any chunk.
-#if HAS_GATE
-#define WITH_PAIRS (PAIRED > 0)
-#define LOOKS_FIRST (WITH_OUTPUT && !IsHalf<DTYPE>::value)
-#define WITHOUT_PAIRS (PAIRED == 0 || (PAIRED == 2 && LOOKS_FIRST))
-#else
-#define WITH_PAIRS 0
-#define LOOKS_FIRST 0
-#define WITHOUT_PAIRS 1
-#endif
+// A block that meets a paired chunk (sm90/tokens.cuh) takes all of its chunks by code for these, without a branch
+// beside products, so it looks at its chunks first; all gated chunks of float16 are paired.
+#define WITH_PAIRS HAS_GATE
+#define LOOKS_FIRST (HAS_GATE && !IsHalf<DTYPE>::value)
+#define WITHOUT_PAIRS (!HAS_GATE || LOOKS_FIRST)
 // Whether states on the way are kept.
 #ifndef CHECKPOINTS
 #define CHECKPOINTS 0
@@ -50,9 +43,9 @@ constexpr int TILE = CHUNK * BOX;                                               
 // takes both.
 constexpr int KEY_PITCH = (1 + WITH_OUTPUT) * TILE, KEYS = K_BOXES * KEY_PITCH;
 // Registers per thread: 65536 in all.
-constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 2 ? 64 : 56;
+constexpr int LOADER_REGISTERS = WARPGROUPS == 3 ? 88 : MATH == 1 ? 56 : WITH_PAIRS ? 48 : 64;
 constexpr int SOLVER_REGISTERS = WARPGROUPS == 3 ? 168 : MATH == 1 ? 120 : 96;
-constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 2 ? 176 : 216;
+constexpr int MATH_REGISTERS = WARPGROUPS == 3 ? 240 : MATH == 1 ? 216 : WITH_PAIRS ? 184 : 176;
 static_assert(LOADER_REGISTERS + MATH * MATH_REGISTERS + SOLVERS * SOLVER_REGISTERS <=
                   512 / WARPGROUPS / 8 * 8 * WARPGROUPS,
               "a warpgroup would wait for registers for ever");

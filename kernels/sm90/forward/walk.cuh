@@ -1,6 +1,7 @@
 // The walkers of sm90/forward.cu: a warpgroup holds 64 value channels of S^T in accumulators and takes them from chunk
 // to chunk. correct: R = V - K S, what the state got wrong. write: N = X (b R). update: S += K^T N, and O = Q S + P N.
 // Rows of tokens are in units of 2^(G - F), see tokens.cuh, so a chunk that is not paired has no decay in its products.
+// A block with a paired chunk takes all of its chunks as if they were: others have the same bits so.
 #pragma once
 #include "sm90/forward/tokens.cuh"
 #include "sm90/sums.cuh"
@@ -34,10 +35,14 @@ PRIM void round_half(uint32_t (&a)[4], const float (&d)[4][4], int half) {
 #pragma unroll
   for (int i = 0; i < 4; i++) a[i] = pack2<DTYPE>(d[2 * half + i / 2][i % 2 * 2], d[2 * half + i / 2][i % 2 * 2 + 1]);
 }
-// d += x L^T, or with REST d -= x (L + rest)^T, for 32 tokens, x in a0 and a1, L by descriptors of swizzled tiles, rest
-// REST bytes from L. `meanwhile` may send more products after it, of which PENDING groups are not waited for.
+// d += x L^T, or with REST d -= x (L + rest)^T, for 32 tokens, x rounded to a0 and a1, L by descriptors of swizzled
+// tiles, rest REST bytes from L. `meanwhile` may send more products after it, of which PENDING groups are not waited
+// for.
 template <int PENDING, int REST, class F>
-PRIM void multiply_rounded(float (&d)[4][4], uint64_t L, uint32_t (&a0)[4], uint32_t (&a1)[4], F meanwhile) {
+PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], uint64_t L, uint32_t (&a0)[4], uint32_t (&a1)[4],
+                        F meanwhile) {
+  round_half(a0, x, 0);
+  round_half(a1, x, 1);
   pin(a0);
   pin(a1);
   pin(d);
@@ -52,23 +57,17 @@ PRIM void multiply_rounded(float (&d)[4][4], uint64_t L, uint32_t (&a0)[4], uint
   wgmma_wait<PENDING>();
   pin(d);
 }
-// With x to be rounded; it is left so in a0 and a1.
-template <int PENDING, int REST, class F>
-PRIM void multiply_half(float (&d)[4][4], const float (&x)[4][4], uint64_t L, uint32_t (&a0)[4], uint32_t (&a1)[4],
-                        F meanwhile) {
-  round_half(a0, x, 0);
-  round_half(a1, x, 1);
-  multiply_rounded<PENDING, REST>(d, L, a0, a1, meanwhile);
-}
 
 // In bytes, from X11 to M21 and to what rounding left out of that; to the second half of a chunk's keys, too.
 constexpr int BELOW = 32 * BOX * sizeof(DTYPE), BESIDE = 32 * sizeof(DTYPE);
 
-// PAIRS: it may meet paired chunks.
+// PAIRS: it may meet paired chunks, and takes every chunk with units of tokens.
 template <bool PAIRS>
 struct Walker {
+  // Registers do not suffice for all of V with its factors beside units of tokens.
+  static constexpr bool BY_HALVES = PAIRS;
   // Where registers suffice, Q S is under way while R is formed.
-  static constexpr bool EARLY_OUTPUT = WITH_OUTPUT && MATH == 1 && !PAIRS;
+  static constexpr bool EARLY_OUTPUT = WITH_OUTPUT && MATH == 1;
 
   const Shared& s;
   const Work& work;
@@ -81,32 +80,26 @@ struct Walker {
   Ring<KEY_STAGES> keys;
   Ring<VALUE_STAGES> values;
   Ring<FACTOR_STAGES> factors;
-  // Left operands: S, N; and what leaves of the chunk before, or of this one.
-  uint32_t state[K_STEPS][4], a[4][4], out[4][4];
+  // Left operands: S, N, N in units of S; and what leaves of the chunk before, or of this one.
+  uint32_t state[K_STEPS][4], a[4][4], written[4][4], out[4][4];
   float R[8][4], O[8][4];
   // S is in the units of the chunk before, so are products that read it: `carry` takes them into true ones, `enter`
-  // into those of this chunk. decay: over all chunks. paired: of the chunk that comes next.
-  bool paired;
+  // into those of this chunk, or with PAIRS into true ones. decay: over all chunks.
   float carry, enter, decay;
-  float4 beta[4], up[4];  // of the tokens in whose columns this thread has sums
+  float4 beta[4], up[4], down[4];  // of the tokens in whose columns this thread has sums
+  uint32_t V[4][4];
 
-  // Over all chunks; returns what gates leave of the state. A branch beside products under way would cost a third of a
-  // chunk, so a paired chunk has a walk of its own.
+  // Over all chunks; returns what gates leave of the state.
   PRIM float walk() {
     const int chunks = uniform(work.chunks);
     decay = carry = 1.0f;
-    look_at(0, keys);
     round_sums<DTYPE>(state, S);
-    for (int c = 0; c < chunks;) {
-      for (; c < chunks && !(PAIRS && paired); c++) {
-        step(c);
-        if constexpr (CHECKPOINTS) keep(c);
-      }
-      if constexpr (PAIRS)
-        if (c < chunks) {
-          step_paired(c++);
-          if constexpr (CHECKPOINTS) keep(c - 1);
-        }
+    if constexpr (HAS_GATE) {
+      for (int c = 0; c < chunks; c++) step(c);
+    } else {
+      // The loop around the loop is for the compiler, which makes the code of it that was timed.
+      for (int c = 0; c < chunks;)
+        for (; c < chunks; c++) step(c);
     }
     if constexpr (CHECKPOINTS)
       if (has_gap(work.sequence, work.every))
@@ -145,35 +138,32 @@ struct Walker {
   PRIM void step(int c) {
     correct(c);
     write();
-    update(c);
+    if constexpr (PAIRS)
+      update_by_tokens();
+    else
+      update(c);
     round_output();
     keys.advance(), values.advance(), factors.advance();
-  }
-  // Whether chunk c, whose K lies at `at`, is paired, once it is there.
-  PRIM void look_at(int c, const Ring<KEY_STAGES>& at) {
-    if constexpr (PAIRS) {
-      if (c >= work.chunks) return;
-      mbarrier_wait(s.keys_full + at.stage, at.parity);
-      paired = is_paired(tokens_of(s, at.stage));
-    }
-  }
-  PRIM void look_ahead(int c) {
-    Ring<KEY_STAGES> next = keys;
-    next.advance();
-    look_at(c + 1, next);
+    if constexpr (CHECKPOINTS) keep(c);
   }
 
   // S into units of this chunk, of which products read it in 16 bits: what gates leave of it afterwards besides `carry`
   // may be less.
-  PRIM void enter_chunk(bool paired) {
+  PRIM void enter_chunk() {
     if constexpr (HAS_GATE) {
       const float* gates = tokens() + GATES_AT;
       const float4 x = *(const float4*)gates;
       enter = carry * gates[4];
-      scale_all(S, enter * (paired ? x.z : x.y));
-      carry = paired ? 1.0f : x.z;
+      scale_all(S, enter * x.y);
+      if constexpr (PAIRS) enter = carry;
+      carry = x.z;
       if constexpr (TRANSFER) decay *= x.w;
     }
+  }
+  // What takes products that read S into units of the tokens of tiles 2 i and 2 i + 1.
+  PRIM float4 units(int i) const {
+    if constexpr (PAIRS) return times(factor_quad(tokens() + READS_AT, opaque(at_factors), i), enter);
+    return make_float4(enter, enter, enter, enter);
   }
 
   PRIM const float* tokens() const { return tokens_of(s, keys.stage); }
@@ -198,28 +188,23 @@ struct Walker {
       wgmma<DTYPE, false, true>(R, state[step], step_along_rows<KEY_PITCH>(k(), step), !LATE_VALUES || step > 0);
     wgmma_commit();
     read_ahead(0);
-    enter_chunk(false);
+    enter_chunk();
     // The output of the chunk before, while the tensor cores are at this one.
     if (WITH_OUTPUT && SEND_FIRST && c > 0) hand_over(c - 1);
     if constexpr (!LATE_VALUES) mbarrier_wait(s.factors_full + factors.stage, factors.parity);
-    uint32_t V[4][4];
-    float4 down[4];
-    if (LATE_VALUES && work.values) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        ldmatrix_x4_trans(V[j], v() + at_values + j * 16 * BOX);
-        down[j] = factor_quad(tokens() + DOWN_AT, at_factors, j);
-      }
+    if constexpr (LATE_VALUES) {
+      ask_for_values(0);
+      if constexpr (!BY_HALVES) ask_for_values(1);
+    } else {
+      load_beta(0), load_beta(1);
     }
-    if constexpr (!LATE_VALUES) load_beta();
     wgmma_wait<EARLY_OUTPUT>();
     pin(R);
-    if constexpr (LATE_VALUES) load_beta();
-    if (LATE_VALUES && work.values) {
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) add_values(R[j], R[j + 1], V[j / 2], down[j / 2], enter);
-    } else if (HAS_GATE) {
-      scale_all(R, enter);
+    if constexpr (LATE_VALUES) {
+      load_beta(0);
+      if constexpr (!BY_HALVES) load_beta(1);
+      take_into_units(0);
+      if constexpr (!BY_HALVES) take_into_units(1);
     }
   }
   PRIM void start_from_values() {
@@ -235,17 +220,54 @@ struct Walker {
     }
     pin(R);
   }
-  PRIM void load_beta() {
+  PRIM void load_beta(int half) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) beta[i] = factor_quad(tokens() + BETA_AT, at_factors, i);
+    for (int i = 2 * half; i < 2 * half + 2; i++) beta[i] = factor_quad(tokens() + BETA_AT, at_factors, i);
   }
-  // Two tiles, read of S, into units of this chunk, and V there, times factors of rows.
-  PRIM void add_values(float (&d0)[4], float (&d1)[4], const uint32_t (&V)[4], float4 f, float units) {
+  // V of 32 tokens, as it lies in shared memory, and factors that it takes.
+  PRIM void ask_for_values(int half) {
+    if (!work.values) return;
+#pragma unroll
+    for (int j = 2 * half; j < 2 * half + 2; j++) {
+      ldmatrix_x4_trans(V[j], v() + at_values + j * 16 * BOX);
+      down[j] = factor_quad(tokens() + DOWN_AT, at_factors, j);
+    }
+  }
+  PRIM void take_into_units(int half) {
+#pragma unroll
+    for (int j = 2 * half; j < 2 * half + 2; j++)
+      if (work.values)
+        add_values(R[2 * j], R[2 * j + 1], V[j], down[j], units(j));
+      else
+        scale_tiles(R[2 * j], R[2 * j + 1], units(j));
+  }
+  // Two tiles, read of S, into units of their tokens, and V there, times factors of rows.
+  PRIM void add_values(float (&d0)[4], float (&d1)[4], const uint32_t (&V)[4], float4 f, float4 u) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float2 v0 = unpack2<DTYPE>(V[h]), v1 = unpack2<DTYPE>(V[2 + h]);
-      d0[2 * h] = fmaf(f.x, v0.x, units * d0[2 * h]), d0[2 * h + 1] = fmaf(f.y, v0.y, units * d0[2 * h + 1]);
-      d1[2 * h] = fmaf(f.z, v1.x, units * d1[2 * h]), d1[2 * h + 1] = fmaf(f.w, v1.y, units * d1[2 * h + 1]);
+      d0[2 * h] = fmaf(f.x, v0.x, u.x * d0[2 * h]), d0[2 * h + 1] = fmaf(f.y, v0.y, u.y * d0[2 * h + 1]);
+      d1[2 * h] = fmaf(f.z, v1.x, u.z * d1[2 * h]), d1[2 * h + 1] = fmaf(f.w, v1.y, u.w * d1[2 * h + 1]);
+    }
+  }
+  PRIM void scale_units(float (&d)[8][4]) {
+    if constexpr (PAIRS) {
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) scale_tiles(d[j], d[j + 1], units(j / 2));
+    } else {
+      scale_all(d, enter);
+    }
+  }
+  // N of 32 tokens, in units of their own, in those of S.
+  PRIM void take_into_state(int half) {
+#pragma unroll
+    for (int j = 2 * half; j < 2 * half + 2; j++) {
+      const float4 f = factor_quad(tokens() + WRITES_AT, opaque(at_factors), j);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 n = unpack2<DTYPE>(a[j][i]);
+        written[j][i] = i < 2 ? pack2<DTYPE>(f.x * n.x, f.y * n.y) : pack2<DTYPE>(f.z * n.x, f.w * n.y);
+      }
     }
   }
 
@@ -256,10 +278,19 @@ struct Walker {
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) N1[j][i] = R[j][i], R2[j][i] = R[j + 4][i] + 0.0f;
+      for (int i = 0; i < 4; i++) N1[j][i] = R[j][i];
+    if constexpr (!HAS_GATE) copy_half(R2);
 #pragma unroll
     for (int j = 0; j < 4; j += 2) scale_tiles(N1[j], N1[j + 1], beta[j / 2]);
-    multiply_half<EARLY_OUTPUT, 0>(N1, N1, X, a[0], a[1], [&] { read_ahead(1); });
+    multiply_half<EARLY_OUTPUT, 0>(N1, N1, X, a[0], a[1], [&] {
+      read_ahead(1);
+      if constexpr (BY_HALVES) {
+        load_beta(1);
+        ask_for_values(1);
+        take_into_units(1);
+      }
+    });
+    if constexpr (HAS_GATE) copy_half(R2);
     __syncwarp();  // V is read
     if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
     multiply_half<EARLY_OUTPUT, BESIDE - BELOW>(R2, N1, further(X, BELOW), a[0], a[1], [&] { read_ahead(2); });
@@ -269,9 +300,18 @@ struct Walker {
       for (int i = 0; i < 4; i++) N2[j][i] = R2[j][i];
 #pragma unroll
     for (int j = 0; j < 4; j += 2) scale_tiles(N2[j], N2[j + 1], beta[2 + j / 2]);
-    multiply_half<EARLY_OUTPUT, 0>(N2, N2, further(X, BELOW + BESIDE), a[2], a[3], [&] { read_ahead(3); });
+    multiply_half<EARLY_OUTPUT, 0>(N2, N2, further(X, BELOW + BESIDE), a[2], a[3], [&] {
+      read_ahead(3);
+      if constexpr (PAIRS) take_into_state(0);
+    });
 #pragma unroll
     for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
+  }
+  PRIM void copy_half(float (&R2)[4][4]) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) R2[j][i] = R[j + 4][i] + 0.0f;
   }
 
   // S += K^T N, and O = Q S + P N.
@@ -284,12 +324,12 @@ struct Walker {
       read_state(0, K_STEPS);
       wgmma_commit();
     }
-    add_to_state();
+    add_to_state(a);
     if constexpr (ROUND_EARLY) wgmma_commit();
     if constexpr (READ_FIRST) {
       wgmma_wait<1>();
       pin(O);
-      scale_all(O, enter);
+      scale_units(O);
       pin(O);
       wgmma_fence();
     }
@@ -299,7 +339,6 @@ struct Walker {
     }
     wgmma_commit();
     if (WITH_OUTPUT && !SEND_FIRST && c > 0) hand_over(c - 1);
-    look_ahead(c);
     if constexpr (ROUND_EARLY) {
       wgmma_wait<1>();
       pin(S);
@@ -313,119 +352,44 @@ struct Walker {
       round_sums<DTYPE>(state, S);
     }
   }
-  // A paired chunk, one product after the other, with decays in between. Tokens in the chunk's units get the very bits
-  // that step() would give them.
-  PRIM void step_paired(int c) {
-    if (WITH_OUTPUT && c > 0) {
-      mbarrier_wait(s.output_free, c % 2);
-      hand_over(c - 1);
-    }
-    mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    enter_chunk(true);
-    if (work.values) mbarrier_wait(s.values_full + values.stage, values.parity);
-    mbarrier_wait(s.factors_full + factors.stage, factors.parity);
-    write_paired();
-    __syncwarp();  // V is read
-    if (lane == 0 && work.values) mbarrier_arrive(s.values_free + values.stage);
-    if constexpr (WITH_OUTPUT) output_paired();
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float4 f = factor_quad(tokens() + WRITES_AT, at_factors, j);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 x = unpack2<DTYPE>(a[j][i]);
-        a[j][i] = i < 2 ? pack2<DTYPE>(f.x * x.x, f.y * x.y) : pack2<DTYPE>(f.z * x.x, f.w * x.y);
-      }
-    }
+  // The same with units of tokens: O = Q S is taken into them, and N into those of S, before products add to these.
+  PRIM void update_by_tokens() {
     pin(a);
     pin(S);
     wgmma_fence();
-    add_to_state();
-    wgmma_commit();
-    wgmma_wait<0>();
+    if constexpr (WITH_OUTPUT) {
+      if constexpr (!EARLY_OUTPUT) {
+        read_state(0, K_STEPS);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+      pin(O);
+    }
+    take_into_state(1);
+    pin(written);
     pin(S);
-    look_ahead(c);
+    wgmma_fence();
+    add_to_state(written);
+    wgmma_commit();
+    if constexpr (WITH_OUTPUT) {
+      scale_units(O);
+      pin(O);
+      wgmma_fence();
+      add_within_chunk();
+      wgmma_commit();
+    }
+    wgmma_wait<WITH_OUTPUT>();
+    pin(S);
     round_sums<DTYPE>(state, S);
+    wgmma_wait<0>();
     load_up();
     release();
-    round_output();
-    keys.advance(), values.advance(), factors.advance();
-  }
-  PRIM void write_paired() {
-    const uint64_t X = tile_descriptor(s.x + factors.stage * TILE, 16, 1024);
-    float N1[4][4], N2[4][4], R1[4][4], R2[4][4];
-    auto times_beta = [&](float (&N)[4][4], const float (&d)[4][4], int first) {
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) N[j][i] = d[j][i];
-#pragma unroll
-      for (int j = 0; j < 4; j += 2)
-        scale_tiles(N[j], N[j + 1], factor_quad(tokens() + BETA_AT, at_factors, first + j / 2));
-    };
-    auto nothing = [] {};
-    correct_half(R1, 0);
-    times_beta(N1, R1, 0);
-    multiply_half<0, 0>(N1, N1, X, a[0], a[1], nothing);
-    round_half(a[0], N1, 0);
-    round_half(a[1], N1, 1);
-    correct_half(R2, 1);
-    multiply_rounded<0, BESIDE - BELOW>(R2, further(X, BELOW), a[0], a[1], nothing);
-    times_beta(N2, R2, 2);
-    multiply_half<0, 0>(N2, N2, further(X, BELOW + BESIDE), a[2], a[3], nothing);
-#pragma unroll
-    for (int h = 0; h < 2; h++) round_half(a[2 + h], N2, h);
-  }
-  // R of 32 tokens. Those with a reference of their own read S with a decay, and have V whole.
-  PRIM void correct_half(float (&d)[4][4], int half) {
-    pin(state);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < K_STEPS; step++)
-      wgmma<DTYPE, false, true>(d, state[step], further(step_along_rows<KEY_PITCH>(k(), step), half * BELOW), step > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(d);
-    auto own = [](float x) { return x == 0.0f ? 1.0f : x; };
-#pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      const int i = 2 * half + j / 2;
-      const float4 reads = factor_quad(tokens() + READS_AT, at_factors, i);
-      if (!work.values) {
-        scale_tiles(d[j], d[j + 1], times(reads, enter));
-        continue;
-      }
-      uint32_t V[4];
-      ldmatrix_x4_trans(V, v() + at_values + i * 16 * BOX);
-      const float4 f = factor_quad(tokens() + DOWN_AT, at_factors, i);
-      scale_tiles(d[j], d[j + 1], reads);
-      add_values(d[j], d[j + 1], V, make_float4(own(f.x), own(f.y), own(f.z), own(f.w)), enter);
-    }
-  }
-  PRIM void output_paired() {
-    pin(a);
-    pin(state);
-    wgmma_fence();
-    read_state(0, K_STEPS);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(O);
-#pragma unroll
-    for (int j = 0; j < 8; j += 2)
-      scale_tiles(O[j], O[j + 1], times(factor_quad(tokens() + READS_AT, at_factors, j / 2), enter));
-    pin(a);
-    pin(O);
-    wgmma_fence();
-    add_within_chunk();
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(O);
   }
 
   // S += K^T N.
-  PRIM void add_to_state() {
+  PRIM void add_to_state(const uint32_t (&x)[4][4]) {
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, a[step], step_of_rows<KEY_PITCH>(k(), step), true);
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, x[step], step_of_rows<KEY_PITCH>(k(), step), true);
   }
   // O = Q S, steps of it.
   PRIM void read_state(int first, int end) {

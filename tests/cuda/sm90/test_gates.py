@@ -129,8 +129,8 @@ def test_outputs_do_not_depend_on_later_gates_by_a_bit(divided, later, first, dt
 
 
 @pytest.mark.parametrize("choice", [(2,), (2, 2, 1), (2, 3, 1), (1, 2, 2, 0, 100, True, 50)])
-def test_nor_where_a_later_gate_moves_the_block_to_another_launch(divided, choice):
-    """Float16 has one launch, whatever its gates are.
+def test_nor_where_a_later_gate_moves_the_block_to_another_walk(divided, choice):
+    """Float16 has one walk, whatever its gates are.
 
     Sums in another order would be off by more than outputs are rounded by: the first token
     overwrites much of a channel that only it writes, and two others cancel in all that is read.
@@ -193,13 +193,9 @@ def test_empty_sequences_keep_their_state(divided):
         assert np.array_equal(result.final_state[n], kw["initial_state"][n])
 
 
-def test_a_gated_walk_of_two_tiles_is_two_launches():
-    for dtype, heads, paired in (
-        ("bfloat16", 64, [0, 1]),
-        ("bfloat16", 16, [2]),
-        ("float16", 64, [2]),
-    ):
+def test_a_gated_walk_is_one_launch():
+    for dtype, heads, math in (("bfloat16", 64, 2), ("bfloat16", 16, 1), ("float16", 64, 1)):
         sizes = dict(K=128, V=128, H=heads, B=4, T=8192, gate=True)
         launches = launches_of(H200, ("forward",), dtype=dtype, **sizes)
         walks = [x for x in launches if x.entry == "forward_hopper"]
-        assert [dict(x.defines)["PAIRED"] for x in walks] == paired
+        assert [dict(x.defines)["MATH"] for x in walks] == [math]
