@@ -114,14 +114,14 @@ def test_a_ring_gives_the_same_bits_in_any_order_of_events():
 SHAPE, BOX = (2, 6, 3, 72), (2, 4, 2)
 
 
-def move_boxes(leg, at, width=64):
-    """A box from `at` to shared memory, and from there to the same place of another array."""
+def move_boxes(leg, at, width=64, to=None):
+    """A box from `at` to shared memory, and from there to a place of another array."""
     x = normal(*SHAPE)
     given, stored = copy_in(x, "x"), copy_in(np.zeros_like(x), "stored")
     box = (*BOX, width)
     seen = empty(box, x.dtype, "seen")
     maps = [tensor_map(v, SHAPE, box) for v in (given, stored)]
-    coordinates = copy_in(np.array([*at, *at], np.int32), "at")
+    coordinates = copy_in(np.array([*at, *(to or at)], np.int32), "at")
     kernel("boxes", leg, BOX_WIDTH=width).launch(
         1, 32, seen.nbytes + 8, [*maps, coordinates, seen, np.int32(seen.size)]
     )
@@ -134,14 +134,28 @@ def move_boxes(leg, at, width=64):
 )
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_boxes_are_clipped_at_the_ends_of_the_array(leg, at, width):
-    x, seen, stored = move_boxes(leg, at, width)
+    to = tuple(max(start, 0) for start in at)
+    x, seen, stored = move_boxes(leg, at, width, to)
     expected, kept = np.zeros(seen.shape, x.dtype), np.zeros_like(x)
     for index in np.ndindex(seen.shape):
-        source = tuple(i + start for i, start in zip(index, at[::-1], strict=True))
+        source, target = (
+            tuple(i + start for i, start in zip(index, corner[::-1], strict=True))
+            for corner in (at, to)
+        )
         if all(0 <= i < n for i, n in zip(source, SHAPE, strict=True)):
-            expected[index] = kept[source] = x[source]
+            expected[index] = x[source]
+        if all(i < n for i, n in zip(target, SHAPE, strict=True)):
+            kept[target] = expected[index]
     assert np.array_equal(seen, expected)
     assert np.array_equal(stored, kept)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize("axis", range(4))
+def test_a_box_is_not_stored_before_an_array(leg, axis):
+    to = tuple(-8 * (axis == i) for i in range(4))
+    with pytest.raises(EmulatorFault, match="tma_store at .* before the array"):
+        move_boxes(leg, (0, 0, 0, 0), to=to)
 
 
 def transpose(leg):

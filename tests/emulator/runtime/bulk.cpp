@@ -192,6 +192,9 @@ void tma_store(const void* map, const void* from, Coordinates at, Site site) {
   constexpr uint32_t NEVER = ~0u;  // no wait of this launch makes what it writes visible
   Place place = place_of(site);
   Box box = make_box(map, at, from, site);
+  // Loads may begin before an array. Stores that do are an illegal instruction to an H200.
+  if (std::min({at.x, at.y, at.z, at.w}) < 0)
+    fault("out-of-bounds", site, "tma_store at (%d, %d, %d, %d), before the array", at.x, at.y, at.z, at.w);
   Stores& mine = stores_of(running);
   Moment read = moment_of(mine.agent, mine.complete + mine.groups.size() + 1);
   async_access(running, read, from, box.map.bytes(), false, place, "tma_store ");
