@@ -154,7 +154,7 @@ def test_boxes_are_clipped_at_the_ends_of_the_array(leg, at, width):
 @pytest.mark.parametrize("axis", range(4))
 def test_a_box_is_not_stored_before_an_array(leg, axis):
     to = tuple(-8 * (axis == i) for i in range(4))
-    with pytest.raises(EmulatorFault, match="tma_store at .* before the array"):
+    with pytest.raises(EmulatorFault, match=r"tma_store at .* before the array"):
         move_boxes(leg, (0, 0, 0, 0), to=to)
 
 
