@@ -60,7 +60,7 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
     tiles, segments, reuse_x = choice.value_tiles, choice.segments, choice.reuse_x
     if segments == 1:
-        return [walk_launch(call, tiles)], {}
+        return [forward_hopper_launch(call, tiles)], {}
     head, workspace, initial = [], {}, "initial_state"
     percents = choice.first_percent, choice.last_percent
     part = Part(segments, *percents, walked=segments, transferred=segments - 1)
@@ -70,18 +70,11 @@ def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
         first = part._replace(walked=1, transferred=0)
         part = part._replace(first=1, walked=segments - 1, transferred=segments - 2)
         width = choice.concurrent
-        head = [walk_launch(call, width, first, final=initial, concurrent=True)]
+        head = [forward_hopper_launch(call, width, first, final=initial, concurrent=True)]
     workspace |= segment_arrays(call, part.transferred, reuse_x)
     transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x)
-    walk = walk_launch(call, tiles, part, initial=initial, reuse_x=reuse_x)
+    walk = forward_hopper_launch(call, tiles, part, initial=initial, reuse_x=reuse_x)
     return [*head, transfer, walk], workspace
-
-
-def walk_launch(call: Call, tiles: int, part: Part = WHOLE, **given) -> Launch:
-    """A walk with output, of one tile per block where all chunks are paired: two were not timed."""
-    if call.gate is not None and call.dtype.name == "float16":
-        tiles = 1
-    return forward_hopper_launch(call, tiles, part, **given)
 
 
 def transfer_launch(call: Call, tiles: int, walked: Part, reuse_x: bool = False) -> Launch:

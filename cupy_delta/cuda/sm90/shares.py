@@ -26,7 +26,7 @@ from ..spec import (
 from ..tokens.l2norm import normalised, through_norm
 from . import cost
 from .backward import backward_chunk_hopper_launch, backward_state_hopper_launch
-from .forward import transfer_launch, walk_launch
+from .forward import forward_hopper_launch, transfer_launch
 from .gates import token_factors_launch
 from .segments import Part, record_array, segment_arrays, transfer_box
 from .tiles import BARRIER, BOX, CHUNK, JOIN_BARRIERS, slices_of, transfer_cluster, transfer_slices
@@ -70,7 +70,7 @@ def halve_forward(call: Call, facts: DeviceFacts, tells: Tells) -> Halves:
     part = part_of(choice, tells)
     reuse_x = choice.reuse_x and part.walked > 1
     told, between, results = transferred(call, choice, part, tells, reuse_x)
-    walk = walk_launch(call, choice.value_tiles, part, reuse_x=reuse_x)
+    walk = forward_hopper_launch(call, choice.value_tiles, part, reuse_x=reuse_x)
     return Halves(
         Plan((*launches, *told), results, workspace | between),
         Plan((walk,), forward_outputs(call)),

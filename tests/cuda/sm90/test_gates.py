@@ -194,7 +194,7 @@ def test_empty_sequences_keep_their_state(divided):
 
 
 def test_a_gated_walk_is_one_launch():
-    for dtype, heads, math in (("bfloat16", 64, 2), ("bfloat16", 16, 1), ("float16", 64, 1)):
+    for dtype, heads, math in (("bfloat16", 64, 2), ("bfloat16", 16, 1), ("float16", 64, 2)):
         sizes = dict(K=128, V=128, H=heads, B=4, T=8192, gate=True)
         launches = launches_of(H200, ("forward",), dtype=dtype, **sizes)
         walks = [x for x in launches if x.entry == "forward_hopper"]
