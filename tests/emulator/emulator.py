@@ -33,8 +33,6 @@ CHECK = [
     "-fsanitize-undefined-trap-on-error",
     "-ftrivial-auto-var-init=pattern",
 ]
-# Code made from PTX calls the checks itself.
-FROM_PTX = ["-O0", "-fno-stack-protector", "-w"]
 SCHEDULES = {"ascending": 0, "descending": 1, "random": 2}
 # What an H200 is to an `EmulatorDevice`.
 HOPPER = dict(sm=90, sm_count=132, shared_bytes=227 * 1024)
@@ -96,13 +94,19 @@ class Run:
 @cache
 def runtime() -> ctypes.CDLL:
     """The emulator's runtime, loaded so that kernels find its symbols."""
-    folder = HERE / "runtime"
-    # One unit, so that what every access goes through is inlined.
-    unit = "".join(f'#include "{path.name}"\n' for path in sorted(folder.glob("*.cpp")))
+    folders = [HERE / "runtime", HERE / "interpreter"]
+    # One unit each, so that what every access goes through is inlined.
+    units = [
+        "".join(f'#include "{path.name}"\n' for path in sorted(folder.glob("*.cpp")))
+        for folder in folders
+    ]
     flags = [*COMMON, "-O3", "-fno-semantic-interposition", "-march=x86-64-v2", "-Wall", "-ldl"]
-    path = shared_library("runtime", [unit], flags, [folder, HERE / "include"])
+    flags += ["-DCUEMU", "-DKSM=800"]  # for what the interpreter shares with kernels
+    path = shared_library("runtime", units, flags, [*folders, HERE / "include", KERNELS])
     library = ctypes.CDLL(str(path), os.RTLD_GLOBAL)
     library.emulator_fault.restype = ctypes.c_char_p
+    library.emulator_unknown.restype = ctypes.c_char_p
+    library.emulator_program.restype = ctypes.c_void_p
     library.emulator_allocate.restype = ctypes.c_void_p
     library.emulator_allocate.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
     library.emulator_free.argtypes = [ctypes.c_void_p]
@@ -151,23 +155,33 @@ class Kernel:
         roots = [KERNELS, HERE / "include", *([] if inside else [path.parent])]
         unit = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
         unit += f'#include "{file}"\n'
-        flags = [*COMMON, "-DCUEMU", f"-DKSM={sm * 10}"]
         if leg == "ptx":
-            # What only sm_90a has, kernels for 9.0 may use.
-            unit = ptx.compile_to_cpp(unit, "compute_90a" if sm == 90 else f"compute_{sm}", roots)
-            flags += FROM_PTX
+            self._interpret(unit, sm, roots)
         else:
-            unit += f"EMULATOR_EXPORT({entry})\n"
-            flags += [*CHECK, "-nodefaultlibs", "-lc", "-lm"]
-        library = shared_library(f"{path.stem}-{leg}", [unit], flags, roots)
-        self.library = _load(library)
+            self._load(unit, sm, roots, f"{path.stem}-source")
+
+    def _load(self, unit: str, sm: int, roots: list[Path], name: str) -> None:
+        """Compile the source and look up what it exports."""
+        unit += f"EMULATOR_EXPORT({self.entry})\n"
+        flags = [*COMMON, "-DCUEMU", f"-DKSM={sm * 10}", *CHECK, "-nodefaultlibs", "-lc", "-lm"]
+        self.library = _load(shared_library(name, [unit], flags, roots))
         self._function = ctypes.cast(
-            getattr(self.library, f"emulator_kernel_{entry}"), ctypes.c_void_p
+            getattr(self.library, f"emulator_kernel_{self.entry}"), ctypes.c_void_p
         )
         sizes = (ctypes.c_int * 64)()
-        count = getattr(self.library, f"emulator_sizes_{entry}")(sizes)
+        count = getattr(self.library, f"emulator_sizes_{self.entry}")(sizes)
         self.sizes = list(sizes[:count])
-        self.cluster = getattr(self.library, f"emulator_cluster_{entry}")()
+        self.cluster = getattr(self.library, f"emulator_cluster_{self.entry}")()
+        self._program: list = []
+
+    def _interpret(self, unit: str, sm: int, roots: list[Path]) -> None:
+        """Read the program that NVRTC makes of it."""
+        # What only sm_90a has, kernels for 9.0 may use.
+        arch = "compute_90a" if sm == 90 else f"compute_{sm}"
+        program = ptx.compiled(unit, self.entry, arch, roots)
+        self.sizes, self.cluster = program.sizes, program.cluster
+        self._function = ctypes.cast(runtime().emulator_interpret, ctypes.c_void_p)
+        self._program = [interpreted(program.text)]  # the first argument of the interpreter
 
     def launch(self, grid: int, block: int, shared: int, arguments: list, run: Run = Run()) -> dict:
         """Run the kernel on device arrays and NumPy scalars; return counts of what it did."""
@@ -185,7 +199,8 @@ class Kernel:
                     f"bad-launch: argument {i} of {self.entry} has {size} bytes, got {got}"
                 )
             values.append(_aligned(value))
-        pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
+        addresses = [*self._program, *(v.ctypes.data for v in values)]
+        pointers = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
         options = run.options()
         failed = runtime().emulator_launch(
             self._function, self.cluster, grid, block, shared, pointers, ctypes.byref(options)
@@ -196,6 +211,14 @@ class Kernel:
             raise EmulatorFault(runtime().emulator_fault().decode())
         names = ("switches", "collectives", "accesses", "barriers", "phases", "conflicts")
         return dict(zip(names, counts, strict=True))
+
+
+def interpreted(text: str) -> int:
+    """Return the address of a program of `ptx.translate`, which stays in memory."""
+    program = runtime().emulator_program(text.encode())
+    if program is None:
+        raise ptx.UnknownInstruction(runtime().emulator_unknown().decode())
+    return program
 
 
 def _aligned(value: np.generic) -> np.ndarray:

@@ -8,7 +8,7 @@ import nvrtc
 import ptx
 import pytest
 import test_golden
-from emulator import EmulatorFault
+from emulator import EmulatorFault, Kernel, empty, interpreted
 
 pytestmark = pytest.mark.fast
 
@@ -41,10 +41,61 @@ def test_wrong_inline_ptx_is_seen(tmp_path, monkeypatch, mistake):
         assert any(not np.array_equal(found[n], expected[n], equal_nan=True) for n in expected)
 
 
-def test_an_unknown_instruction_stops_the_translation():
+# Statements on registers of 16, 32 and 64 bits and predicates, and what %r0 holds after them.
+FLOAT = {"3e9": "0f4F32D05E", "nan": "0f7FC00000", "-2.5": "0fC0200000", "1": "0f3F800000"}
+STATEMENTS = {
+    "shl.b32 %r0, 1, 35;": 0,
+    "mov.u32 %r1, -8; shr.s32 %r0, %r1, 40;": 2**32 - 1,
+    "mov.u32 %r1, -8; shr.u32 %r0, %r1, 40;": 0,
+    "mov.u32 %r1, -3; mul.hi.s32 %r0, %r1, 5;": 2**32 - 1,
+    "mov.u32 %r1, -3; mul.hi.u32 %r0, %r1, 5;": 4,
+    "mov.u16 %h0, -3; mul.wide.s16 %r0, %h0, 5;": 2**32 - 15,
+    "mov.u16 %h0, 65535; mul.wide.u16 %r0, %h0, %h0;": 65535**2,
+    "mov.u32 %r1, -3; mul.wide.s32 %d0, %r1, 5; cvt.u32.u64 %r0, %d0;": 2**32 - 15,
+    "mov.u16 %h0, 32767; add.s16 %h0, %h0, 1; cvt.s32.s16 %r0, %h0;": 2**32 - 32768,
+    "mov.b64 %d0, {7, 9}; mov.b64 {%r1, %r0}, %d0;": 9,
+    "bfe.u32 %r0, 0x12345678, 8, 12;": 0x456,
+    "bfi.b32 %r0, 0xAB, 0x12345678, 4, 8;": 0x12345AB8,
+    "prmt.b32 %r0, 0x33221180, 0x77665544, 0x8074;": 0xFF807744,
+    "shf.l.wrap.b32 %r0, 0x80000000, 1, 33;": 3,
+    "lop3.b32 %r0, 12, 10, 9, 0x96;": 12 ^ 10 ^ 9,
+    f"cvt.rzi.s32.f32 %r0, {FLOAT['3e9']};": 2**31 - 1,
+    f"cvt.rzi.s32.f32 %r0, {FLOAT['nan']};": 0,
+    f"cvt.rmi.s32.f32 %r0, {FLOAT['-2.5']};": 2**32 - 3,
+    f"setp.ltu.f32 %p0, {FLOAT['nan']}, {FLOAT['1']}; selp.u32 %r0, 1, 2, %p0;": 1,
+    f"setp.lt.f32 %p0, {FLOAT['nan']}, {FLOAT['1']}; selp.u32 %r0, 1, 2, %p0;": 2,
+    f"setp.ne.f32 %p0, {FLOAT['nan']}, {FLOAT['1']}; selp.u32 %r0, 1, 2, %p0;": 2,
+    "setp.eq.s32 %p1, 1, 1; setp.lt.and.s32 %p0, -1, 0, %p1; @!%p0 mov.u32 %r0, 5;": 0,
+    "setp.lt.u32 %p0, -1, 0; @!%p0 mov.u32 %r0, 5; @%p0 mov.u32 %r0, 6;": 5,
+    "bra.uni OVER; mov.u32 %r0, 5; OVER: add.s32 %r0, %r0, 1;": 1,
+    "{ .reg .b32 %r0; mov.u32 %r0, 5; } add.s32 %r0, %r0, 2;": 2,
+}
+
+
+@pytest.mark.parametrize("statements", STATEMENTS)
+def test_instructions_have_the_values_of_their_definition(monkeypatch, statements):
+    text = f""".visible .entry k(.param .u64 k_0)
+{{
+ .reg .b32 %r<4>;
+ .reg .b16 %h<4>;
+ .reg .b64 %d<4>;
+ .reg .pred %p<4>;
+ {statements}
+ ld.param.u64 %d1, [k_0];
+ st.global.u32 [%d1+4], %r0;
+ ret;
+}}
+"""
+    monkeypatch.setattr(ptx, "compiled", lambda *_: ptx.translate(text, "k"))
+    y = empty(2, np.uint32, "y")
+    Kernel(Path(test_golden.SOURCE), "k", leg="ptx").launch(1, 1, 0, [y])
+    assert y[1] == STATEMENTS[statements]
+
+
+def test_an_unknown_instruction_stops_the_program():
     entry = ".visible .entry k()\n{\n .reg .b32 %r<2>;\n brev.b32 %r0, %r1;\n ret;\n}\n"
     with pytest.raises(ptx.UnknownInstruction, match=r"brev\.b32"):
-        ptx.translate(entry)
+        interpreted(ptx.translate(entry, "k").text)
 
 
 def test_what_nvrtc_refuses_is_shown():
