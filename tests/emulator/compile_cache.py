@@ -135,8 +135,13 @@ def shrink(folder: Path, limit: int, recent: float) -> None:
         size -= bytes_
 
 
-def shared_library(name: str, units: list[str], flags: list[str], roots: list[Path]) -> Path:
-    """Compile units of C++, which may include files of `roots`, to one shared library."""
+def shared_library(
+    name: str, units: list[str], flags: list[str], roots: list[Path], header: str | None = None
+) -> Path:
+    """Compile units of C++, which may include files of `roots`, to one shared library.
+
+    A header that all of them include before anything that could change it is compiled once.
+    """
     cxx = compiler()
     digest = digest_of("\n".join(units), roots, cxx, compiler_version(cxx), *flags)
 
@@ -144,13 +149,39 @@ def shared_library(name: str, units: list[str], flags: list[str], roots: list[Pa
         sources = [part.with_name(f"{i}.cpp") for i in range(len(units))]
         for source, unit in zip(sources, units, strict=True):
             source.write_text(unit)
-        command = [cxx, "-shared", *flags, *(f"-I{root}" for root in roots)]
-        # A library names files as the roots see them.
-        command += [f"-ffile-prefix-map={root}={root.name}" for root in roots]
-        command += [f"-ffile-prefix-map={part.parent}=."]
-        command += [*(source.name for source in sources), "-o", part.name]
-        result = subprocess.run(command, cwd=part.parent, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+        first = []
+        if header is not None:
+            part.with_name("first.h").write_text(f'#include "{header}"\n')  # for want of the other
+            part.with_name("first.h.gch").symlink_to(precompiled(header, flags, roots))
+            first = ["-include", "first.h"]
+        names = [source.name for source in sources]
+        compile_in(part.parent, ["-shared", *first, *names, "-o", part.name], flags, roots)
 
     return kept(f"{name}-{digest}.so", make)
+
+
+def precompiled(header: str, flags: list[str], roots: list[Path]) -> Path:
+    """Return a header as g++ reads it fastest, for units with the same flags."""
+    unit, cxx = f'#include "{header}"\n', compiler()
+    flags = [flag for flag in flags if not flag.startswith("-l")]  # nothing is linked
+    digest = digest_of(unit, roots, cxx, compiler_version(cxx), *flags)
+
+    def make(part: Path) -> None:
+        part.with_name("first.h").write_text(unit)
+        compile_in(part.parent, ["-x", "c++-header", "first.h", "-o", part.name], flags, roots)
+
+    return kept(f"header-{digest}.gch", make)
+
+
+def compile_in(folder: Path, arguments: list[str], flags: list[str], roots: list[Path]) -> None:
+    """Call the compiler in a folder that has no name of its own in what is compiled.
+
+    Files are known by names that are the same in every checkout: those of links to the roots.
+    """
+    command = [compiler(), *flags, f"-ffile-prefix-map={folder}=.", *arguments]
+    for i, root in enumerate(roots):
+        (folder / f"root{i}").symlink_to(root)
+        command += [f"-Iroot{i}"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

@@ -164,7 +164,8 @@ class Kernel:
         """Compile the source and look up what it exports."""
         unit += f"EMULATOR_EXPORT({self.entry})\n"
         flags = [*COMMON, "-DCUEMU", f"-DKSM={sm * 10}", *CHECK, "-nodefaultlibs", "-lc", "-lm"]
-        self.library = _load(shared_library(name, [unit], flags, roots))
+        header = "primitives/primitives.cuh"  # which every kernel includes first
+        self.library = _load(shared_library(name, [unit], flags, roots, header))
         self._function = ctypes.cast(
             getattr(self.library, f"emulator_kernel_{self.entry}"), ctypes.c_void_p
         )
