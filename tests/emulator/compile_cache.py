@@ -20,6 +20,9 @@ from pathlib import Path
 
 # Where compiled kernels are kept, in place of the user's cache folder.
 FOLDER_VARIABLE = "CUPY_DELTA_EMULATOR_CACHE"
+# A file to which a line is added for everything that is made: seconds of processor time, name and
+# the test that asked for it.
+LOG_VARIABLE = "CUPY_DELTA_EMULATOR_LOG"
 # What is kept in all; beyond it, what was not used for longest goes, but nothing of the last hour,
 # which another process may be about to load.
 LIMIT_BYTES = 2 << 30
@@ -102,8 +105,14 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     remove_old()
     with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder:
         part = Path(folder) / name
+        before = os.times()
         make(part)
         os.replace(part, path)
+    if log := os.environ.get(LOG_VARIABLE):
+        took = sum(os.times()[:4]) - sum(before[:4])
+        test = os.environ.get("PYTEST_CURRENT_TEST", "-").removesuffix(" (call)")
+        with open(log, "a") as file:
+            file.write(f"{took:.2f} {name} {test}\n")
     return path
 
 

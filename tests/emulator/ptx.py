@@ -203,9 +203,10 @@ def compiled(unit: str, entry: str, arch: str, roots: list[Path]) -> Program:
         text = re.sub(r'(\.file\s+\d+\s+")(?:[^"]*/)?', r"\1", found.ptx)
         part.write_bytes(zlib.compress(text.encode()))
 
+    source = kept(f"ptx-{digest}.z", compile_)
+
     def translate_(part: Path) -> None:
-        ptx = zlib.decompress(kept(f"ptx-{digest}.z", compile_).read_bytes()).decode()
-        program = translate(ptx, entry)
+        program = translate(zlib.decompress(source.read_bytes()).decode(), entry)
         head = " ".join(map(str, (program.cluster, *program.sizes)))
         part.write_bytes(zlib.compress(f"{head}\n{program.text}".encode()))
 

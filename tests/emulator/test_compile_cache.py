@@ -113,6 +113,15 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monke
         compile_cache.cache_folder()
 
 
+def test_what_is_made_is_logged(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(compile_cache.LOG_VARIABLE, str(tmp_path / "log"))
+    for name in ("one", "two", "one"):
+        compile_cache.kept(name, lambda part: part.write_bytes(bytes(100)))
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(float(line[0]) < 1, line[1]) for line in lines] == [(True, "one"), (True, "two")]
+    assert all(line[2].endswith("::test_what_is_made_is_logged") for line in lines)
+
+
 def test_what_was_not_used_for_longest_goes(folder):
     compile_cache.cache_folder()
     for age, name in enumerate(("new", "used", "old", "oldest")):
