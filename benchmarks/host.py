@@ -127,16 +127,30 @@ def main() -> None:
     check = partial(step_problem, *args, None, state=state, state_indices=None, **options)
     times = stages(call, check, lambda p, d: plans.plan("step", p, d.facts), {"state": state}, wait)
     row("step of {0} h{2}/{3}".format(*STEP), times)
-    # As engines call it: the same memory in every call.
-    call = partial(call, out=xp.zeros_like(args[2]))
-    with cupy_delta.Workspace():
-        row("the same, with out", [microseconds(call, wait)])
+    repeated_steps(xp, wait)
     *args, _ = draw(xp, *SHAPES[1])
     forward = partial(cupy_delta.chunk_delta_rule_fwd, *args)
     residuals = forward().residuals
     backward = partial(cupy_delta.chunk_delta_rule_bwd, residuals, args[2])
     row("forward for gradients", [microseconds(forward, wait)])
     row("backward", [microseconds(backward, wait)])
+
+
+def repeated_steps(xp, wait) -> None:
+    """Of whole calls as engines make them, on the same memory every time."""
+    q, k, v, beta, state = draw(xp, *STEP)
+    logits, A_log = xp.zeros(beta.shape, v.dtype), xp.zeros(beta.shape[-1:], np.float32)
+    raw = cupy_delta.SigmoidBeta(logits), cupy_delta.SoftplusGate(logits, A_log)
+    # Indices on the host are looked at.
+    slots = None if xp is np else xp.arange(len(state))
+    pool = dict(state=state, state_indices=slots, qk_l2norm=True)
+    for name, given in (("arrays", (beta, -beta)), ("logits", raw)):
+        call = partial(cupy_delta.delta_rule_step, q, k, v, *given, **pool)
+        row(f"again, of {name}", [microseconds(call, wait)])
+        call = partial(call, out=xp.zeros_like(v))
+        row("  with out", [microseconds(call, wait)])
+        with cupy_delta.Workspace():
+            row("  in a Workspace", [microseconds(call, wait)])
 
 
 def row(name: str, times: list[float]) -> None:

@@ -30,13 +30,15 @@
 // thread; VECTOR unless STATE_VK. PARTS: threads of a warp that share a value channel's keys. BESIDE: neighbouring
 // lanes that take neighbouring value channels, and WARPS: warps that share keys; both 1 with STATE_VK, else BESIDE
 // PARTS = 32. All of them powers of two. CHANNELS: value channels per block, of whole warps; BESIDE VALUES if WARPS is
-// not 1, else PARTS is at least VALUES. Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS *
-// WARPS threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1, Passed or PassedRows (decode/).
+// not 1, else PARTS is at least VALUES. AHEAD: states (decode/ahead.cuh), or 0. Grid: N * HV * ceil(HEAD_V / CHANNELS)
+// blocks of CHANNELS / VALUES * PARTS * WARPS threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1,
+// Passed or PassedRows (decode/).
 #if OWN_ROWS
 #include "tokens/decode/own_rows.cuh"
 #else
 #include "tokens/decode/shared_rows.cuh"
 #endif
+#include "tokens/decode/ahead.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode(const DTYPE* q, const DTYPE* k, const DTYPE* v, const BETA_DTYPE* beta, const GATE_DTYPE* g,
@@ -69,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   tokens.ask(inputs, work.first, at_once, p, slice);
   Loaded given;
   given.load(tile(work.from), p);
+  if constexpr (AHEAD > 0) ask_ahead(state, state_indices, HV, pool_slots, pool_stride, threadIdx.x);
   tokens.take(inputs, work.first, at_once, p, slice);
   if constexpr (ONE_TOKEN) {
     const NewTokens::Update update = tokens.advance(given, 0, inputs, p);

@@ -19,13 +19,15 @@
 // Macros: TOKENS, of every sequence (1 to 4), ONE_TOKEN (there is one, and it is accepted), DTYPE and STATE_DTYPE, the
 // same of 16 bits, HEAD_K, HEAD_V, GROUP (value heads per key head), HAS_GATE (0, or 1 per head), RAW_GATE and BIAS
 // (tiles/raw.cuh; g is then a), RAW_BETA (beta is then logits), GATE_DTYPE, BETA_DTYPE, STATE_VK, L2NORM, VARLEN (0).
-// TILES: of 16 value channels, of a warp. WARPS: of a block; those of a (K, V) state share its keys. Grid: N * HV *
-// HEAD_V / CHANNELS blocks of 32 WARPS threads. Shared memory: Passed unless STATE_VK.
+// TILES: of 16 value channels, of a warp. WARPS: of a block; those of a (K, V) state share its keys. AHEAD: states
+// (decode/ahead.cuh), or 0. Grid: N * HV * HEAD_V / CHANNELS blocks of 32 WARPS threads. Shared memory: Passed unless
+// STATE_VK.
 #if HAS_GATE == 2
 #include "tokens/decode/products_channels.cuh"
 #else
 #include "tokens/decode/products_rows.cuh"
 #endif
+#include "tokens/decode/ahead.cuh"
 
 // What warps that share keys pass to each other: sums over the keys of each, and what tokens write.
 struct Passed {
@@ -94,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
   Loaded loaded;
   loaded.load(tile_of(work.from));
+  if constexpr (AHEAD > 0) ask_ahead(state, state_indices, HV, pool_slots, pool_stride, threadIdx.x);
   tokens.meet(inputs, work, p);
   State S(loaded);
   Sums sums[TILES] = {};

@@ -89,14 +89,14 @@ CALLS = (
         for options in ({}, dict(state_layout="vk", qk_l2norm=True), dict(raw="softplus"))
     ),
     *(
-        dict(
-            dtype="bfloat16", K=128, V=128, pool_dtype="bfloat16", qk_l2norm=True, passes=("step",)
-        )
+        dict(dtype="bfloat16", K=128, V=128, pool_dtype="bfloat16", B=256)
+        | dict(qk_l2norm=True, passes=("step",))
         | options
         for options in (
             dict(T=1, gate=True),
             dict(T=4, gate="channel", state_layout="vk"),
             dict(T=4, raw="softplus"),
+            dict(T=4, raw="softplus", B=1),
             dict(T=4, gate=True, state_layout="vk"),
             dict(T=1024),
             dict(T=1, gate="channel"),

@@ -37,3 +37,19 @@ def test_a_step_alone_and_among_others(emulated, T):
     o = cd.delta_rule_step(*args, state=pool)
     assert same(cd.delta_rule_step(*row(args, 3), state=state)[0], o[3])
     assert same(state[0], pool[3])
+
+
+def test_few_states_in_smaller_tiles(emulated):
+    """By products with one tile more or less of value channels, the same sums."""
+    args, kw = make_inputs(
+        2, B=33, H=2, G=2, K=64, V=64, gate="scalar", dtype=BF16, initial=True, seed=1
+    )
+    pool, few = (kw["initial_state"][:n].astype(BF16) for n in (33, 3))
+    o = cd.delta_rule_step(*args, state=pool)
+    tiles = [emulated.devices[-1].launches] if emulated.devices is not None else []
+    args = [None if x is None else x[:3] for x in args]
+    assert same(cd.delta_rule_step(*args, state=few), o[:3])
+    assert same(few, pool[:3])
+    if tiles:
+        tiles.append(emulated.devices[-1].launches)
+        assert [dict(x[0].defines)["TILES"] for x in tiles] == [4, 2]

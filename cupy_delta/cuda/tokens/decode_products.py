@@ -11,6 +11,7 @@ from .decode import (
     one_token,
     pool_dtype,
     size_arguments,
+    states_ahead,
     step_macros,
     token_arguments,
 )
@@ -19,8 +20,10 @@ from .decode import (
 MOST_TOKENS = 4
 # Keys that a lane takes at once with its neighbours, and value channels of a product.
 KEYS, ROWS = 32, 16
-# Warps of a block with (V, K) states, at most, and tiles of a warp with (K, V) ones.
+# Warps of a block with (V, K) states, at most, and tiles of a warp with (K, V) ones; of few states
+# fewer, in more blocks. The order of sums, and so every bit, is the same.
 WARPS, TILES = 4, 4
+FEW_STATES, FEW_TILES = 128, 2
 # Warps of a multiprocessor, at least, for which registers are spared, each with 4 KB on the way: as
 # a rule, and of one token without sums over rows in shared memory. Best of 4 to 28 on an H200.
 TOGETHER, TOGETHER_ONE = 20, 24
@@ -52,7 +55,8 @@ def products_tile(call: Call) -> dict:
     if call.state_layout == "vk":
         tiles, warps = 1, math.gcd(call.V // ROWS, WARPS)
     else:
-        tiles, warps = math.gcd(call.V // ROWS, TILES), call.K // KEYS
+        most = FEW_TILES if call.N * call.HV <= FEW_STATES else TILES
+        tiles, warps = math.gcd(call.V // ROWS, most), call.K // KEYS
     together = TOGETHER_ONE if call.T == 1 and call.gate != "channel" else TOGETHER
     return dict(TILES=tiles, WARPS=warps, BLOCKS=together // warps)
 
@@ -68,7 +72,9 @@ def products_shared_bytes(call: Call, tiles: int, warps: int) -> int:
 
 def decode_products_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
-    macros = products_tile(call)
+    # Only with one token are there states to wait for; more have products to wait for.
+    ahead = states_ahead(call) if call.T == 1 else 0
+    macros = products_tile(call) | dict(AHEAD=ahead)
     tiles, warps = macros["TILES"], macros["WARPS"]
     channels = ROWS * tiles * (warps if call.state_layout == "vk" else 1)
     return Launch(

@@ -1,5 +1,6 @@
 // Memory, the lanes of a warp, barriers and the products of compute capability 8.0: what the runtime checks.
 #include "addresses.h"
+#include "prefetch_on_cpu.h"
 
 namespace emulator {
 
@@ -64,6 +65,11 @@ const Step* shuffle_lanes(const Step* s, Registers* r) {
   const uint32_t got = shuffle(mask, get<uint32_t>(r, s->x[2]), in_range ? from : lane, s->site());
   put(r, s->x[0], got);
   put(r, s->x[1], in_range);
+  return s + 1;
+}
+
+static const Step* ask_ahead(const Step* s, Registers* r) {
+  prefetch_line(generic_pointer(r, s->x), s->site());
   return s + 1;
 }
 
@@ -132,6 +138,7 @@ void movement(Instructions& known) {
   known["shfl.down.b32"] = shuffle_lanes<'d'>;
   known["shfl.bfly.b32"] = shuffle_lanes<'b'>;
   known["shfl.idx.b32"] = shuffle_lanes<'i'>;
+  known["prefetch.global.L2"] = ask_ahead;
   known["bar"] = barrier;
   known["bar.warp"] = barrier_of_warp;
   known["cp.async.shared.global"] = copy;

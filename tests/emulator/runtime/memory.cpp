@@ -1,6 +1,7 @@
 // Memory: global buffers between guard pages, the windows of shared memory, and the shadow of all.
 #include <sys/mman.h>
 
+#include "prefetch_on_cpu.h"
 #include "runtime.h"
 
 namespace emulator {
@@ -269,6 +270,13 @@ void access(Fiber* f, const void* p, size_t bytes, bool write, Place place, cons
 
 void async_access(Fiber* f, Moment when, const void* p, size_t bytes, bool write, Place place, const char* what) {
   check({f, when, true, write, place, what}, p, bytes);
+}
+
+// No access, so no race and no use of what nobody wrote; but its address is to be in an array.
+void prefetch_line(const void* p, Site site) {
+  const auto a = (uintptr_t)p;
+  const Region* r = find(a);
+  if (!r || r == &windows || !inside(r, a, 1)) fault("out-of-bounds", site, "prefetch of %s", locate(a).c_str());
 }
 
 void mark_copy(const void* p, size_t bytes, bool in_flight, Place place) {
