@@ -116,11 +116,8 @@ def launches_of(
     planned = [
         plan(operation, calls[name], facts) for name in passes for operation in OPERATIONS[name]
     ]
-    if "step" in passes:
-        others = [on_pool] if varlen else []
-        if T > 1:  # drafts
-            others += [replace(one, accepting=True) for one in (calls["step"], *others)]
-        planned += [plan("step", one, facts) for one in others]
+    if varlen and "step" in passes:
+        planned.append(plan("step", on_pool, facts))
     distinct: dict[tuple, Launch] = {}
     for one in planned:
         for launch in one.launches:

@@ -72,7 +72,7 @@ def test_the_next_state_is_asked_for(emulated, monkeypatch, entry, layout, dtype
 )
 def test_how_far_ahead(differs, states):
     sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
-    launch, *_ = launches_of(FACTS, ("step",), **sizes | differs)
+    (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
     assert dict(launch.defines)["AHEAD"] == states
 
 
