@@ -115,6 +115,7 @@ def _rows() -> tuple[Row, ...]:
 
     tail = (12345, 77, 8191, 1, 513, 4096, 6001, 1544)
     wide = Row("gated_more", (8192,) * 4, 30, 30, 96, 192, decay=MEAN_DECAY, largest_beta=2.0)
+    strong = (8, 1024, 16, 64), (1, 32768, 16, 64), (1, 32768, 8, 32), (1, 8192, 2, 8)
     return (
         *several("gva", *((1, 32768, *heads) for heads in ((2, 8), (4, 16), (8, 32), (16, 64)))),
         *several("gva", (4, 8192, 16, 64), (1, 8192, 2, 8), (1, 8192, 8, 32), (1, 8192, 16, 64)),
@@ -139,6 +140,8 @@ def _rows() -> tuple[Row, ...]:
         replace(wide, lengths=(32768,)),
         Row("gated_more", tail, 16, 64, ragged=True, decay=MEAN_DECAY),
         *(gated((4, 8192, 16, 64), group="gated_more", decay=x)[0] for x in (1.0, 2.0, 5.0)),
+        *gated(*strong, group="gated_strong", decay=1.0),
+        *gated(*strong, group="gated_strong", decay=5.0),
         *several("channel", *((1, T, 32, 32) for T in (8192, 32768)), per_channel=True),
         *several("channel", (4, 8192, 32, 32), (1, 32768, 8, 8), per_channel=True),
         *several("channel", (1, 8192, 96, 96), per_channel=True),

@@ -97,10 +97,12 @@ def run_command(args) -> int:
         )
     device = device_for(args)
     distinct: dict[tuple, Launch] = {}
-    passes = [(name, T) for name in args.passes if name != "step" for T in args.tokens]
-    if "step" in args.passes:
-        passes += [("step", T) for T in STEPS]
-    for dtype, K, B, (name, T) in itertools.product(args.dtype, args.K, args.batch, passes):
+    passes = [(name, T, False) for name in args.passes if name != "step" for T in args.tokens]
+    if "step" in args.passes:  # whose tokens may be drafts, of which some are accepted
+        passes += [("step", T, some) for T in STEPS for some in (False, True)]
+    for dtype, K, B, (name, T, accepting) in itertools.product(
+        args.dtype, args.K, args.batch, passes
+    ):
         launches = launches_of(
             device.facts,
             (name,),
@@ -119,6 +121,7 @@ def run_command(args) -> int:
             state_layout=args.state_layout,
             checkpoint_every=args.checkpoint_every,
             pool_dtype=args.pool_dtype,
+            accepting=accepting,
         )
         for launch in launches:
             distinct.setdefault((launch.file, launch.defines), launch)

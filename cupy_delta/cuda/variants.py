@@ -47,6 +47,7 @@ def launches_of(
     state_layout: StateLayout = "kv",
     checkpoint_every: int | None = None,
     pool_dtype: str | None = None,
+    accepting: bool = False,
 ) -> list[Launch]:
     """Plan the passes of a call and return its distinct kernels.
 
@@ -68,6 +69,8 @@ def launches_of(
         Options as in `chunk_delta_rule`; the last of "prefill" alone.
     pool_dtype : str, optional
         Of pools, by default float32 (or float64).
+    accepting : bool
+        Whether a step is told how many of its tokens its states take up.
 
     Returns
     -------
@@ -111,6 +114,7 @@ def launches_of(
     stored = call.state_dtype if pool_dtype is None else FLOAT_DTYPES[pool_dtype]
     on_pool = replace(call, pool_slots=N, pool_dtype=stored, pool_stride=HV * K * V)
     calls["prefill"] = replace(on_pool, checkpoint_every=checkpoint_every)
+    on_pool = replace(on_pool, accepting=accepting)
     calls["step"] = replace(on_pool, B=N, varlen=False)
     calls["blocks"] = replace(call, state_layout="kv")
     planned = [

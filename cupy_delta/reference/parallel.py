@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
+from contextvars import Context
 from functools import cache
 
 import numpy as np
@@ -56,7 +56,7 @@ def for_each(function: Callable, items: Iterable, products: float = np.inf) -> N
 
 
 # NumPy keeps what it warns of in a context; to enter a copy takes no time, `np.errstate` does.
-_quiet = copy_context()
+_quiet = Context()
 _quiet.run(np.seterr, all="ignore")
 
 

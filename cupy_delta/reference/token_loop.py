@@ -7,7 +7,7 @@ Per token, with S of shape (..., K, V)::
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ def batches(problem: Problem):
         yield slice(b, b + 1), slice(start, stop), slice(n, n + 1)
 
 
-@cache
+@lru_cache(64)
 def _number(dtype: np.dtype, x: float) -> Any:
     """A number as an array: making it takes NumPy as long as a product of few elements."""
     return np.array(x, dtype)

@@ -318,9 +318,10 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
     entries = [name for name, _ in Recorder.compiled]
     each = {"wy_factors": 1, "forward": 1, "backward_state": 1, "backward_chunk": 1}
     assert {name: entries.count(name) // 2 for name in each} == each
-    assert entries.count("decode") == 4 and entries.count("l2norm") == 4
-    one_token = [d["ONE_TOKEN"] for name, d in Recorder.compiled if name == "decode"]
-    assert sorted(one_token) == [0, 0, 1, 1]
+    assert entries.count("decode") == 6 and entries.count("l2norm") == 4
+    steps = [(d["ONE_TOKEN"], d["AHEAD"] > 0) for name, d in Recorder.compiled if name == "decode"]
+    # Of one token, of several, and of several of which some are accepted.
+    assert sorted(steps) == [(0, False)] * 2 + [(0, True)] * 2 + [(1, True)] * 2
     assert {d["HEAD_K"] for _, d in Recorder.compiled if "HEAD_K" in d} == {64, 128}
     assert f"{len(entries)} kernels ready" in capsys.readouterr().out
     assert main([*argv, "--gate"]) == 0

@@ -97,6 +97,7 @@ CALLS = (
             dict(T=4, gate="channel", state_layout="vk"),
             dict(T=4, raw="softplus"),
             dict(T=4, raw="softplus", B=1),
+            dict(T=4, pool_dtype="float32", accepting=True),
             dict(T=4, gate=True, state_layout="vk"),
             dict(T=1024),
             dict(T=1, gate="channel"),

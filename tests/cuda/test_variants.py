@@ -130,13 +130,15 @@ def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2
 @pytest.mark.parametrize("T", [1, 4, 8])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("pool", ["float32", "bfloat16"])
-def test_steps_launch_what_was_planned_ahead(recorder, T, layout, pool):
+@pytest.mark.parametrize("accepting", [False, True])
+def test_steps_launch_what_was_planned_ahead(recorder, T, layout, pool, accepting):
     device = recorder("sm_90")
     args, kw = make_inputs(T, B=3, H=2, G=2, K=64, V=32, layout=layout, dtype=BF16, initial=True)
     state = kw["initial_state"].astype(getattr(ml_dtypes, pool, pool))
-    cd.delta_rule_step(*args, state=state, state_layout=layout)
+    accepted = np.zeros(3, np.int64) if accepting else None
+    cd.delta_rule_step(*args, state=state, accepted=accepted, state_layout=layout)
     sizes = dict(
         dtype="bfloat16", K=64, V=32, B=3, T=min(T, STEPS[-1]), H=2, HV=4, state_layout=layout
     )
-    ahead = launches_of(device.facts, ("step",), **sizes, pool_dtype=pool)
+    ahead = launches_of(device.facts, ("step",), **sizes, pool_dtype=pool, accepting=accepting)
     assert device.kernels == {(launch.file, launch.defines) for launch in ahead}

@@ -6,7 +6,6 @@ import pytest
 from helpers import make_inputs
 
 import cupy_delta as cd
-from cupy_delta.call import Call
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.tokens import decode
 from cupy_delta.cuda.variants import launches_of
@@ -66,6 +65,7 @@ def test_the_next_state_is_asked_for(emulated, monkeypatch, entry, layout, dtype
         (dict(gate="channel"), 132),
         (dict(pool_dtype="float32", gate="channel", state_layout="vk"), 66),
         (dict(gate="channel", state_layout="vk"), 0),
+        (dict(pool_dtype="float32", T=4, accepting=True), 0),
         (dict(T=2), 0),
         (dict(T=4, state_layout="vk"), 0),
     ],
@@ -74,9 +74,3 @@ def test_how_far_ahead(differs, states):
     sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
     (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
     assert dict(launch.defines)["AHEAD"] == states
-
-
-def test_verifying_asks_for_nothing_ahead():
-    sizes = dict(B=1, N=1, T=4, H=1, HV=1, K=128, V=128)
-    call = Call(dtype=BF16, **sizes, pool_slots=1, pool_dtype=F32, accepting=True)
-    assert decode.states_ahead(call) == 0
