@@ -18,6 +18,7 @@ from cupy_delta.results import Residuals
 
 def pytest_generate_tests(metafunc):
     """Emulated tests run on both legs, the source and what NVRTC makes of it, or on LEGS."""
+    check_ptx_leg(metafunc.definition)
     if "emulated" in metafunc.fixturenames and "both_legs" not in metafunc.fixturenames:
         legs = getattr(metafunc.module, "LEGS", ["source", "ptx"])
         legs = ["gpu"] if metafunc.config.getoption("--on-gpu") else legs
@@ -35,6 +36,21 @@ def pytest_collection_modifyitems(config, items):
         left_out = [x for x in items if x.path.name in emulator_only or "leg" in x.fixturenames]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [x for x in items if x not in left_out]
+
+
+def check_ptx_leg(test):
+    """Check that a test has every case that its marker `ptx_leg` leaves to that leg."""
+    marker, known = test.get_closest_marker("ptx_leg"), {}
+    for given in test.iter_markers("parametrize") if marker else ():
+        names, cases = given.args[:2]
+        names = [x.strip() for x in names.split(",")] if isinstance(names, str) else names
+        for case in cases:
+            for name, value in zip(names, case if len(names) > 1 else [case], strict=True):
+                known.setdefault(name, []).append(value)
+    for name, values in marker.kwargs.items() if marker else ():
+        missing = [x for x in values if x not in known.get(name, [])]
+        if missing or not values:
+            raise pytest.UsageError(f"{test.nodeid}: no case of {name} = {missing}")
 
 
 def has_its_leg(item):
