@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -120,11 +119,9 @@ def module_of(x: Any) -> Any:
     return cupy if isinstance(x, getattr(cupy, "ndarray", ())) else np
 
 
-def sharing(kind: str) -> Callable[[Any, Any], bool]:
-    """Return the function that tells whether two arrays of a kind share memory."""
-    return sys.modules["cupy"].may_share_memory if kind == "cupy" else _shares_memory
-
-
-def _shares_memory(x: np.ndarray, y: np.ndarray) -> bool:
-    # Strides that are harder to compare may share it.
-    return np.may_share_memory(x, y, 10_000)  # type: ignore[arg-type]
+def shares_memory(x: Any, y: Any) -> bool:
+    """Tell whether two arrays of one kind share memory."""
+    if not isinstance(x, np.ndarray):
+        return sys.modules["cupy"].may_share_memory(x, y)
+    # By where they begin and end, first; strides that are hard to compare may share it.
+    return np.may_share_memory(x, y) and np.may_share_memory(x, y, 10_000)  # type: ignore[arg-type]

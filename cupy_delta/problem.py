@@ -10,12 +10,13 @@ dimensions, C chunk. Shapes are written as strings of symbols, e.g. ``"B T H K"`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .arrays import describe, looks, places, sharing
+from .arrays import describe, looks, places, shares_memory
 from .call import Call
 from .checker import (
     Checker,
@@ -523,23 +524,42 @@ def _check_slots(problem: Problem, idle: np.ndarray | None = None) -> None:
 _PLAIN = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "accepted", *ON_POOL)
 _RAW = {"logits": "beta.logits", "a": "g.a", "A_log": "g.A_log", "dt_bias": "g.dt_bias"}
 _READ = {name: name for name in _PLAIN} | _RAW
-_READ_BESIDE = {
-    name: [(other, shown) for other, shown in _READ.items() if other != name]
-    for name in ("out", "state")
-}
 
 
 def check_written(problem: Problem, name: str) -> None:
     """Check that "out" or "state" can be written whole without touching what is read."""
-    x, on_host = getattr(problem, name), problem.kind == "numpy"
-    if name != "state" and not x.flags.c_contiguous:
+    x = getattr(problem, name)
+    flags = x.flags
+    if name != "state" and not flags.c_contiguous:
         raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
-    if on_host and not x.flags.writeable:
-        raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    beside = problem.kept.get(name)
+    if beside is None:
+        beside = problem.kept[name] = _read_beside(problem, name)
+    may_share: Callable[[Any, Any], bool] = shares_memory
+    if isinstance(x, np.ndarray):
+        may_share = np.may_share_memory  # by where they begin and end, in a third of the time
+        if not flags.writeable:
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    known = vars(problem)
+    for other, shown in beside:
+        y = known[other]
+        if may_share(x, y) and shares_memory(x, y):
+            raise ValueError(f"{name}: expected no memory in common with {shown}")
+
+
+def _read_beside(problem: Problem, name: str) -> list[tuple[str, str]]:
+    """Return which arrays are read that "out" or "state" may share memory with, in all calls alike.
+
+    On the host, what is written must be of native byte order.
+    """
+    x, given = getattr(problem, name), vars(problem)
+    on_host = isinstance(x, np.ndarray)
     if on_host and not x.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {x.dtype.str}")
-    shared, known = sharing(problem.kind), vars(problem)
-    for other, shown in _READ_BESIDE[name]:
-        y = known[other]
-        if y is not None and isinstance(y, np.ndarray) == on_host and shared(x, y):
-            raise ValueError(f"{name}: expected no memory in common with {shown}")
+    return [
+        (other, shown)
+        for other, shown in _READ.items()
+        if other != name
+        and given[other] is not None
+        and isinstance(given[other], np.ndarray) == on_host
+    ]

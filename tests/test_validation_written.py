@@ -105,7 +105,7 @@ def test_arrays_side_by_side_in_one_buffer_are_accepted():
 
 
 def test_interleaved_arrays_share_no_memory_and_what_is_too_hard_to_tell_may():
-    share, view = arrays.sharing("numpy"), np.lib.stride_tricks.as_strided
+    share, view = arrays.shares_memory, np.lib.stride_tricks.as_strided
     memory = np.zeros(1_000_000, np.int8)
     assert not share(memory[::2], memory[1::2])
     assert share(memory[::2], memory[::3])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..problem import Problem
 from .parallel import call_quietly, for_each
-from .token_loop import ALL, advance, read, shared_products, token_inputs
+from .token_loop import (
+    ALL,
+    advance,
+    read,
+    shared_products,
+    single_inputs,
+    single_shapes,
+    token_inputs,
+)
 
 # Elements of all states together below which a call's time is that of calling NumPy; BLAS uses one
 # thread for so few.
@@ -34,64 +41,65 @@ class Part(NamedTuple):
     kept: np.ndarray | None = None
 
 
-@cache
-def _whole(T: int) -> Part:
-    """All sequences, each with a slot of its own; a named tuple takes a while to make."""
-    return Part(ALL, None, T, ALL)
-
-
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated."""
     o = problem.out
     if o is None:
         o = np.empty(problem.v.shape, problem.dtype)
-    HV, dtype = problem.HV, problem.compute_dtype
     pool = problem.state if problem.state_layout == "kv" else problem.state.swapaxes(-1, -2)
-    # Whether states can be advanced where they lie.
-    ready = pool is problem.state and pool.dtype == dtype and pool.flags.carray
-    stack = (-1, problem.H, problem.groups, problem.K, problem.V)
-
-    def walk(part: Part) -> None:
-        slots = part.slots
-        in_place = ready and part.kept is None and isinstance(slots, slice)
-        S = pool[slots] if in_place else np.array(pool[slots], dtype, order="C")
-        states = S.reshape(stack)
-        single = part.length == 1
-        inputs = token_inputs(problem, part.rows, part.tokens, single=single)
-        for t in range(part.length):
-            if part.kept is not None:
-                _keep(pool, part, S, t)
-            x = inputs if single else inputs.at(t)
-            advance(states, x)
-            place = t if part.tokens is None else part.tokens[:, t]
-            o[part.rows, place] = read(states, x.q).reshape(-1, HV, problem.V)
-        if part.kept is not None:
-            _keep(pool, part, S, part.length)
-        elif not in_place:
-            pool[slots] = S
-
-    size = HV * problem.K * problem.V
-    if problem.varlen or problem.accepting or problem.output_state_indices is not None:
-        parts = list(_general_parts(problem, o, size))
-        few = problem.N * size < SMALL_POOL
-    else:
-        indices = problem.state_indices
-        used = None if indices is None else np.flatnonzero(indices >= 0)
-        count = problem.B if used is None else len(used)
-        if count < problem.B:
-            o[indices < 0] = 0
-        few = count * size < SMALL_POOL
-        if few:
-            one = _whole(problem.T) if used is None else Part(used, None, problem.T, indices[used])
-            parts = [one]
-        else:
-            parts = list(_parts(problem.T, indices, used, count, size))
+    few, parts = _division(problem, o)
+    items = [(problem, pool, o, part) for part in parts]
     if few:
-        for part in parts:
-            call_quietly(walk, (part,))
+        for item in items:
+            call_quietly(_advance_part, item)
     else:
-        for_each(walk, ((part,) for part in parts), shared_products(problem))
+        for_each(_advance_part, items, shared_products(problem))
     return o
+
+
+def _advance_part(problem: Problem, pool, o, part: Part) -> None:
+    """Advance the states of a part of the pool, (K, V) as an axis order, and write its outputs."""
+    rows, tokens, length, slots, _, kept = part
+    dtype = problem.compute_dtype
+    in_place = kept is None and isinstance(slots, slice) and pool.dtype == dtype
+    in_place = in_place and pool.flags.carray
+    if in_place and length == 1 and o.dtype == dtype:
+        shapes, x = single_shapes(problem), single_inputs(problem, rows)
+        S = pool[slots].reshape(shapes.state)
+        advance(S, x)
+        read(S, x.q, out=o[rows].reshape(shapes.value))
+        return
+    S = pool[slots] if in_place else np.array(pool[slots], dtype, order="C")
+    states = S.reshape(-1, problem.H, problem.groups, problem.K, problem.V)
+    inputs = token_inputs(problem, rows, tokens)
+    for t in range(length):
+        if kept is not None:
+            _keep(pool, part, S, t)
+        x = inputs.at(t)
+        advance(states, x)
+        place = t if tokens is None else tokens[:, t]
+        o[rows, place] = read(states, x.q).reshape(-1, problem.HV, problem.V)
+    if kept is not None:
+        _keep(pool, part, S, length)
+    elif not in_place:
+        pool[slots] = S
+
+
+def _division(problem: Problem, o) -> tuple[bool, Sequence[Part]]:
+    """Return whether states are few, and the parts; outputs of sequences without a slot are 0."""
+    size = problem.HV * problem.K * problem.V
+    if problem.varlen or problem.accepting or problem.output_state_indices is not None:
+        return problem.N * size < SMALL_POOL, list(_general_parts(problem, o, size))
+    indices = problem.state_indices
+    if indices is None:
+        found = problem.kept.get(Part)
+        if found is None:
+            found = problem.kept[Part] = _parts(problem.T, None, None, problem.B, size)
+        return found
+    used = np.flatnonzero(indices >= 0)
+    if len(used) < problem.B:
+        o[indices < 0] = 0
+    return _parts(problem.T, indices, used, len(used), size)
 
 
 def _keep(pool, part: Part, S, t: int) -> None:
@@ -103,19 +111,24 @@ def _keep(pool, part: Part, S, t: int) -> None:
         pool[part.targets[there]] = S[there]
 
 
-def _parts(T: int, indices, used, count: int, size: int) -> Iterator[Part]:
-    """Yield batch rows that are advanced together, in place."""
+def _parts(T: int, indices, used, count: int, size: int) -> tuple[bool, Sequence[Part]]:
+    """Divide batch rows that have T tokens each: few states are one part."""
+    if count * size < SMALL_POOL:
+        one = Part(ALL, None, T, ALL) if used is None else Part(used, None, T, indices[used])
+        return True, (one,)
     at_once = max(1, ELEMENTS_AT_ONCE // size)
+    parts = []
     for first in range(0, count, at_once):
-        some = slice(first, first + at_once)
+        some: Any = slice(first, first + at_once)
         if used is None:
-            yield Part(some, None, T, some)
+            rows = slots = some
         elif at_once > 1:
-            yield Part(used[some], None, T, indices[used[some]])
+            rows, slots = used[some], indices[used[some]]
         else:
-            b = int(used[first])
-            slot = int(indices[b])
-            yield Part(slice(b, b + 1), None, T, slice(slot, slot + 1))
+            b, slot = int(used[first]), int(indices[used[first]])
+            rows, slots = slice(b, b + 1), slice(slot, slot + 1)
+        parts.append(Part(rows, None, T, slots))
+    return False, parts
 
 
 def _general_parts(problem: Problem, o, size: int) -> Iterator[Part]:

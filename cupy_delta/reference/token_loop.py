@@ -47,10 +47,7 @@ def recurrent_delta_rule(problem: Problem):
 
 
 class TokenInputs(NamedTuple):
-    """Inputs as rows that meet states (B, H, G, K, V): q and k (1, K), v and beta (1, V or 1).
-
-    With a time axis after B, unless they are of one token.
-    """
+    """Inputs as rows that meet states (..., K, V): q and k (1, K), v and beta (1, V or 1)."""
 
     q: np.ndarray
     k: np.ndarray
@@ -63,6 +60,36 @@ class TokenInputs(NamedTuple):
         q, k, v, beta, g = self
         one = None if g is None else g[:, t]
         return TokenInputs(q[:, t], k[:, t], v[:, t], beta[:, t], one)
+
+
+class SingleShapes(NamedTuple):
+    """What inputs of one token are reshaped to, and the states that they meet.
+
+    Heads of all sequences lie along one axis, and value heads of a group along a second one, if
+    they are several: NumPy takes longer for every axis.
+    """
+
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    beta: tuple[int, ...]
+    gate: tuple[int, ...]
+    state: tuple[int, ...]
+
+
+def single_shapes(problem: Problem) -> SingleShapes:
+    """Derive them once for all calls that are alike."""
+    found = problem.kept.get(SingleShapes)
+    if found is None:
+        K, V, one = problem.K, problem.V, (1,) * (problem.groups > 1)
+        group = one and (problem.groups,)
+        found = problem.kept[SingleShapes] = SingleShapes(
+            key=(-1, *one, 1, K),
+            value=(-1, *group, 1, V),
+            beta=(-1, *group, 1, V if problem.beta_per_value else 1),
+            gate=(-1, *group, K if problem.gate == "channel" else 1, 1),
+            state=(-1, *group, K, V),
+        )
+    return found
 
 
 def shared_products(problem: Problem) -> int:
@@ -87,14 +114,39 @@ def _number(dtype: np.dtype, x: float) -> Any:
     return np.array(x, dtype)
 
 
-def token_inputs(problem: Problem, rows, tokens=None, *, single: bool = False) -> TokenInputs:
-    """Load inputs, q scaled, q and k normalised where that is asked for.
+def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
+    """Load inputs of some batch rows, and of a slice of tokens or all of them.
 
-    Of some batch rows, and of a slice of tokens or all of them, which is `single` if there is one.
+    They meet states (B, H, G, K, V), and have a time axis after B.
+    """
+    q, k, v, beta, g = _load(problem, rows, tokens)
+    lead, G = (*q.shape[:2], problem.H), problem.groups
+    row = (*lead, 1, 1, problem.K)
+    return TokenInputs(
+        q.reshape(row),
+        k.reshape(row),
+        v.reshape(*lead, G, 1, problem.V),
+        beta.reshape(*lead, G, 1, problem.V if problem.beta_per_value else 1),
+        g if g is None else g.reshape(*lead, G, problem.K if problem.gate == "channel" else 1, 1),
+    )
+
+
+def single_inputs(problem: Problem, rows) -> TokenInputs:
+    """Load inputs of some batch rows, which have one token each."""
+    q, k, v, beta, g = _load(problem, rows)
+    key, value, strength, gate, _ = single_shapes(problem)
+    g = g if g is None else g.reshape(gate)
+    # In half the time of its constructor.
+    inputs = q.reshape(key), k.reshape(key), v.reshape(value), beta.reshape(strength), g
+    return tuple.__new__(TokenInputs, inputs)
+
+
+def _load(problem: Problem, rows, tokens=None):
+    """Load q, k, v, beta and g, q scaled, q and k normalised where that is asked for.
 
     Always C-contiguous, so that strides of the caller's arrays never change a bit of the result.
     """
-    dtype, H, G, K = problem.compute_dtype, problem.H, problem.groups, problem.K
+    dtype = problem.compute_dtype
 
     def load(x):
         if tokens is not None:
@@ -108,18 +160,9 @@ def token_inputs(problem: Problem, rows, tokens=None, *, single: bool = False) -
     if problem.qk_l2norm:
         q, k = l2norm(q)[0], l2norm(k)[0]
     q = q * _number(dtype, problem.scale)
-    lead = (*q.shape[: 1 if single else 2], H)
     if problem.gate is not None:
-        channels = 1 if problem.gate == "scalar" else K
         g = load_gate(problem, load, lambda x: np.asarray(x, dtype))
-        g = g.reshape(*lead, G, channels, 1)
-    return TokenInputs(
-        q.reshape(row := (*lead, 1, 1, K)),
-        k.reshape(row),
-        v.reshape(*lead, G, 1, problem.V),
-        beta.reshape(*lead, G, 1, problem.V if problem.beta_per_value else 1),
-        g,
-    )
+    return q, k, v, beta, g
 
 
 def initial_states(problem: Problem, states, index: slice):
@@ -136,21 +179,22 @@ def advance(S, x: TokenInputs):
     """Advance contiguous states by one token, in place; return the token's r = v - S^T k, a row."""
     if x.g is not None:
         S *= np.exp(x.g)
-    r = x.v - x.k @ S
+    r = x.k @ S
+    np.subtract(x.v, r, out=r)
     _add_outer(S, x.k, x.beta * r)
     return r
 
 
-def read(S, q):
+def read(S, q, out=None):
     """S^T q as a row, with the scale already in q."""
-    return q @ S
+    return np.matmul(q, S, out=out)
 
 
 def _add_outer(S, k, w) -> None:
     """S += k w^T of rows k and w, in place."""
     K, V = S.shape[-2:]
     if K * V < LARGE_STATE:
-        S += k.swapaxes(-1, -2) * w
+        S += k.mT * w
         return
     # In one pass over S, where the product on its own would take two and as much memory again.
     add = _GER[S.dtype]
