@@ -402,19 +402,20 @@ class Session:
 
     # ---- beside others ---------------------------------------------------------------------------
 
-    def others(self) -> tuple[dict, list[str]]:
-        """Return forms of the rule by name, and what is left out."""
+    def others(self, gate: bool) -> tuple[dict, list[str]]:
+        """Return forms of the rule by name, with a gate or without, and what is left out."""
         from comparison import plain_jax
 
         jnp = self.jax.numpy
-        forms = {
-            "cupy_delta.jax": lambda x: self.rule(x),
-            "chunked in plain JAX, bfloat16": lambda x: plain_jax.chunked(
-                **x, operands=jnp.bfloat16
-            ),
-            "chunked in plain JAX, float32": lambda x: plain_jax.chunked(**x),
-            "tokens in lax.scan": lambda x: plain_jax.token_scan(**x),
-        }
+        forms = {"cupy_delta.jax": lambda x: self.rule(x)}
+        if not gate:
+            forms |= {
+                "chunked in plain JAX, bfloat16": lambda x: plain_jax.chunked(
+                    **x, operands=jnp.bfloat16
+                ),
+                "chunked in plain JAX, float32": lambda x: plain_jax.chunked(**x),
+                "tokens in lax.scan": lambda x: plain_jax.token_scan(**x),
+            }
         try:
             wanted = metadata.requires("jax-linear-attention") or []
         except metadata.PackageNotFoundError:
@@ -425,8 +426,9 @@ class Session:
             return forms, [f"jax-linear-attention wants {pinned}, here is {here}: left out"]
         from jla.ops import linear_attention
 
+        kind = "gated_deltanet" if gate else "deltanet"
         forms["jax-linear-attention"] = lambda x: linear_attention(
-            "deltanet", **x, use_qk_l2norm=True, output_final_state=True
+            kind, **x, use_qk_l2norm=True, output_final_state=True
         )
         return forms, []
 
@@ -434,24 +436,26 @@ class Session:
         """Milliseconds until all has ended, and the error of o against float64."""
         if self.setting != "captured":
             return "in one setting alone"
-        forms, left_out = self.others()
-        exact = self.exact_outputs(1, 512, 16, 32)
-        for T in (2048, 8192):
-            arrays = self.arrays(1, T, 16, 32, 128, 128, "bfloat16")
-            for name, form in forms.items():
-                if "scan" in name and T > 2048:
-                    continue  # it takes as long per token, and keeps a state for each
-                try:
-                    said = self.time_form(form, arrays, exact)
-                except Exception as error:
-                    said = f"{type(error).__name__}: {str(error)[:300]}"
-                print(f"    1x{T} h16/32 {name}: {said}", flush=True)
+        for gate in (False, True):
+            forms, left_out = self.others(gate)
+            exact = self.exact_outputs(1, 512, 16, 32, gate=gate)
+            for B, T in ((1, 2048), (1, 8192), (4, 8192), (1, 32768)):
+                arrays = self.arrays(B, T, 16, 32, 128, 128, "bfloat16", gate=gate)
+                row = f"{B}x{T} h16/32" + (", gate" if gate else "")
+                for name, form in forms.items():
+                    if (T > 2048 and "scan" in name) or (B * T > 8192 and "plain" in name):
+                        continue  # as long per token as in shorter rows
+                    try:
+                        said = self.time_form(form, arrays, exact)
+                    except Exception as error:
+                        said = f"{type(error).__name__}: {str(error)[:300]}"
+                    print(f"    {row} {name}: {said}", flush=True)
         return "; ".join(left_out)
 
-    def exact_outputs(self, *sizes):
+    def exact_outputs(self, *sizes, gate: bool):
         import numpy as np
 
-        arrays = self.arrays(*sizes, 128, 128, "bfloat16")
+        arrays = self.arrays(*sizes, 128, 128, "bfloat16", gate=gate)
         with self.doubles():
             wide = {n: self.jax.numpy.asarray(np.asarray(x, np.float64)) for n, x in arrays.items()}
             return arrays, np.asarray(self.jax.jit(self.definition)(wide)[0])
