@@ -122,10 +122,15 @@ def text_beside(path: str | None):
 
 def _target(path: str) -> str:
     """Return what a name stands for, links followed; a folder is an error."""
-    target = os.path.realpath(path)
-    if os.path.isdir(target):
+    folder, name = os.path.split(path)
+    if not name:
+        raise IsADirectoryError("it names a directory")
+    os.stat(folder or ".")  # an error where there is none: to follow links is to overlook that
+    if os.path.isdir(path):
         raise IsADirectoryError("it is a directory")
-    return target
+    target = os.path.realpath(path)
+    # A pipe that is open has a name in /dev/fd alone.
+    return path if os.path.exists(path) and not os.path.exists(target) else target
 
 
 def _is_replaced(target: str) -> bool:

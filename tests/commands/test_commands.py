@@ -249,6 +249,8 @@ def test_run_refuses_its_own_input_and_odd_flags(capsys, tmp_path):
     path, _, _ = npz_inputs(tmp_path)
     before = Path(path).read_bytes()
     assert "another file than the input" in one_line_error(capsys, "run", path, "-o", path)
+    around = str(tmp_path / "nowhere" / ".." / Path(path).name)
+    assert "cannot be written" in one_line_error(capsys, "run", path, "-o", around)
     assert Path(path).read_bytes() == before
     argv = ["run", path, "-o", "x.npz", "--operator", "recurrent", "--chunk-size", "16"]
     assert "has no chunks" in one_line_error(capsys, *argv)

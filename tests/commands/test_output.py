@@ -76,10 +76,13 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "folder").mkdir()
     for name, reason in (
         ("nowhere/x", "cannot be written (No such file or directory)"),
+        ("nowhere/../x", "cannot be written (No such file or directory)"),
+        ("file/../x", "cannot be written (Not a directory)"),
+        ("x/", "cannot be written (it names a directory)"),
         ("file/x", "cannot be written (Not a directory)"),
         ("folder", "cannot be written (it is a directory)"),
     ):
-        path = str(tmp_path / name)
+        path = os.path.join(tmp_path, name)
         assert f"{path}: {reason}" in error_of(capsys, command(option, path, arrays))
     assert sorted(os.listdir(tmp_path / "folder")) == []
 
@@ -170,6 +173,18 @@ def test_a_pipe_is_written_to(tmp_path, arrays):
     out, _ = copy.communicate(timeout=60)
     assert json.loads(out)["rows"]
     assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+
+
+def test_an_open_file_is_written_to_by_its_number():
+    """As shells name what reads it: `bench -o >(command)`."""
+    reader, writer = os.pipe()
+    argv = [*SMALL, "-o", f"/dev/fd/{writer}"]
+    process = start("-m", "cupy_delta", *argv, stdout=subprocess.PIPE, pass_fds=[writer])
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert json.load(file)["rows"]
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_run_says_which_outputs_are_not_finite(capsys, tmp_path, arrays):
