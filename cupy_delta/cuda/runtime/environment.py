@@ -75,10 +75,10 @@ def _import_problem(facts: dict[str, str], notices: list[str]) -> str | None:
             import cupy
     except OSError as error:
         facts["CuPy"] = "cannot be imported"
-        # CuPy makes the folder of its cache when it is imported.
-        return (
-            _folder_problem(error) if _folder_problem() else f"import cupy fails ({_line(error)})"
-        )
+        # CuPy makes the folder of its cache when it is imported, even if it is to keep nothing.
+        if _folder_problem() or _write_error(cache_folder):
+            return _folder_problem(error)
+        return f"import cupy fails ({_line(error)})"
     except Exception as error:
         facts["CuPy"] = "broken"
         names = _cupys() or ["cupy"]
@@ -182,7 +182,7 @@ def _folder_problem(known: OSError | None = None) -> str | None:
     """Judge the folders that CuPy writes while it compiles; of its cache an error may be known."""
     if not os.environ.get("CUPY_CACHE_DIR", "unset"):
         return "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
-    if cache_in_memory():
+    if cache_in_memory() and known is None:
         return None
     error = known or _write_error(cache_folder)
     if error:

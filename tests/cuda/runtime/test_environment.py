@@ -168,8 +168,11 @@ def test_an_empty_name_of_the_cache(cupy, capsys, monkeypatch):
     assert only_problem(capsys) == "CUPY_CACHE_DIR is empty: unset it, or set it to a folder"
 
 
-def test_a_cupy_that_cannot_make_its_cache(capsys, monkeypatch, tmp_path):
-    """As CuPy does at import, where the folder cannot be made."""
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_cupy_that_cannot_make_its_cache(capsys, monkeypatch, tmp_path, in_memory):
+    """As CuPy does at import, where the folder cannot be made, even if it is to keep nothing."""
+    if in_memory:
+        monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
     (tmp_path / "cupy.py").write_text("import os\nos.makedirs(os.environ['CUPY_CACHE_DIR'])\n")
     (tmp_path / "file").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
