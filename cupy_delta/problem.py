@@ -532,14 +532,14 @@ def check_written(problem: Problem, name: str) -> None:
     flags = x.flags
     if name != "state" and not flags.c_contiguous:
         raise ValueError(f"{name}: expected a C-contiguous array, got strides {x.strides}")
-    beside = problem.kept.get(name)
-    if beside is None:
-        beside = problem.kept[name] = _read_beside(problem, name)
     may_share: Callable[[Any, Any], bool] = shares_memory
     if isinstance(x, np.ndarray):
         may_share = np.may_share_memory  # by where they begin and end, in a third of the time
         if not flags.writeable:
             raise ValueError(f"{name}: expected a writable array, got a read-only one")
+    beside = problem.kept.get(name)
+    if beside is None:
+        beside = problem.kept[name] = _read_beside(problem, name)
     known = vars(problem)
     for other, shown in beside:
         y = known[other]

@@ -39,6 +39,18 @@ def test_pool_with_indices_and_padding(index):
     assert np.isnan(pool[[0, 2, 3]]).all()
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_call_that_fails_writes_no_zeros_for_padding(monkeypatch, ragged):
+    """Not even one that fails as late as where threads are counted."""
+    monkeypatch.setenv("CUPY_DELTA_NUM_THREADS", "none")
+    args, _ = make_inputs(6, B=1 if ragged else 3, H=2, K=64, V=64)
+    pool, out = np.ones((3, 2, 64, 64)), np.full_like(args[2], 7)
+    more = dict(cu_seqlens=np.array([0, 2, 4, 6])) if ragged else {}
+    with pytest.raises(ValueError, match="CUPY_DELTA_NUM_THREADS"):
+        cd.delta_rule_step(*args, state=pool, state_indices=np.array([2, -1, 0]), out=out, **more)
+    assert (pool == 1).all() and (out == 7).all()
+
+
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_pool_is_rounded_to_nearest_once_a_call(name):
     dtype = np.dtype(getattr(ml_dtypes, name, name))

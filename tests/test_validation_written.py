@@ -23,6 +23,17 @@ def test_read_only_memory_is_not_written(function, name):
     refuse(function, arguments, ValueError, message)
 
 
+def test_what_is_wrong_of_written_memory_is_told_in_one_order():
+    """Whatever calls were before."""
+    arguments = good("delta_rule_step")
+    foreign = arguments["state"].astype(arguments["state"].dtype.newbyteorder())
+    for writable, error in ((True, TypeError), (False, ValueError), (True, TypeError)):
+        foreign.flags.writeable = writable
+        message = "expected native byte order" if writable else "expected a writable array"
+        with pytest.raises(error, match=message):
+            cupy_delta.delta_rule_step(**arguments | {"state": foreign})
+
+
 STRIDED = {
     "last axes swapped": lambda x: np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3),
     "Fortran order": np.asfortranarray,

@@ -30,7 +30,8 @@ class Part(NamedTuple):
     """Sequences of one length that are advanced together, as indices of what they have.
 
     `tokens` is None where they are whole batch rows, else (sequences, length). `kept` says after
-    how many tokens their states go to `targets`; None, after all of them and to `slots`.
+    how many tokens their states go to `targets`; None, after all of them and to `slots`. Without
+    `slots` they are padding, whose outputs are zero.
     """
 
     rows: Any
@@ -47,12 +48,12 @@ def delta_rule_step(problem: Problem):
     if o is None:
         o = np.empty(problem.v.shape, problem.dtype)
     pool = problem.state if problem.state_layout == "kv" else problem.state.swapaxes(-1, -2)
-    few, parts = _division(problem, o)
-    items = [(problem, pool, o, part) for part in parts]
+    few, parts = _division(problem)
     if few:
-        for item in items:
-            call_quietly(_advance_part, item)
+        for part in parts:
+            call_quietly(_advance_part, (problem, pool, o, part))
     else:
+        items = [(problem, pool, o, part) for part in parts]
         for_each(_advance_part, items, shared_products(problem))
     return o
 
@@ -61,10 +62,14 @@ def _advance_part(problem: Problem, pool, o, part: Part) -> None:
     """Advance the states of a part of the pool, (K, V) as an axis order, and write its outputs."""
     rows, tokens, length, slots, _, kept = part
     dtype = problem.compute_dtype
+    if slots is None:
+        o[rows if tokens is None else (rows, tokens)] = 0
+        return
     in_place = kept is None and isinstance(slots, slice) and pool.dtype == dtype
     in_place = in_place and pool.flags.carray
     if in_place and length == 1 and o.dtype == dtype:
-        shapes, x = single_shapes(problem), single_inputs(problem, rows)
+        shapes = single_shapes(problem)
+        x = single_inputs(problem, rows, shapes)
         S = pool[slots].reshape(shapes.state)
         advance(S, x)
         read(S, x.q, out=o[rows].reshape(shapes.value))
@@ -85,11 +90,11 @@ def _advance_part(problem: Problem, pool, o, part: Part) -> None:
         pool[slots] = S
 
 
-def _division(problem: Problem, o) -> tuple[bool, Sequence[Part]]:
-    """Return whether states are few, and the parts; outputs of sequences without a slot are 0."""
+def _division(problem: Problem) -> tuple[bool, Sequence[Part]]:
+    """Return whether states are few, and the parts."""
     size = problem.HV * problem.K * problem.V
     if problem.varlen or problem.accepting or problem.output_state_indices is not None:
-        return problem.N * size < SMALL_POOL, list(_general_parts(problem, o, size))
+        return problem.N * size < SMALL_POOL, list(_general_parts(problem, size))
     indices = problem.state_indices
     if indices is None:
         found = problem.kept.get(Part)
@@ -97,9 +102,10 @@ def _division(problem: Problem, o) -> tuple[bool, Sequence[Part]]:
             found = problem.kept[Part] = _parts(problem.T, None, None, problem.B, size)
         return found
     used = np.flatnonzero(indices >= 0)
+    few, parts = _parts(problem.T, indices, used, len(used), size)
     if len(used) < problem.B:
-        o[indices < 0] = 0
-    return _parts(problem.T, indices, used, len(used), size)
+        parts = [*parts, Part(indices < 0, None, problem.T, None)]
+    return few, parts
 
 
 def _keep(pool, part: Part, S, t: int) -> None:
@@ -131,8 +137,8 @@ def _parts(T: int, indices, used, count: int, size: int) -> tuple[bool, Sequence
     return False, parts
 
 
-def _general_parts(problem: Problem, o, size: int) -> Iterator[Part]:
-    """Yield sequences of any lengths that are advanced together; outputs of padding become zero."""
+def _general_parts(problem: Problem, size: int) -> Iterator[Part]:
+    """Yield sequences of any lengths that are advanced together, and padding of each length."""
     N, T = problem.N, problem.T
     slots = np.arange(N) if problem.state_indices is None else problem.state_indices
     targets = problem.output_state_indices
@@ -147,9 +153,9 @@ def _general_parts(problem: Problem, o, size: int) -> Iterator[Part]:
         for padding in (False, True):
             ours = np.flatnonzero((lengths == length) & ((slots < 0) == padding))
             tokens = first[ours, None] + np.arange(length)
-            rows = 0 if problem.varlen else ours[:, None]
             if padding:
-                o[rows, tokens] = 0
+                rows, tokens = (0, tokens) if problem.varlen else (ours, None)
+                yield Part(rows, tokens, int(length), None)
                 continue
             for start in range(0, len(ours), at_once):
                 some = slice(start, start + at_once)

@@ -131,10 +131,10 @@ def token_inputs(problem: Problem, rows, tokens=None) -> TokenInputs:
     )
 
 
-def single_inputs(problem: Problem, rows) -> TokenInputs:
+def single_inputs(problem: Problem, rows, shapes: SingleShapes) -> TokenInputs:
     """Load inputs of some batch rows, which have one token each."""
     q, k, v, beta, g = _load(problem, rows)
-    key, value, strength, gate, _ = single_shapes(problem)
+    key, value, strength, gate, _ = shapes
     g = g if g is None else g.reshape(gate)
     # In half the time of its constructor.
     inputs = q.reshape(key), k.reshape(key), v.reshape(value), beta.reshape(strength), g
@@ -153,7 +153,7 @@ def _load(problem: Problem, rows, tokens=None):
             x = x[rows, tokens]
         elif rows is not ALL:
             x = x[rows]
-        return np.asarray(x, dtype, order="C")
+        return np.asarray(x, dtype, "C")
 
     q, k, v, g = load(problem.q), load(problem.k), load(problem.v), None
     beta = load_beta(problem, load)
