@@ -15,6 +15,13 @@ from ..cuda.spec import Launch
 from ..cuda.variants import PASSES, STEPS
 from .console import gpu_problem, positive, positives, progress
 
+# Options that say nothing of calls without one of these passes.
+OF_PASSES = {
+    "chunk_size": ("forward", "prefill", "backward", "blocks"),
+    "checkpoint_every": ("prefill",),
+    "pool_dtype": ("prefill", "step"),
+}
+
 
 def add_arguments(parser) -> None:
     parser.add_argument(
@@ -95,6 +102,12 @@ def run_command(args) -> int:
         raise CommandError(
             f"--value-heads: expected a multiple of --heads = {args.heads}, got {args.value_heads}"
         )
+    for option, some in OF_PASSES.items():
+        if getattr(args, option) is not None and not set(some) & set(args.passes):
+            raise CommandError(
+                f"--{option.replace('_', '-')}: expected with --passes {' or '.join(some)},"
+                f" got {' '.join(args.passes)}"
+            )
     device = device_for(args)
     distinct: dict[tuple, Launch] = {}
     passes = [(name, T, False) for name in args.passes if name != "step" for T in args.tokens]

@@ -335,6 +335,21 @@ def test_compile_refuses_heads_that_no_call_has(capsys):
     assert "--value-heads: expected a multiple of --heads = 3, got 4" in error
 
 
+@pytest.mark.parametrize(
+    "passes, option, value",
+    [
+        (["forward", "backward"], "--pool-dtype", "bfloat16"),
+        (["forward", "step"], "--checkpoint-every", "64"),
+        (["step", "recurrent"], "--chunk-size", "32"),
+    ],
+)
+def test_compile_refuses_options_of_other_passes(capsys, passes, option, value):
+    """Nothing would be compiled for the calls that somebody has in mind."""
+    error = one_line_error(capsys, "compile", "--passes", *passes, option, value)
+    assert f"{option}: expected with --passes " in error
+    assert f", got {' '.join(passes)}\n" in error
+
+
 @pytest.mark.slow
 def test_traceback_on_request(tmp_path):
     argv = ["-m", "cupy_delta", "run", str(tmp_path / "none.npz"), "-o", "x.npz"]
