@@ -4,6 +4,7 @@ Every case draws random inputs in its dtype and compares with the float64 token 
 gradients: its exact adjoint) on the same values. The error is the largest difference over the
 largest exact value. float64 must agree to 1e-12; the other bounds allow for operands and results
 rounded to the dtype in every product of a chunk, as tensor cores do, with float32 accumulation.
+Correlated keys with beta = 2 multiply what is rounded, and have a bound of their own in float32.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Case:
     beta_per_value: bool = False
     cu_seqlens: tuple | None = None
     options: dict = field(default_factory=dict)
+    bounds: dict = field(default_factory=dict)  # of its own, by dtype
+
+    def bound(self, dtype: str) -> float:
+        return self.bounds.get(dtype, BOUNDS[dtype])
 
 
 CASES = (
@@ -62,7 +67,13 @@ CASES = (
     Case("chunk, chunks of 16", "chunk", options=dict(chunk_size=16)),
     Case("chunk, one token", "chunk", T=1),
     Case("chunk, sequences end to end", "chunk", cu_seqlens=(0, 0, 1, 65, 130)),
-    Case("chunk, beta = 2, correlated keys", "chunk", beta=(2.0, 2.0), correlation=0.9),
+    Case(
+        "chunk, beta = 2, correlated keys",
+        "chunk",
+        beta=(2.0, 2.0),
+        correlation=0.9,
+        bounds=dict(float32=5e-5),
+    ),
     Case("chunk, l2norm, vk states", "chunk", options=dict(qk_l2norm=True, state_layout="vk")),
     Case("chunk, scalar gate", "chunk", gate="scalar"),
     Case("chunk, channel gate", "chunk", gate="channel"),
@@ -101,11 +112,12 @@ def run_command(args) -> int:
             rows.append([case.name, dtype, "-", "-", "not on this device"])
             continue
         error, where = _error(case, dtype, device, args.seed)
-        verdict = "ok" if error <= BOUNDS[dtype] else "FAILED"
+        bound = case.bound(dtype)
+        verdict = "ok" if error <= bound else "FAILED"
         if where:
             verdict = "NOT FINITE"
             diverged.append(f"{case.name}, {dtype}: not finite: {where}")
-        rows.append([case.name, dtype, f"{error:.1e}", f"{BOUNDS[dtype]:.0e}", verdict])
+        rows.append([case.name, dtype, f"{error:.1e}", f"{bound:.0e}", verdict])
     print_table(["case", "dtype", "error", "bound", "verdict"], rows, shown)
     for line in diverged:
         print(line, file=shown)

@@ -63,4 +63,4 @@ def test_cases_of_the_check_command(emulated, on_reference, monkeypatch, case, d
     exact = check._exact
     monkeypatch.setattr(check, "_exact", lambda *args: on_reference(exact, *args))
     error, not_finite = check._error(case, dtype, OnGpu(), 0)
-    assert error <= check.BOUNDS[dtype] and not_finite is None
+    assert error <= case.bound(dtype) and not_finite is None
