@@ -21,6 +21,8 @@ from ..spec import DeviceFacts, Launch
 from .environment import cache_folder, cache_in_memory, explain
 from .programs import Program, compile_side_by_side, empty_programs
 
+READABLE = 0o444  # by everybody
+
 
 class NotLoaded(function.Module):
     """A module that leaves what it is given, since there is no device to load it on."""
@@ -32,21 +34,40 @@ class NotLoaded(function.Module):
         pass
 
 
+class NotedCache:
+    """CuPy's cache, and the names of what was found there or put there."""
+
+    def __init__(self, cache):
+        self._cache = cache
+        self.names: set[str] = set()
+
+    def load(self, name: str) -> bytes | None:
+        self.names.add(name)
+        return self._cache.load(name)
+
+    def save(self, name: str, cubin: bytes, source: str) -> None:
+        self._cache.save(name, cubin, source)
+
+
 _lock = threading.Lock()
 
 
 @contextmanager
-def _without_device() -> Iterator[None]:
+def _without_device() -> Iterator[NotedCache]:
     """Have CuPy compile without asking a device what it is, and load nothing."""
-    kept = compiler._get_arch_for_options_for_nvrtc, compiler.function
+    patched = "_get_arch_for_options_for_nvrtc", "function", "_kernel_cache_backend"
     with _lock:
+        kept = {name: getattr(compiler, name) for name in patched}
+        cache = NotedCache(compiler._kernel_cache_backend)
         try:
             # The function itself: what CuPy keeps of its results, it keeps by device.
-            compiler._get_arch_for_options_for_nvrtc = kept[0].__wrapped__
+            compiler._get_arch_for_options_for_nvrtc = kept[patched[0]].__wrapped__
             compiler.function = SimpleNamespace(Module=NotLoaded)
-            yield
+            compiler._kernel_cache_backend = cache
+            yield cache
         finally:
-            compiler._get_arch_for_options_for_nvrtc, compiler.function = kept
+            for name, value in kept.items():
+                setattr(compiler, name, value)
 
 
 class Architecture:
@@ -74,15 +95,16 @@ class Architecture:
     def prepare(self, launches: tuple[Launch, ...]) -> None:
         """Compile all kernels of some launches, or find them in the cache."""
         programs = list(dict.fromkeys(Program.of(launch) for launch in launches))
-        before = set(os.listdir(cache_folder()))
-        with _without_device():
+        with _without_device() as cache:
             # A first call compiles these before several kernels, however many were compiled here.
             for program in empty_programs(programs):
                 self._compile(program)
             compile_side_by_side(programs, self._compile)
         # CuPy's files are for their owner alone, and an image may run as somebody else.
-        for name in set(os.listdir(cache_folder())) - before:
-            os.chmod(os.path.join(cache_folder(), name), 0o644)
+        for name in cache.names:
+            path = os.path.join(cache_folder(), name)
+            if os.stat(path).st_mode & READABLE != READABLE:
+                os.chmod(path, 0o644)
 
     def _compile(self, program: Program) -> None:
         """Do what `cupy.RawModule(code=..., options=...).compile()` does on a device."""

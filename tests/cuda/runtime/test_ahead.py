@@ -79,6 +79,22 @@ def test_a_first_call_compiles_nothing_more(python):
     assert python("-c", FIRST_CALL, "17", "step").stdout == "3\n"
 
 
+def test_what_was_there_before_can_be_read_by_everybody_too(python, tmp_path):
+    """In an image whose builder has made a call, or of which a file is broken."""
+    argv = [*COMPILE, "--K", "16", "--passes", "recurrent"]
+    assert python(*argv, CUPY_CACHE_DIR=str(tmp_path)).returncode == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    other = tmp_path / "of-somebody-else.cubin"
+    other.write_bytes(b"")
+    for file in (*before, other):
+        file.chmod(0o600)
+    min(before).write_bytes(b"broken")
+    assert python(*argv, CUPY_CACHE_DIR=str(tmp_path)).returncode == 0
+    assert {file: file.read_bytes() for file in before} == before
+    modes = [stat.S_IMODE(file.stat().st_mode) for file in (*before, other)]
+    assert modes == [0o644] * len(before) + [0o600]
+
+
 def test_one_kernel_alone_is_ready_for_calls_of_several(python, tmp_path):
     """Such calls begin with the empty program, however few were compiled at a time."""
     some = ["--K", "16", "--passes", "recurrent"]
