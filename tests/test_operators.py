@@ -232,7 +232,7 @@ def test_small_calls_start_no_thread(monkeypatch):
         raise AssertionError("a thread was started")
 
     monkeypatch.setenv("CUPY_DELTA_NUM_THREADS", "4")
-    monkeypatch.setattr("cupy_delta.reference.parallel.ThreadPoolExecutor", refused)
+    monkeypatch.setattr("cupy_delta.reference.parallel.side_by_side", refused)
     args, kw = make_inputs(4, B=8, H=8, K=16, V=16)
     forward = cd.chunk_delta_rule_fwd(*args, **kw)
     cd.chunk_delta_rule_bwd(forward.residuals, forward.o)

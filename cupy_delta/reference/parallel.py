@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import Context
 from functools import cache
@@ -18,6 +17,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from ..forking import whole_at_fork
+from ..threads import side_by_side
 
 # Multiplications of a call below which starting threads takes as long as they save.
 PRODUCTS_FOR_THREADS = 1 << 23
@@ -50,9 +50,7 @@ def for_each(function: Callable, items: Iterable, products: float = np.inf) -> N
             for item in items:
                 call_quietly(function, item)
             return
-        with ThreadPoolExecutor(threads, initializer=_hold_to_one_thread) as pool:
-            for done in [pool.submit(call_quietly, function, item) for item in items]:
-                done.result()
+        side_by_side(lambda item: call_quietly(function, item), items, threads, _hold_to_one_thread)
 
 
 # NumPy keeps what it warns of in a context; to enter a copy takes no time, `np.errstate` does.

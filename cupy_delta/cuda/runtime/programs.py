@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from ...threads import side_by_side
 from ..spec import Launch
 from .sources import AT_ONCE, kernel_folder, variant_source
 
@@ -40,9 +40,7 @@ def compile_side_by_side(programs: Iterable[Program], compile_one: Callable) -> 
     elif programs:
         for nothing in empty_programs(programs):
             compile_one(nothing)
-        with ThreadPoolExecutor(min(len(programs), AT_ONCE)) as pool:
-            for _ in pool.map(compile_one, programs):
-                pass
+        side_by_side(compile_one, programs, AT_ONCE)
 
 
 def empty_programs(programs: Iterable[Program]) -> list[Program]:
