@@ -443,7 +443,10 @@ class Session:
             exact = self.exact_outputs(1, 512, 16, 32, gate=gate)
             for name, form in forms.items():
                 most = 2048 if "scan" in name else 8192 if "plain" in name else 32768
-                for B, T in ((B, T) for B, T in rows if B * T <= most):
+                for B, T in rows:
+                    tokens = B * T
+                    if tokens > most:
+                        continue
                     arrays = self.arrays(B, T, 16, 32, 128, 128, "bfloat16", gate=gate)
                     try:
                         said = self.time_form(form, arrays, exact)
