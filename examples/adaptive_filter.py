@@ -75,7 +75,7 @@ def reference(x: np.ndarray, d: np.ndarray, mu: float) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = parser_of(__doc__.splitlines()[0], "adaptive_filter.png")
+    parser = parser_of(__doc__, "adaptive_filter.png")
     parser.add_argument("--taps", type=int, default=9, help="lags per prediction")
     args = parser.parse_args(argv)
     try:

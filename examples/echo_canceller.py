@@ -71,7 +71,7 @@ def suppression(d, left, window: int = RATE // 8) -> np.ndarray:
 
 
 def main(argv=None) -> int:
-    parser = parser_of(__doc__.splitlines()[0], "echo_canceller.png")
+    parser = parser_of(__doc__, "echo_canceller.png")
     args = parser.parse_args(argv)
     found = surroundings(args.device, args.output)
     if found is None:

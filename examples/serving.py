@@ -319,7 +319,7 @@ def draw(path: str, engine: Engine) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__.split("\n", 1)[0], None)
+    parser = parser_of(__doc__, None)
     parser.add_argument("--requests", type=positive, default=40, help="default: 40")
     options = parser.parse_args(argv)
     found = surroundings(options.device, options.output)

@@ -18,9 +18,12 @@ from cupy_delta.extras import EXTRAS, install_command
 __all__ = ["can_draw", "parser_of", "save_figure", "surroundings"]
 
 
-def parser_of(description: str, picture: str | None) -> argparse.ArgumentParser:
-    """Return a parser that knows of devices and of a picture, by default of this name or none."""
-    parser = argparse.ArgumentParser(description=description)
+def parser_of(doc: str | None, picture: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows of devices and of a picture, by default of this name or none.
+
+    It describes the program by the first line of what its module says, nothing with python -OO.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
     shown = "default: %(default)s" if picture else "default: none"
     parser.add_argument("-o", "--output", default=picture, help=f"picture to write ({shown})")

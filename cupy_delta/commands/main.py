@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         description = (module.__doc__ or "").strip()
         sub = subparsers.add_parser(
             name,
-            help=description.splitlines()[0],
+            help=description.partition("\n")[0],  # none with python -OO
             description=description,
             epilog=EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -49,6 +49,12 @@ def test_version_and_help():
     assert "exit status" in text
 
 
+@pytest.mark.slow
+def test_commands_without_docstrings():
+    assert python("-OO", "-m", "cupy_delta", "--version").returncode == 0
+    assert "--qk-l2norm" in python("-OO", "-m", "cupy_delta", "run", "--help").stdout
+
+
 def test_wrong_command_is_refused():
     result = python("-m", "cupy_delta", "fly")
     assert result.returncode == 2
