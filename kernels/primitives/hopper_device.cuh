@@ -106,6 +106,17 @@ PRIM void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
                : "memory");
 }
 
+// ---- products of pairs of 16 bits, rounded to nearest even; of powers of two, exact -----------------------
+
+template <class T>
+PRIM uint32_t multiply2(uint32_t x, uint32_t y);
+template <>
+PRIM uint32_t multiply2<bf16>(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
 // ---- wgmma: products of a warpgroup, d (64 x 8 TILES) (+)= A (64 x 16) B (16 x 8 TILES) ------------------
 //
 // Asynchronous: from wgmma_fence on, the sums and A fragments that follow belong to the tensor cores until wgmma_wait.

@@ -6,19 +6,27 @@
 
 constexpr int HALF = 32, TRIANGLE = HALF * INVERSE_PITCH;
 
+// Eight elements of the lane's row among the eight from `first` on of a block on the diagonal, in DTYPE; zero to the
+// right of the 16 x 16 blocks.
+PRIM uint4 diagonal_piece(const float* block, int first, int lane) {
+  const int piece = lane % 4, row = first + lane / 4;
+  uint4 x = {};
+  if (piece / 2 <= first / 16) {
+    const float4 low = *(const float4*)&block[row * INVERSE_PITCH + piece * 8];
+    const float4 high = *(const float4*)&block[row * INVERSE_PITCH + piece * 8 + 4];
+    x = make_uint4(pack2<DTYPE>(low.x, low.y), pack2<DTYPE>(low.z, low.w), pack2<DTYPE>(high.x, high.y),
+                   pack2<DTYPE>(high.z, high.w));
+  }
+  return x;
+}
+
 // core's 32 rows from `row` on, as far as they lie in the block on the diagonal, and zero to the right of it.
 PRIM void write_diagonal_block(DTYPE* core, int64_t stride, const float* block, int row, int tokens, int lane) {
   const int piece = lane % 4;
 #pragma unroll
   for (int i = 0; i < HALF; i += 8) {
     const int r = i + lane / 4;
-    uint4 x = {};
-    if (piece / 2 <= i / 16) {
-      const float4 low = *(const float4*)&block[r * INVERSE_PITCH + piece * 8];
-      const float4 high = *(const float4*)&block[r * INVERSE_PITCH + piece * 8 + 4];
-      x = make_uint4(pack2<DTYPE>(low.x, low.y), pack2<DTYPE>(low.z, low.w), pack2<DTYPE>(high.x, high.y),
-                     pack2<DTYPE>(high.z, high.w));
-    }
+    const uint4 x = diagonal_piece(block, i, lane);
     if (row + r >= tokens) continue;
     DTYPE* to = core + (row + r) * stride;
     store_eight(to, row + piece * 8, x);
@@ -62,12 +70,13 @@ struct CoreWarp {
     write_diagonal_block(out, stride, own, half * HALF, tokens, lane);
   }
 
-  // The warp's block on the diagonal.
+  // The warp's block on the diagonal; Terms is what merge_blocks takes.
+  template <class Terms = float>
   PRIM void invert(float* own) const {
     const Weights weights = {b + half * HALF};
     invert_diagonal_blocks<float>(own, own_m, weights, lane);
     float corner[2][4];
-    merge_diagonal_blocks<float>(corner, own, own_m, weights, lane);
+    merge_diagonal_blocks<Terms>(corner, own, own_m, weights, lane);
     __syncwarp();  // it may take the place of M's
     store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
   }

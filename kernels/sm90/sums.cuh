@@ -22,6 +22,16 @@ PRIM void round_columns(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4],
   }
 }
 
+// d[column t] times factor[t].
+template <int TILES>
+PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
+    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
+  }
+}
+
 // box[token][channel] = a for the 16 channels of this warp among a box's 64.
 template <class T>
 PRIM void stage_rows(T* box, const uint32_t (&a)[4][4], int warp, int lane) {

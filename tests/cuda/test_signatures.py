@@ -41,6 +41,8 @@ def cases():
                     if operation == "forward":
                         yield operation, replace(one, gate=gate, pool_dtype=None), facts
         yield "forward", replace(call, checkpoint_every=64), facts
+    filling = dict(B=22, N=22, T=7000, K=128, varlen=False, pool_dtype=None, gate="channel")
+    yield "forward", replace(call, **filling), H200
     for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):

@@ -20,7 +20,7 @@ from ..spec import (
     variant,
 )
 from ..tokens.l2norm import normalised, through_norm
-from . import cost
+from . import channel_whole, cost
 from .backward import walk_launches
 from .segments import segment_arrays
 from .tiles import BOX, CHUNK
@@ -37,6 +37,8 @@ KEYS, SLICE = 64, 64
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule`."""
+    if channel_whole.supports_whole(call) and cost.takes_whole(call, facts):
+        return channel_whole.plan_whole(call)
     return channel_walked(call, cost.choose_channel_forward(call, facts))
 
 

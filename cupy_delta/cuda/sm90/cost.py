@@ -41,6 +41,11 @@ CHANNEL_BACKWARD = Rates({1: 1.95, 2: 2.4}, {1: 1.3, 2: 1.85})
 BACKWARD = Rates({1: 1.5, 2: 1.85}, {1: 0.98, 2: 1.4})
 
 
+# Of a chunk and value head on one multiprocessor: of factors with such a gate, beside a walk as it
+# is predicted here, and of the walk that makes them, in one kernel. Measured on an H200.
+CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 6.3
+
+
 class Choice(NamedTuple):
     """How a walk is divided.
 
@@ -84,6 +89,17 @@ def choose_channel_forward(call: Call, facts: DeviceFacts) -> Choice:
 def choose_channel_training(call: Call, facts: DeviceFacts) -> Choice:
     """Choose for the walk with such a gate that leaves what the gradients read."""
     return cheapest(call, facts, CHANNEL_TRAINING, traffic(call, written_rows=2))
+
+
+def takes_whole(call: Call, facts: DeviceFacts) -> bool:
+    """Return whether `chunk_delta_rule` with such a gate takes least time in one kernel."""
+    heads, chunks = call.N * call.HV, chunks_per_sequence(call)
+    choice, least = choose_channel_forward(call, facts), traffic(call, written_rows=1, states=False)
+    factors = heads * chunks * CHANNEL_FACTORS / facts.sm_count
+    walk = cost(choice, call, facts, CHANNEL_FORWARD, least)
+    # Its roles are some chunks apart.
+    whole = -(-heads // facts.sm_count) * (chunks + 2) * CHANNEL_WHOLE
+    return whole < LAUNCH + factors + walk
 
 
 def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -> Choice:

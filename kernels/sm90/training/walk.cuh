@@ -22,15 +22,6 @@ struct Stage {
         writes(s.writes + stage * CHUNK) {}
 };
 
-// d[column t] times factor[t].
-template <int TILES>
-PRIM void scale_columns(float (&d)[TILES][4], const float* factor, int lane) {
-#pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    const float2 f = *(const float2*)&factor[sum_column(lane, j, 0)];
-    d[j][0] *= f.x, d[j][1] *= f.y, d[j][2] *= f.x, d[j][3] *= f.y;
-  }
-}
 // d in 16 bits, column t times b[t] decay[t].
 template <class T, int TILES>
 PRIM void round_columns(uint32_t (&a)[TILES / 2][4], const float (&d)[TILES][4], const float* b, const float* decay,

@@ -51,6 +51,12 @@ PRIM void fewer_registers() {
 PRIM void stmatrix_x4(void* row, const uint32_t (&r)[4], SITE) { emulator::stmatrix(row, r, false, HERE); }
 PRIM void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], SITE) { emulator::stmatrix(row, r, true, HERE); }
 
+template <class T>
+PRIM uint32_t multiply2(uint32_t x, uint32_t y) {
+  const float2 a = unpack2<T>(x), b = unpack2<T>(y);
+  return pack2<T>(a.x * b.x, a.y * b.y);
+}
+
 PRIM uint64_t tile_descriptor(const void* tile, int leading, int stride, SITE) {
   return (uint64_t)(emulator::shared_address(tile, HERE) >> 4) | (uint64_t)(leading >> 4) << 16 |
          (uint64_t)(stride >> 4) << 32 | 1ull << 62;

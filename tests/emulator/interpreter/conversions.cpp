@@ -27,6 +27,11 @@ template <class T>
 uint32_t to_pair(float high, float low) {
   return pack2<T>(low, high);
 }
+template <class T>
+uint32_t multiply_pairs(uint32_t x, uint32_t y) {
+  const float2 a = unpack2<T>(x), b = unpack2<T>(y);
+  return pack2<T>(a.x * b.x, a.y * b.y);
+}
 template <bool EVEN>
 uint32_t rounded_to_tf32(float x) {  // ties to even, or away from zero
   const uint32_t u = __float_as_uint(x), half = EVEN ? 0xfff + (u >> 13 & 1) : 0x1000;
@@ -98,6 +103,7 @@ void conversions(Instructions& known) {
   known["cvt.f32.f16"] = pure<from_f16>;
   known["cvt.tf32.f32"] = pure<rounded_to_tf32<true>>;
   known["cvt.rna.tf32.f32"] = pure<rounded_to_tf32<false>>;
+  known["mul.bf16x2"] = pure<multiply_pairs<bf16>>;
   known["cvt.sat.f32.f32"] = pure<saturated>;
 
   known["mov.pred"] = pure<same<bool>>;

@@ -1,0 +1,71 @@
+"""`chunk_delta_rule` with a gate per key channel in one kernel, where heads fill the device."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...call import Call
+from ..spec import Launch, Plan, carve, i32, normal, variant
+from ..tokens.l2norm import normalised
+from .tiles import BARRIER, BOX, CHUNK, TILE, box
+
+HEAD = 128  # of keys and of values
+BLOCKS = 4  # of 16 tokens in a chunk
+KEY_STAGES, STAGES, MATH = 2, 3, 2
+POWER_ROWS = 12
+
+
+def supports_whole(call: Call) -> bool:
+    """Whether one kernel computes a call."""
+    return call.dtype.name == "bfloat16" and not call.varlen and call.K == call.V == HEAD
+
+
+def plan_whole(call: Call) -> Plan:
+    """Plan `chunk_delta_rule` in one kernel."""
+    outputs = {
+        "o": (call.value_shape, call.dtype),
+        "final_state": (call.state_shape, call.state_dtype),
+    }
+    launches, workspace = normalised(call, "q", "k")
+    return Plan((*launches, channel_forward_hopper_launch(call)), outputs, workspace)
+
+
+def channel_forward_shared() -> int:
+    """Return the bytes of shared memory, as sm90/channel_forward/shared.cuh carves them."""
+    count, size = TILE
+    boxes = HEAD // BOX
+    tiles = (2 * KEY_STAGES + 2 * STAGES) * boxes + STAGES + MATH
+    rows = (STAGES * POWER_ROWS * HEAD, 2), (STAGES * BLOCKS * HEAD, 4), (STAGES * HEAD, 4)
+    tokens = (HEAD, 4), (STAGES * CHUNK, 4), (STAGES * 2 * BLOCKS, 4)
+    barriers = 2 * KEY_STAGES + 5 * STAGES + MATH
+    end = carve(*rows, *tokens, start=tiles * count * size)
+    return -(-end // BARRIER) * BARRIER + barriers * BARRIER
+
+
+def channel_forward_hopper_launch(call: Call) -> Launch:
+    """The walk, factors included, a block per sequence and value head."""
+    p = call
+    keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
+    return Launch(
+        "sm90/channel_forward.cu",
+        "channel_forward_hopper",
+        variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk")),
+        p.B * p.HV,
+        128 * (MATH + 2),
+        channel_forward_shared(),
+        (
+            box(normal(p, "q"), keys),
+            box(normal(p, "k"), keys),
+            box("v", values),
+            box("o", values),
+            "beta",
+            "g",
+            "initial_state",
+            "final_state",
+            np.float32(p.scale),
+            i32(p.T),
+            i32(p.H),
+            i32(p.HV),
+        ),
+        arch="sm_90a",
+    )

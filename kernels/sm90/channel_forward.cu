@@ -1,0 +1,83 @@
+// The walk over the chunks of 64 tokens of whole sequences with a gate per key channel, factors included, on compute
+// capability 9.0. What sm90/channel_factors.cu and sm90/training.cu compute in two kernels is one here, for calls whose
+// sequences and heads fill the multiprocessors: nothing but inputs and results touches global memory. Per chunk, with G
+// the running sum of g, S the state, b = beta, tokens as rows, and <x_i, k_j>_D = sum of x_i e^(G_i - G_j) k_j:
+//
+//   M = <K, K>_D below its diagonal     core = -M (I + diag(b) M)^-1     Pqk = <Q, K>_D     K~ = e^G K     Q~ = e^G Q
+//   R = V - K~ S     N^ = R + core (b R)     N = b N^     O = scale (Q~ S + Pqk N)
+//   S' = e^(G_C) S + (e^(G_C - G) K)^T N
+//
+// A block has a sequence and value head. Two warps sum gates; four make factors of them, each of
+// a block of 16 tokens, in their place; two load K and Q and solve the core in the place of M; two warpgroups walk,
+// with 64 value channels of S^T each in accumulators. Walkers bring V for themselves, to where O has just left.
+// mbarriers hand stages over. Roles: sm90/channel_forward/.
+//
+// What leads from block to block and from chunk to chunk are powers of two (sm90/channel_forward/gates.cuh), the state
+// in units of its own, so that rows are rounded once.
+//
+// Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, those of pairs within
+// blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term.
+//
+// Macros: DTYPE (bf16), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2), VARLEN (0), STATE_VK.
+// Grid: B * HV blocks of 512 threads. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of
+// powers of two; V and O; see cupy_delta/cuda/sm90/channel.py.
+#include "sm90/channel_forward/factors.cuh"
+#include "sm90/channel_forward/solve.cuh"
+#include "sm90/channel_forward/walk.cuh"
+
+// From the state that enters to the one that leaves, 64 value channels of it.
+PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap* v, const float* initial, float* final,
+               float scale) {
+  more_registers<MATH_REGISTERS>();
+  const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128;
+  const Part part = {warpgroup * 64, work.hv, work.HV, warpgroup, thread};
+  const int value = part.column + part.warp() * 16, lane = part.lane();
+  const int64_t state = ((int64_t)work.batch * work.HV + work.hv) * HEAD_K * HEAD_V;
+  float S[K_TILES][4];
+  clear(S);
+  if (initial != nullptr) {
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++) load_state(S[j], initial + state, value, j * 8, lane);
+  }
+  Walker{s, work, o, v, part, scale, S}.walk();
+  scale_columns(S, s.units, lane);
+#pragma unroll
+  for (int j = 0; j < K_TILES; j++) store_state(final + state, S[j], value, j * 8, lane);
+}
+
+// The last warpgroup.
+PRIM void supply(const Shared& s, const Work& work, const TensorMap* q, const TensorMap* k, const float* g,
+                 const float* beta) {
+  fewer_registers<OTHER_REGISTERS>();
+  const int warp = uniform(threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+  const int64_t first = work.sequence.first * work.HV + work.hv;
+  if (warp < 2)
+    GateWarp{s, work, g + first * HEAD_K, beta + first, warp, lane}.run();
+  else
+    solve_chunks(s, work, q, k, warp - 2, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    channel_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                           const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
+                           const float* beta, const float* g, const float* initial_state, float* final_state,
+                           float scale, int T, int H, int HV) {
+  const int warpgroup = uniform(threadIdx.x / 128);
+  DynSmem smem;
+  const Shared s = take_shared(smem);
+  smem.all_taken(SHARED_BYTES);
+  const Work work = find_work(T, H, HV);
+  if (threadIdx.x == 0) init_barriers(s);
+  // Zeros of Pqk above its blocks, which stay.
+  for (int i = threadIdx.x; i < STAGES * TILE / 8; i += THREADS) *(uint4*)&s.p[i * 8] = {};
+  async_proxy_fence();
+  __syncthreads();
+  if (warpgroup < MATH) {
+    walk(s, work, {&o_map, nullptr}, &v_map, initial_state, final_state, scale);
+  } else if (warpgroup == MATH) {
+    fewer_registers<FACTOR_REGISTERS>();
+    make_factors(s, work, uniform(threadIdx.x / 32) % 4, threadIdx.x % 32);
+  } else {
+    supply(s, work, &q_map, &k_map, g, beta);
+  }
+}

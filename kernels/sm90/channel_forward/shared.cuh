@@ -1,0 +1,128 @@
+// What the roles of sm90/channel_forward.cu share: sizes, registers, shared memory and what a block works on.
+#pragma once
+#include "tiles/fragments.cuh"
+#include "tiles/sequence.cuh"
+#include "tiles/swizzled.cuh"
+#include "tiles/unit_inverse.cuh"
+
+static_assert(CHUNK == 64 && VARLEN == 0, "whole sequences of one length, in chunks of wgmma's 64 rows");
+static_assert(HEAD_K > 64 && HEAD_K <= 128 && HEAD_V > 64 && HEAD_V <= 128, "two tiles of either");
+static_assert(!IsHalf<DTYPE>::value, "keys within a block need the exponents of a float");
+constexpr int KP = 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8, TILE = CHUNK * BOX;
+constexpr int BLOCK = 16, COUNT = CHUNK / BLOCK, SLICE = 128;
+// Of K and Q, and of everything else that is made for a chunk.
+constexpr int KEY_STAGES = 2, STAGES = 3;
+
+// Two warpgroups walk, one makes factors, and of the last one two warps sum gates and two solve.
+constexpr int MATH = 2, THREADS = 128 * (MATH + 2);
+constexpr int MATH_REGISTERS = 176, FACTOR_REGISTERS = 88, OTHER_REGISTERS = 72;
+static_assert(MATH * MATH_REGISTERS + FACTOR_REGISTERS + OTHER_REGISTERS <= 512, "or one would wait for ever");
+constexpr int MATH_BARRIER = 1, FACTOR_BARRIER = 3, SOLVER_BARRIER = 4;
+
+// Rows of powers of two, per key channel: see sm90/channel_forward/gates.cuh.
+constexpr int UNTIL = 0, BETWEEN = 3, WRITES = 4, READS = 8, POWER_ROWS = 12;
+
+struct Shared {
+  DTYPE *k, *q;      // KEY_STAGES: rows of tokens; then scaled as of their block's start; then as of the chunk's
+  DTYPE* writes;     // STAGES: half of the sums of gates, later keys as they are written into the state
+  DTYPE* others;     // the other half, later keys for blocks that follow, then M, then core
+  DTYPE *p, *rows;   // Pqk; one of V, and O on its way out
+  DTYPE* powers;     // POWER_ROWS
+  float* exponents;  // F of the blocks after the first one, and of the next chunk
+  float* carried;    // what is left of the state per key channel
+  float* units;      // of the state that leaves, in its units
+  float* beta;
+  int* within;  // of each half of the channels and block, the first token that is out of range
+  uint64_t *keys_full, *keys_free, *sums_full, *pairs_full, *factors_full, *core_full, *stage_free, *values_full;
+};
+
+PRIM Shared take_shared(DynSmem& smem) {
+  Shared s;
+  s.k = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "k", 1024);
+  s.q = smem.take<DTYPE>(KEY_STAGES * K_BOXES * TILE, "q", 1024);
+  s.writes = smem.take<DTYPE>(STAGES * K_BOXES * TILE, "sums, k of writes", 1024);
+  s.others = smem.take<DTYPE>(STAGES * K_BOXES * TILE, "sums, k of pairs, m, core", 1024);
+  s.p = smem.take<DTYPE>(STAGES * TILE, "p", 1024);
+  s.rows = smem.take<DTYPE>(MATH * TILE, "v and o", 1024);
+  s.powers = smem.take<DTYPE>(STAGES * POWER_ROWS * KP, "powers");
+  s.exponents = smem.take<float>(STAGES * COUNT * KP, "exponents");
+  s.carried = smem.take<float>(STAGES * KP, "decays of the state");
+  s.units = smem.take<float>(KP, "units of the state");
+  s.beta = smem.take<float>(STAGES * CHUNK, "beta");
+  s.within = smem.take<int>(STAGES * 2 * COUNT, "tokens within range");
+  auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
+  s.keys_full = barriers(KEY_STAGES, "keys full");
+  s.keys_free = barriers(KEY_STAGES, "keys free");
+  s.sums_full = barriers(STAGES, "sums full");
+  s.pairs_full = barriers(STAGES, "pairs full");
+  s.factors_full = barriers(STAGES, "factors full");
+  s.core_full = barriers(STAGES, "core full");
+  s.stage_free = barriers(STAGES, "stage free");
+  s.values_full = barriers(MATH, "values full");
+  return s;
+}
+
+PRIM void init_barriers(const Shared& s) {
+  for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH);
+  for (int i = 0; i < STAGES; i++) {
+    mbarrier_init(s.sums_full + i, 2), mbarrier_init(s.stage_free + i, 4 * MATH);
+    mbarrier_init(s.pairs_full + i, 4), mbarrier_init(s.factors_full + i, 4), mbarrier_init(s.core_full + i, 2);
+  }
+  for (int i = 0; i < MATH; i++) mbarrier_init(s.values_full + i, 1);
+  mbarrier_init_fence();
+}
+
+// Where eight neighbouring channels of a row lie, `piece` of 16, in the tiles that wgmma reads. Pieces further on, of
+// neighbouring rows too, are one exclusive or and one addition away, as in all of these places. In `others` all lie
+// `^ OTHER`, so that both halves of a row's sums are in different banks.
+PRIM int piece_place(int row, int piece) { return piece / 8 * TILE + row * BOX + (piece % 8 ^ row % 8) * 8; }
+constexpr int OTHER = 4 * 8;
+
+// What of a chunk lies in its stages.
+struct Stage {
+  DTYPE *k, *q, *writes, *others, *p, *powers;
+  float *exponents, *carried, *beta;
+  int* within;
+
+  PRIM Stage(const Shared& s, int key_stage, int stage)
+      : k(s.k + key_stage * K_BOXES * TILE),
+        q(s.q + key_stage * K_BOXES * TILE),
+        writes(s.writes + stage * K_BOXES * TILE),
+        others(s.others + stage * K_BOXES * TILE),
+        p(s.p + stage * TILE),
+        powers(s.powers + stage * POWER_ROWS * KP),
+        exponents(s.exponents + stage * COUNT * KP),
+        carried(s.carried + stage * KP),
+        beta(s.beta + stage * CHUNK),
+        within(s.within + stage * 2 * COUNT) {}
+
+  // Where the sums of gates lie of four channels side by side, which have their place in one of two halves.
+  PRIM float* sums(int half, int place) const {
+    return (float*)(half == 0 ? writes + place : others + (place ^ OTHER));
+  }
+};
+
+// What a block works on: a sequence and value head.
+struct Work {
+  Sequence sequence;
+  int chunks, h, hv, HV, batch;
+  int start = 0;  // coordinate of its first token in the tensor maps
+
+  PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
+};
+// The same in all threads, and said to be: what the compiler believes to differ takes registers that there are not.
+PRIM Work find_work(int T, int H, int HV) {
+  Work w;
+  const int hv = blockIdx.x % HV, batch = blockIdx.x / HV;
+  w.hv = uniform(hv), w.batch = uniform(batch), w.h = uniform(hv / (HV / H)), w.HV = HV;
+  w.sequence = find_sequence<CHUNK>(nullptr, w.batch, T);
+  w.chunks = uniform((T + CHUNK - 1) / CHUNK);
+  return w;
+}
+
+// Both rings.
+struct Place {
+  Ring<KEY_STAGES> key;
+  Ring<STAGES> stage;
+  PRIM void advance() { key.advance(), stage.advance(); }
+};

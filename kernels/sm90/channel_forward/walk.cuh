@@ -1,0 +1,119 @@
+// The walk of sm90/channel_forward.cu: a math warpgroup holds 64 value channels of S^T in accumulators.
+#pragma once
+#include "sm90/channel_forward/shared.cuh"
+// With the sizes that it has:
+#include "sm90/sums.cuh"
+#include "tiles/store.cuh"
+
+struct Walker {
+  const Shared& s;
+  const Work& work;
+  const Rows& o;
+  const TensorMap* v;
+  const Part& part;
+  const float scale;
+  float (&S)[K_TILES][4];
+
+  PRIM DTYPE* box() const { return s.rows + part.warpgroup * TILE; }
+  PRIM void ask_values(int c) const {
+    uint64_t* full = s.values_full + part.warpgroup;
+    mbarrier_arrive_expect(full, TILE * 2);
+    tma_load(box(), v, full, part.column, work.hv, c * CHUNK, work.batch);
+  }
+  PRIM void say(uint64_t* barrier) const {
+    __syncwarp();
+    if (part.lane() == 0) mbarrier_arrive(barrier);
+  }
+
+  PRIM void walk() {
+    Place place;
+    if (part.thread == 0) ask_values(0);
+    for (int c = 0; c < work.chunks; c++, place.advance()) {
+      const int stage = place.stage.stage;
+      const Stage at(s, place.key.stage, stage);
+      float R[8][4], O[8][4];
+      uint32_t state[K_STEPS][4], N[4][4];
+      round_sums<DTYPE>(state, S);
+      mbarrier_wait(s.factors_full + stage, place.stage.parity);
+      read_state(R, state, at);
+      mbarrier_wait(s.values_full + part.warpgroup, c % 2);
+      add_values(R);
+      mbarrier_wait(s.core_full + stage, place.stage.parity);
+      correct(R, at);
+      round_columns<DTYPE>(N, R, at.beta, part.lane());
+      add_chunk(O, state, N, at);
+      say(s.keys_free + place.key.stage);
+      say(s.stage_free + stage);
+      send(O, c);
+    }
+    if (part.lane() == 0) tma_store_wait_read<0>();
+  }
+
+  // R = -K S, and what is left of S.
+  PRIM void read_state(float (&R)[8][4], uint32_t (&state)[K_STEPS][4], const Stage& at) {
+    pin(state);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false, true>(R, state[step], step_along_rows(at.k, step), step > 0);
+    wgmma_commit();
+    scale_columns(S, at.carried, part.lane());
+    wgmma_wait<0>();
+    pin(R);
+    pin(state);
+  }
+  PRIM void add_values(float (&R)[8][4]) const {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      float v[2][4];
+      read_box_transposed(v[0], v[1], box(), j * 8, part.warp() * 16, part.lane());
+#pragma unroll
+      for (int i = 0; i < 4; i++) R[j][i] += v[0][i], R[j + 1][i] += v[1][i];
+    }
+  }
+  // N^ = R + core (b R)
+  PRIM void correct(float (&R)[8][4], const Stage& at) const {
+    uint32_t a[4][4];
+    round_columns<DTYPE>(a, R, at.beta, part.lane());
+    pin(a);
+    pin(R);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(R, a[step], step_along_rows(at.others, step), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(R);
+  }
+  // S += K^T N and O = Q S + Pqk N, S as it entered
+  PRIM void add_chunk(float (&O)[8][4], uint32_t (&state)[K_STEPS][4], uint32_t (&N)[4][4], const Stage& at) {
+    pin(state);
+    pin(N);
+    pin(S);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, N[step], step_of_rows(at.writes, step), true);
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++)
+      wgmma<DTYPE, false>(O, state[step], step_along_rows(at.q, step), step > 0);
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, N[step], step_along_rows(at.p, step), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
+    pin(O);
+  }
+  // O through the place of V, which the next V takes after it.
+  PRIM void send(float (&O)[8][4], int c) const {
+    uint32_t out[4][4];
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) O[j][i] *= scale;
+    round_sums<DTYPE>(out, O);
+    send_rows(o, out, box(), work, c, work.tokens(c), part);
+    if (part.thread == 0 && c + 1 < work.chunks) {
+      tma_store_wait_read<0>();
+      ask_values(c + 1);
+    }
+  }
+};

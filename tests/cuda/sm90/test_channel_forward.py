@@ -1,0 +1,173 @@
+"""The forward with a gate per key channel in one kernel, on compute capability 9.0."""
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from channels import patterns
+from emulator import HOPPER, EmulatorDevice, Run, copy_in
+from helpers import definition, make_inputs
+from rounded import error, rounded_products, twice, wide
+
+from cupy_delta.arrays import FLOAT_DTYPES
+from cupy_delta.call import Call
+from cupy_delta.cuda.plan import made
+from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.sm90.channel_whole import plan_whole
+from cupy_delta.cuda.sm90.tiles import CHUNK
+from cupy_delta.cuda.spec import DeviceFacts
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+LEGS = ["source", "ptx"]
+H200 = DeviceFacts(132, 227 * 1024, (9, 0))
+
+
+def make_case(T, *, B=1, H=1, G=1, K=128, V=128, layout="kv", **options):
+    options = dict(gate="channel", decay=0.3, beta=(0, 2), initial=True) | options
+    args, kw = make_inputs(T, B=B, H=H, G=G, K=K, V=V, dtype=BF16, layout=layout, **options)
+    args[3:] = (x.astype(np.float32) for x in args[3:])
+    return args, kw
+
+
+def call_of(args, kw, **options):
+    (B, T, H, K), (HV, V) = args[0].shape, args[2].shape[2:]
+    sizes = dict(B=B, T=T, N=B, H=H, HV=HV, K=K, V=V, gate="channel", scale=K**-0.5)
+    return Call(dtype=BF16, **sizes, state_layout=kw["state_layout"], **options)
+
+
+def computed(args, kw, leg, run=None, **options):
+    call = call_of(args, kw, **options)
+    given = dict(zip(("q", "k", "v", "beta", "g"), args, strict=True))
+    given["initial_state"] = kw["initial_state"]
+    given = {name: None if x is None else copy_in(x, name) for name, x in given.items()}
+    results = execute(plan_whole(call), given, EmulatorDevice(run or Run(), leg=leg, **HOPPER))
+    return np.array(results["o"]), np.array(results["final_state"])
+
+
+def check(args, kw, results):
+    """Judge every value head by itself."""
+    more, options = wide(args, kw)
+    exact, plain = definition(*more, **options), rounded_products(args, kw, CHUNK)
+    for x, y, other, axis in zip(results, exact, plain, (2, 1), strict=True):
+        for hv in range(y.shape[axis]):
+            one, expected, rounded = (a.take(hv, axis) for a in (x, y, other))
+            assert error(one, expected) < twice(rounded, expected), (axis, hv)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "leg"),
+    [
+        (dict(T=1), "source"),
+        (dict(T=63, K=72, V=104, layout="vk"), "source"),
+        (dict(T=64, initial=False), "source"),
+        (dict(T=65, B=2, H=2, G=2, layout="vk"), "source"),
+        (dict(T=330, G=3, correlation=0.5), "source"),
+        (dict(T=200, B=2), "ptx"),
+        (dict(T=63, K=72, V=104, layout="vk"), "ptx"),
+    ],
+)
+def test_sizes(sizes, leg):
+    args, kw = make_case(**sizes)
+    check(args, kw, computed(args, kw, leg))
+
+
+def test_gates_of_every_strength():
+    found = patterns(200, 128)
+    args, kw = make_case(200, H=len(found))
+    args[4] = np.stack([*found.values()], axis=1)[None].astype(np.float32)
+    check(args, kw, computed(args, kw, "source"))
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_single_tokens_out_of_range(leg):
+    """Each block of a chunk, by itself, has tokens that are multiplied one by one."""
+    args, kw = make_case(128, H=4, decay=0.05)
+    for block in range(4):
+        args[4][:, 16 * block + 5, block, 32 * block + 17 :: 7] = -88
+        args[4][:, 64 + 16 * block + 11 :, block, block::9] = -np.inf
+    check(args, kw, computed(args, kw, leg))
+
+
+def test_normalised_rows():
+    args, kw = make_case(100)
+    longer = [(3 * x.astype(np.float32)).astype(BF16) for x in args[:2]]
+    results = computed([*longer, *args[2:]], kw, "source", qk_l2norm=True)
+    check(args, kw, results)
+
+
+def test_what_tf32_leaves_out_is_made_up_for():
+    """Pairs of a block of 16 tokens are as large as they should be, on average."""
+    args, kw = make_case(16, H=16, beta=(0, 1), initial=False)
+    o = computed(args, kw, "source")[0].astype(np.float64)
+    more, options = wide(args, kw)
+    exact = definition(*more, **options)[0]
+    assert abs((o * exact).sum() / (exact * exact).sum() - 1) < 2e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_any_order(seed):
+    args, kw = make_case(330)
+    run = Run(schedule="random", completion="either", preempt=30, seed=seed)
+    for x, y in zip(computed(args, kw, "source", run), computed(args, kw, "source"), strict=True):
+        assert same(x, y)
+
+
+def same(x, y):
+    x, y = (np.ascontiguousarray(a).view(np.uint8) for a in (x, y))
+    return np.array_equal(x, y)
+
+
+def test_a_row_alone_and_among_others():
+    args, kw = make_case(100, B=3, G=2)
+    o, state = computed(args, kw, "source")
+    alone = [x[1:2] for x in args]
+    row = computed(alone, kw | dict(initial_state=kw["initial_state"][1:2]), "source")
+    assert same(row[0][0], o[1])
+    assert same(row[1][0], state[1])
+
+
+@pytest.mark.parametrize(("later", "first"), [(-5.0, 32), (-40.0, 57), (-np.inf, 21)])
+def test_no_bit_depends_on_a_later_gate(later, first):
+    args, kw = make_case(64, decay=0.4)
+    before, _ = computed(args, kw, "source")
+    args[4][:, first:] = later
+    after, _ = computed(args, kw, "source")
+    assert same(before[:, :first], after[:, :first])
+    assert not same(before[:, first:], after[:, first:])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "g"])
+def test_nan_stays_in_its_head_and_in_later_chunks(name):
+    args, kw = make_case(200, B=2, G=2)
+    o, state = computed(args, kw, "source")
+    x = args[["q", "k", "v", "beta", "g"].index(name)]
+    x[0, 70, 0] = np.nan
+    found, left = computed(args, kw, "source")
+    assert same(found[1], o[1])
+    assert same(left[1], state[1])
+    assert same(found[0, :64], o[0, :64])
+    assert np.isnan(found[0, 70, 0].astype(np.float32)).all()
+    if name not in "qk":
+        assert same(found[0, :, 1], o[0, :, 1])
+
+
+def test_which_calls_take_one_kernel():
+    """Where sequences and heads fill the multiprocessors."""
+    call = Call(dtype=BF16, B=4, T=8192, N=4, H=32, HV=32, K=128, V=128, gate="channel")
+    others = [
+        dict(B=1, N=1),
+        dict(B=2, N=2),
+        dict(K=64),
+        dict(V=64),
+        dict(dtype=FLOAT_DTYPES["float16"]),
+        dict(B=1, T=32768, varlen=True),
+    ]
+
+    def files(call):
+        return [x.file.split("/")[-1] for x in made("forward", call, H200).launches]
+
+    assert files(call) == ["channel_forward.cu"]
+    assert files(replace(call, qk_l2norm=True))[2:] == ["channel_forward.cu"]
+    for options in others:
+        assert files(replace(call, **options))[0] == "channel_factors.cu", options
