@@ -91,15 +91,16 @@ def _advance_part(problem: Problem, pool, o, part: Part) -> None:
 
 
 def _division(problem: Problem) -> tuple[bool, Sequence[Part]]:
-    """Return whether states are few, and the parts."""
+    """Return whether states are few, and the parts; kept where no index tells calls apart."""
+    found = problem.kept.get(Part)
+    if found is not None:
+        return found
     size = problem.HV * problem.K * problem.V
     if problem.varlen or problem.accepting or problem.output_state_indices is not None:
         return problem.N * size < SMALL_POOL, list(_general_parts(problem, size))
     indices = problem.state_indices
     if indices is None:
-        found = problem.kept.get(Part)
-        if found is None:
-            found = problem.kept[Part] = _parts(problem.T, None, None, problem.B, size)
+        found = problem.kept[Part] = _parts(problem.T, None, None, problem.B, size)
         return found
     used = np.flatnonzero(indices >= 0)
     few, parts = _parts(problem.T, indices, used, len(used), size)
