@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import describe, module_of
 from .communicators import check_timeout, neighbours, no_answer
 
 TAG = 1
@@ -38,6 +38,8 @@ class MPICommunicator:
 
     def __init__(self, comm: Any, timeout: float = 300.0, device_buffers: bool = False):
         check_timeout(timeout)
+        if not hasattr(comm, "Dup"):
+            raise TypeError(f"comm: expected a communicator of mpi4py, got {describe(type(comm))}")
         self._comm, self.timeout, self.device_buffers = comm.Dup(), timeout, device_buffers
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import module_of
+from ..arrays import describe, module_of
 from .communicators import check_timeout, neighbours, no_answer
 
 PAUSE = 2e-5  # seconds between two looks at what is under way
@@ -36,7 +36,12 @@ class NCCLCommunicator:
         if timeout is not None:
             check_timeout(timeout)
         # What CuPy's backend adds to the communicator that it holds is not needed here.
-        self._comm = comm if hasattr(comm, "allGather") else comm._comm
+        self._comm: Any = comm if hasattr(comm, "allGather") else getattr(comm, "_comm", None)
+        if self._comm is None:
+            raise TypeError(
+                "comm: expected an NcclCommunicator or NCCLBackend of CuPy,"
+                f" got {describe(type(comm))}"
+            )
         self.timeout = timeout
         self.rank, self.size = self._comm.rank_id(), self._comm.size()
         self._under_way: list[tuple[str, Any, float]] = []

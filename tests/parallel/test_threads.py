@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cupy_delta import parallel
+from cupy_delta.arrays import describe
 
 
 @pytest.mark.parametrize("what", ["all_gather", "shift"])
@@ -107,3 +108,16 @@ def test_an_endless_timeout_is_one():
 def test_other_communicators_name_a_wrong_timeout_before_they_touch_anything(kind):
     with pytest.raises(ValueError, match=r"^timeout: expected at least 0 seconds, got nan$"):
         kind(object(), timeout=float("nan"))
+
+
+@pytest.mark.parametrize("comm", [None, 5, np.ones(2)])
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        (parallel.MPICommunicator, "a communicator of mpi4py"),
+        (parallel.NCCLCommunicator, "an NcclCommunicator or NCCLBackend of CuPy"),
+    ],
+)
+def test_other_communicators_name_what_they_are_made_of(kind, wanted, comm):
+    with pytest.raises(TypeError, match=rf"^comm: expected {wanted}, got {describe(type(comm))}$"):
+        kind(comm)
