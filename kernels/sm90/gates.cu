@@ -1,147 +1,188 @@
 // What gates do in a chunk, for the walks of sm90/forward.cu: the records of sm90/tokens.cuh, one per chunk and value
 // head, (chunk slots, HV, RECORD_WORDS) in float. A slot that no chunk has is left alone.
 //
+// A warp makes the records of HEADS value heads that lie side by side, a few lanes each: what it takes is instructions
+// and the time that each waits for the one before, so chains of several tokens and heads are under way at once.
+//
 // Numbers: see sm90/tokens.cuh. The whole part of an exponent of 2 is exact, so that another F changes no digit. g and
 // beta are formed here, see tiles/raw.cuh, where their logits are given.
 //
 // Macros: DTYPE, which decides RANGE; CHUNK (64), HAS_GATE (1), VARLEN; G_DTYPE and RAW_GATE, BIAS of g, BETA_DTYPE and
-// RAW_BETA of beta. Grid: chunk slots * ceil(HV / HEADS) blocks of 32 HEADS threads: a warp per record, a lane per two
-// tokens. Shared memory: beta and g.
+// RAW_BETA of beta. Grid: chunk slots * ceil(HV / HEADS) / WARPS blocks of 32 WARPS threads. No shared memory.
 #include "sm90/tokens.cuh"
 #include "tiles/raw.cuh"
 #include "tiles/sequence.cuh"
 
-constexpr int HEADS = 8, PITCH = CHUNK + 4;  // of a row, so that writes to all rows are to other banks
+constexpr int WARPS = 4, HEADS = 8, LANES = 32 / HEADS;    // of a warp; of a head
+constexpr int TOKENS = CHUNK / LANES, PAIRS = TOKENS / 2;  // of a lane, one after the other
+static_assert(TOKENS == 16, "a lane has sixteen bytes of every row of factors");
 
 // x in parts, so that 2^(x + n) has the same digits for every whole n.
 struct Exponent {
   int whole;
   float fraction;
 };
+template <bool ANY = true>  // or within RANGE
 PRIM Exponent split(float x) {
   const float whole = floorf(x);
-  return {(int)fminf(fmaxf(whole, -9999.0f), 9999.0f), x - whole};  // NaN stays in the fraction
+  return {(int)(ANY ? fminf(fmaxf(whole, -9999.0f), 9999.0f) : whole), x - whole};  // NaN stays in the fraction
 }
 // x 2^n, zero for n below -126, Inf for n above 127, where gates above zero alone lead.
-PRIM float scaled(float x, int n) { return x * __uint_as_float((uint32_t)(max(min(n, 128), -127) + 127) << 23); }
+template <bool ANY = true>
+PRIM float scaled(float x, int n) {
+  return x * __uint_as_float((uint32_t)((ANY ? max(min(n, 128), -127) : n) + 127) << 23);
+}
 
 template <class Combine>
 PRIM float over_lanes(float x, Combine combine) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(~0u, x, distance));
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(~0u, x, distance));
   return x;
 }
 
-// Running sums of a chunk's gates; a lane has two tokens.
+// Running sums of a chunk's gates.
 struct Sums {
-  float G[2], end, lost;  // lost: what the true sum of all lies below `end`
+  float G[TOKENS], end, lost;  // of a lane's tokens; of all; what the true sum of all lies below `end`
   int F;
   bool paired;
+
+  // Whole, of a token whose sum is x.
+  PRIM int reference(float x, int whole) const { return fabsf(x) <= RANGE ? F : whole; }  // NaN stays in the factors
 };
 
-PRIM Sums sum_gates(float2 g, int lane) {
+// Sums over pairs of tokens up to each, in the order of a scan over 32 of them.
+PRIM void add_up(float (&sum)[PAIRS], int part, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < CHUNK / 2; distance *= 2) {
+    float below[PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+      const int lanes = i >= distance ? 0 : (distance - i + PAIRS - 1) / PAIRS, from = i - distance + lanes * PAIRS;
+      below[i] = lanes == 0 ? sum[from] : __shfl_sync(~0u, sum[from], max(lane - lanes, 0));
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++)
+      if (i >= distance || part * PAIRS + i >= distance) sum[i] += below[i];
+  }
+}
+PRIM Sums sum_gates(const float (&g)[TOKENS], int part, int lane) {
   constexpr float LOG2_E = 1.44269504f;
-  const float x[2] = {LOG2_E * g.x, LOG2_E * g.y};
-  float within[2], lost = 0.0f, lowest = 0.0f, beyond = 0.0f;
+  float within[TOKENS], sum[PAIRS], lost = 0.0f, lowest = 0.0f, beyond = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    within[i] = x[i] < -FLOOR ? -FLOOR : x[i];  // NaN stays
-    if (x[i] < -FLOOR) lost += x[i] + FLOOR;
+  for (int i = 0; i < PAIRS; i++) {
+#pragma unroll
+    for (int j = 2 * i; j < 2 * i + 2; j++) {
+      const float x = LOG2_E * g[j];
+      within[j] = x < -FLOOR ? -FLOOR : x;  // NaN stays
+      if (x < -FLOOR) lost += x + FLOOR;
+    }
+    sum[i] = within[2 * i] + within[2 * i + 1];
   }
-  float sum = within[0] + within[1];
+  add_up(sum, part, lane);
+  Sums s;
+  const float before = __shfl_sync(~0u, sum[PAIRS - 1], max(lane - 1, 0));
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float below = __shfl_sync(~0u, sum, max(lane - distance, 0));
-    if (lane >= distance) sum += below;
+  for (int i = 0; i < PAIRS; i++) {
+    // Nothing of the later of two tokens is in the sum of the earlier one.
+    s.G[2 * i] = (i > 0 ? sum[i > 0 ? i - 1 : 0] : part > 0 ? before : 0.0f) + within[2 * i];
+    s.G[2 * i + 1] = sum[i];
   }
-  // Nothing of the later of two tokens is in the sum of the earlier one.
-  const float below = __shfl_sync(~0u, sum, max(lane - 1, 0));
-  Sums s = {{(lane > 0 ? below : 0.0f) + within[0], sum}, __shfl_sync(~0u, sum, 31)};
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < TOKENS; i++)
     if (fabsf(s.G[i]) <= RANGE)
       lowest = fminf(lowest, s.G[i]);
     else
       beyond = 1.0f;  // NaN, too
+  s.end = __shfl_sync(~0u, sum[PAIRS - 1], lane | (LANES - 1));
   s.lost = over_lanes(lost, [](float a, float b) { return a + b; });
   s.F = (int)rintf(0.5f * over_lanes(lowest, [](float a, float b) { return fminf(a, b); }));
-  // Not by `end` alone: lanes sum in other orders, so that a G before it may lie lower by a rounding.
+  // Not by `end` alone: pairs are summed in other orders, so that a G before it may lie lower by a rounding.
   s.paired = over_lanes(beyond, [](float a, float b) { return fmaxf(a, b); }) != 0.0f;
   return s;
 }
 
-PRIM void write_gates(float* record, const Sums& s, float scale, int lane) {
-  const int at = factor_place(2 * lane);
-  int F[2];
-  float down[2], up[2];
+// A lane's 16 bytes of one of the four rows of factors: of the tokens by token_of.
+PRIM int token_of(int row, int i) { return 2 * row + i / 2 * 8 + i % 2; }
+PRIM void write_row(float* factors, const float (&x)[4], int row, int part) {
+  *(float4*)&factors[row * 16 + part * 4] = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// PAIRED: with what only a paired chunk has. Within RANGE no exponent is beyond a float's.
+template <bool PAIRED>
+PRIM void write_factors(float* record, const Sums& s, int last, float scale, int part) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const Exponent G = split(s.G[i]);
-    F[i] = fabsf(s.G[i]) <= RANGE ? s.F : G.whole;  // NaN stays in the factors
-    down[i] = scaled(exp2f(-G.fraction), F[i] - G.whole);
-    up[i] = scale * scaled(exp2f(G.fraction), G.whole - F[i]);
+  for (int row = 0; row < 4; row++) {
+    float down[4], up[4], reads[4], writes[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float x = s.G[token_of(row, i)];
+      const Exponent G = split<PAIRED>(x);
+      const int F = PAIRED ? s.reference(x, G.whole) : s.F;
+      down[i] = scaled<PAIRED>(exp2f(-G.fraction), F - G.whole);
+      up[i] = scale * scaled<PAIRED>(exp2f(G.fraction), G.whole - F);
+      if constexpr (PAIRED) reads[i] = scaled(1.0f, F), writes[i] = scaled(1.0f, last - F);
+    }
+    write_row(record + RECORD_DOWN, down, row, part);
+    write_row(record + RECORD_UP, up, row, part);
+    if constexpr (PAIRED) {
+      write_row(record + RECORD_READS, reads, row, part);
+      write_row(record + RECORD_WRITES, writes, row, part);
+    }
   }
-  const int last = __shfl_sync(~0u, F[1], 31);  // in whose units the state is
-  *(float2*)&record[DOWN_AT + at] = make_float2(down[0], down[1]);
-  *(float2*)&record[UP_AT + at] = make_float2(up[0], up[1]);
-  if (s.paired) {
-    *(float2*)&record[READS_AT + at] = make_float2(scaled(1.0f, F[0]), scaled(1.0f, F[1]));
-    *(float2*)&record[WRITES_AT + at] = make_float2(scaled(1.0f, last - F[0]), scaled(1.0f, last - F[1]));
-    *(float2*)&record[REFERENCE_AT + 2 * lane] = make_float2(F[0], F[1]);
+  if constexpr (PAIRED) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+      record[RECORD_REFERENCE + part * TOKENS + i] = s.reference(s.G[i], split(s.G[i]).whole);
   }
-  if (lane > 0) return;
+}
+
+PRIM void write_gates(float* record, const Sums& s, float scale, int part) {
   const Exponent end = split(s.end);
+  const int last = s.reference(s.end, end.whole);  // in whose units the state is
+  if (s.paired)
+    write_factors<true>(record, s, last, scale, part);
+  else
+    write_factors<false>(record, s, last, scale, part);
+  if (part > 0) return;
   ChunkGates gates = {};
   gates.paired = s.paired, gates.forget = exp2f(s.lost), gates.decay = exp2f(s.end + s.lost);
   gates.carry = scaled(exp2f(end.fraction), end.whole - last);
   gates.enter = scaled(1.0f, last);
-  *(ChunkGates*)&record[GATES_AT] = gates;
+  *(ChunkGates*)&record[RECORD_GATES] = gates;
 }
 
-// Entries of the chunk's tokens and the block's value heads, which lie side by side, to a row per head.
-template <class T>
-PRIM void bring(float* rows, const T* entries, int tokens, int heads, int HV) {
+// What is formed of a value head's entries, of which those of two tokens lie HV apart, 0 past the chunk's end.
+template <class T, class F>
+PRIM void bring(float (&x)[TOKENS], const T* entries, int tokens, int HV, F formed) {
 #pragma unroll
-  for (int i = threadIdx.x; i < CHUNK * HEADS; i += 32 * HEADS) {
-    const int token = i / HEADS, head = i % HEADS;
-    if (token < tokens && head < heads) rows[head * PITCH + token] = widen(entries[(int64_t)token * HV + head]);
-  }
-}
-// What is formed of a value head's entries of two tokens, 0 past the chunk's end.
-template <class F>
-PRIM float2 read_two(const float* row, int t, int tokens, F formed) {
-  return make_float2(t < tokens ? formed(row[t]) : 0.0f, t + 1 < tokens ? formed(row[t + 1]) : 0.0f);
+  for (int i = 0; i < TOKENS; i++, entries += HV) x[i] = i < tokens ? formed(widen(*entries)) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * HEADS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
     token_factors(const BETA_DTYPE* beta, const G_DTYPE* g, const float* A_log, const float* dt_bias,
-                  const int64_t* cu_seqlens, float* token_factors, float scale, float bound, float factor, int N, int T,
-                  int HV) {
-  const int groups = (HV + HEADS - 1) / HEADS, lane = threadIdx.x % 32;
-  const int64_t slot = blockIdx.x / groups;
-  const int warp = threadIdx.x / 32, first_hv = blockIdx.x % groups * HEADS, hv = first_hv + warp;
+                  const int64_t* cu_seqlens, float* token_factors, float scale, float bound, float factor, int slots,
+                  int N, int T, int HV) {
+  const int lane = threadIdx.x % 32, part = lane % LANES, groups = (HV + HEADS - 1) / HEADS;
+  const int unit = blockIdx.x * WARPS + threadIdx.x / 32, slot = unit / groups;
+  if (slot >= slots) return;
+  const int hv = unit % groups * HEADS + lane / LANES;
   const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
   if (chunk.tokens <= 0) return;
-  DynSmem smem;
-  float *beta_rows = smem.take<float>(HEADS * PITCH, "beta"), *g_rows = smem.take<float>(HEADS * PITCH, "g");
-  smem.all_taken(SHARED_BYTES);
-  const int64_t first = chunk.first * HV + first_hv;
-  bring(beta_rows, beta + first, chunk.tokens, HV - first_hv, HV);
-  bring(g_rows, g + first, chunk.tokens, HV - first_hv, HV);
-  __syncthreads();
-  if (hv >= HV) return;
+  const int tokens = hv < HV ? chunk.tokens - part * TOKENS : 0;
+  const int64_t first = (chunk.first + part * TOKENS) * HV + hv;
   RawGate<float, RAW_GATE> raw = {};
-  if constexpr (RAW_GATE > 0) raw = raw_gate_of<float, RAW_GATE, BIAS, 1>(A_log, dt_bias, bound, hv, 0);
-  auto gate_of = [&](float x) { return RAW_GATE > 0 ? raw.gate(x) : x; };
-  auto beta_of = [&](float x) { return RAW_BETA ? factor * sigmoid(x) : x; };
-  const float2 betas = read_two(beta_rows + warp * PITCH, 2 * lane, chunk.tokens, beta_of);
-  const float2 gates = read_two(g_rows + warp * PITCH, 2 * lane, chunk.tokens, gate_of);
-  float* record = token_factors + (slot * HV + hv) * RECORD_WORDS;
-  // What lies between rows of factors is brought with them.
-  const int gaps[] = {BETA_AT, DOWN_AT, UP_AT, READS_AT, WRITES_AT};
+  if constexpr (RAW_GATE > 0) raw = raw_gate_of<float, RAW_GATE, BIAS, 1>(A_log, dt_bias, bound, min(hv, HV - 1), 0);
+  float gates[TOKENS], betas[TOKENS];
+  bring(betas, beta + first, tokens, HV, [&](float x) { return RAW_BETA ? factor * sigmoid(x) : x; });
+  bring(gates, g + first, tokens, HV, [&](float x) { return RAW_GATE > 0 ? raw.gate(x) : x; });
+  float* record = token_factors + ((int64_t)slot * HV + hv) * RECORD_WORDS;
 #pragma unroll
-  for (int i = 0; i < 5; i++)
-    if (lane == i) *(float4*)&record[gaps[i] + 2 * 16] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  *(float2*)&record[BETA_AT + factor_place(2 * lane)] = betas;
-  write_gates(record, sum_gates(gates, lane), scale, lane);
+  for (int row = 0; row < 4; row++) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = betas[token_of(row, i)];
+    if (hv < HV) write_row(record, x, row, part);
+  }
+  const Sums sums = sum_gates(gates, part, lane);
+  if (hv < HV) write_gates(record, sums, scale, part);
 }

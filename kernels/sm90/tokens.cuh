@@ -36,15 +36,15 @@ struct alignas(16) ChunkGates {
   float unused[3];
 };
 
-// The record of a chunk and value head, in floats: factors of tokens by factor_place, then the chunk's own. Only a
-// paired chunk has the rest.
+// What is known of a chunk's tokens, in floats as the walk has it: factors of tokens by factor_place, then the chunk's
+// own. Only a paired chunk has the rest.
 constexpr int ROW_GAP = HAS_GATE ? 4 : 0;  // without a gate there is beta alone, and no room
 constexpr int FACTOR_WORDS = CHUNK + ROW_GAP;
 constexpr int BETA_AT = 0, DOWN_AT = FACTOR_WORDS,
               UP_AT = 2 * FACTOR_WORDS;  // beta; 2^(F_i - G_i); scale / that
-constexpr int GATES_AT = 3 * FACTOR_WORDS, RECORD_HEAD = GATES_AT + 8;
-constexpr int READS_AT = RECORD_HEAD, WRITES_AT = READS_AT + FACTOR_WORDS;                   // 2^(F_i); 2^(F_C - F_i)
-constexpr int REFERENCE_AT = WRITES_AT + FACTOR_WORDS, RECORD_WORDS = REFERENCE_AT + CHUNK;  // F_i, in their order
+constexpr int GATES_AT = 3 * FACTOR_WORDS, GATE_WORDS = 8;
+constexpr int READS_AT = GATES_AT + GATE_WORDS, WRITES_AT = READS_AT + FACTOR_WORDS;       // 2^(F_i); 2^(F_C - F_i)
+constexpr int REFERENCE_AT = WRITES_AT + FACTOR_WORDS, TOKENS_END = REFERENCE_AT + CHUNK;  // F_i, in their order
 
 // Where the factor of a token lies, an even one's beside the next one's: the 16 that a thread needs of a product's
 // columns are one row, quads of which lie in other banks than those of the other three rows.
@@ -53,3 +53,12 @@ PRIM int factor_place(int token) { return factor_row(token % 8 / 2) + token / 8 
 // The factors of the columns that a thread, whose row begins at `at`, has of tiles 2 i (x and y) and 2 i + 1 (z and w).
 PRIM float4 factor_quad(const float* factors, int at, int i) { return *(const float4*)&factors[at + 4 * i]; }
 PRIM float2 factor_pair(const float* factors, int token) { return *(const float2*)&factors[factor_place(token)]; }
+
+// The same as a record in global memory, (chunk slots, HV, RECORD_WORDS): without gaps between rows, so that sectors of
+// 32 bytes are written whole. Three times a chunk's factors, its own, then what only a paired chunk has.
+constexpr int RECORD_DOWN = CHUNK, RECORD_UP = 2 * CHUNK, RECORD_GATES = 3 * CHUNK;
+constexpr int RECORD_HEAD = RECORD_GATES + GATE_WORDS;
+constexpr int RECORD_READS = RECORD_HEAD, RECORD_WRITES = RECORD_READS + CHUNK;
+constexpr int RECORD_REFERENCE = RECORD_WRITES + CHUNK, RECORD_WORDS = RECORD_REFERENCE + CHUNK;
+// Gaps before the n-th sixteen bytes of rows of factors: one in the middle of 64 tokens.
+PRIM int gaps_before(int n) { return (n + CHUNK / 8) / (CHUNK / 4); }

@@ -59,6 +59,8 @@ class FarDevice(EmulatorDevice):
 def blocks_of_the_last_sequence(launch):
     if launch.entry == "l2norm":
         return -(-TOKENS * HEADS // 8)
+    if launch.entry == "token_factors":
+        return 1  # of four slots: one that no chunk has, then those of the last sequence
     if launch.grid < 2**16:
         return launch.grid // 2  # walks, with as many for either sequence
     chunk = dict(launch.defines).get("CHUNK", 64)

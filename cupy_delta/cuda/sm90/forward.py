@@ -29,8 +29,8 @@ from .tiles import (
     CLUSTER,
     INVERSE,
     JOIN_BARRIERS,
-    RECORD_WORDS,
     TILE,
+    TOKEN_WORDS,
     box,
     slices_of,
     transfer_cluster,
@@ -194,7 +194,7 @@ def forward_shared(
     if output:
         tiles += [(value_tiles * count, size), (factors * count, size)]
     tiles += [(values * value_tiles * count, size), (factors * count, size)]
-    words = RECORD_WORDS if gate else CHUNK
+    words = TOKEN_WORDS if gate else CHUNK
     rest = [(A_STAGES * INVERSE, 4), (keys * words, 4)]
     barriers = 2 * (keys + values + factors + A_STAGES + output) + 2 + joins * JOIN_BARRIERS
     end = carve(*rest, start=carve(*tiles, align=1024)) + barriers * BARRIER

@@ -6,10 +6,10 @@ import numpy as np
 
 from ...call import Call
 from ...raw import RawBeta, RawGate
-from ..spec import C_TYPES, SUMS, Launch, carve, i32, raw_macros, slots
+from ..spec import C_TYPES, SUMS, Launch, i32, raw_macros, slots
 from .tiles import CHUNK
 
-HEADS, PITCH = 8, CHUNK + 4  # value heads per block; floats from one to the next
+HEADS, WARPS = 8, 4  # value heads per warp; warps per block
 
 
 def token_factors_launch(
@@ -33,9 +33,9 @@ def token_factors_launch(
         "sm90/gates.cu",
         "token_factors",
         tuple(defines.items()),
-        slots(call, CHUNK) * -(-call.HV // HEADS),
-        32 * HEADS,
-        carve((2 * HEADS * PITCH, 4)),
+        -(-slots(call, CHUNK) * -(-call.HV // HEADS) // WARPS),
+        32 * WARPS,
+        0,
         (
             "logits" if raw_beta else "beta",
             "a" if raw_gate else "g",
@@ -46,6 +46,7 @@ def token_factors_launch(
             np.float32(call.scale),
             np.float32(raw_gate.bound if raw_gate else 0),
             np.float32(raw_beta.scale if raw_beta else 0),
+            i32(slots(call, CHUNK)),
             i32(call.N),
             i32(call.T),
             i32(call.HV),

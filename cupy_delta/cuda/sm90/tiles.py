@@ -10,8 +10,10 @@ BOX = 64  # elements of 16 bits in a row of a swizzled tile
 TILE = (CHUNK * BOX, 2)
 INVERSE = CHUNK * 36
 BARRIER, JOIN_BARRIERS = 8, 5
-# As sm90/tokens.cuh: the record of a chunk and value head, of factors with gaps between rows.
-RECORD_WORDS = 5 * (CHUNK + 4) + 8 + CHUNK
+# As sm90/tokens.cuh: the record of a chunk and value head, and in shared memory with gaps between
+# rows of factors.
+RECORD_WORDS = 6 * CHUNK + 8
+TOKEN_WORDS = RECORD_WORDS + 5 * 4
 # Blocks of a transfer that solve chunks for each other, where their number allows.
 CLUSTER = 2
 

@@ -55,7 +55,7 @@ constexpr int MATH_BARRIER = SOLVER_BARRIER + SOLVERS;  // and next: one per mat
 constexpr int JOIN_STAGE = KEY_STAGES - 2;
 static_assert(!JOINS || JOIN_STAGE >= 0, "two buffers");
 constexpr int A_STAGES = 2, INVERTERS = CLUSTER > 1 ? 2 : 3;
-constexpr int TOKEN_WORDS = HAS_GATE ? RECORD_WORDS : FACTOR_WORDS;
+constexpr int TOKEN_WORDS = HAS_GATE ? TOKENS_END : FACTOR_WORDS;
 static_assert(WITH_INVERTERS || SOLVERS == A_STAGES, "a solver that inverts has an A of its own");
 static_assert(CLUSTER == 1 || (TRANSFER && WITH_INVERTERS), "of factors, what is sent is X");
 static_assert(SLICES % CLUSTER == 0, "the blocks of a cluster share a head");

@@ -4,8 +4,8 @@
 #include "sm90/forward/shared.cuh"
 
 PRIM float* tokens_of(const Shared& s, int stage) { return s.tokens + stage * TOKEN_WORDS; }
-PRIM const ChunkGates& gates_of(const float* tokens) { return *(const ChunkGates*)(tokens + GATES_AT); }
-PRIM bool is_paired(const float* tokens) { return HAS_GATE && gates_of(tokens).paired != 0.0f; }
+PRIM const ChunkGates& gates_of(const float* record) { return *(const ChunkGates*)(record + RECORD_GATES); }
+PRIM bool is_paired(const float* record) { return gates_of(record).paired != 0.0f; }
 
 // One chunk after the other: what is written has come from global memory a chunk before.
 struct TokenLoader {
@@ -42,21 +42,24 @@ struct TokenLoader {
   }
   // In other chunks all tokens have the unit of the chunk.
   PRIM void write_more(uint4* words) const {
-    const uint32_t is_paired = __shfl_sync(~0u, next_record[1].x, GATES_AT / 4 - 32);
-    const uint32_t enter = __shfl_sync(~0u, next_record[1].x, GATES_AT / 4 + 1 - 32);
+    const uint32_t is_paired = __shfl_sync(~0u, next_record[1].x, RECORD_GATES / 4 - 32);
+    const uint32_t enter = __shfl_sync(~0u, next_record[1].x, RECORD_GATES / 4 + 1 - 32);
+    constexpr int WRITES = (RECORD_WRITES - RECORD_READS) / 4, REFERENCE = (RECORD_REFERENCE - RECORD_READS) / 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int at = RECORD_HEAD / 4 + i * 32 + lane;
-      const uint32_t x = at < WRITES_AT / 4 ? enter : at < REFERENCE_AT / 4 ? __float_as_uint(1.0f) : 0;
-      if (at < RECORD_WORDS / 4) words[at] = is_paired ? next_record[2 + i] : make_uint4(x, x, x, x);
+      const int at = i * 32 + lane, place = READS_AT / 4 + at + min(gaps_before(at), 2);  // two rows of factors
+      const uint32_t x = at < WRITES ? enter : at < REFERENCE ? __float_as_uint(1.0f) : 0;
+      if (at < (RECORD_WORDS - RECORD_HEAD) / 4) words[place] = is_paired ? next_record[2 + i] : make_uint4(x, x, x, x);
     }
   }
   PRIM void write(float* to) const {
     if constexpr (HAS_GATE) {
       uint4* words = (uint4*)to;
-      words[lane] = next_record[0];
-      if (lane + 32 < RECORD_HEAD / 4) words[lane + 32] = next_record[1];
-      if (WITH_PAIRS && work.pairs) write_more(words);
+      constexpr int GAPS = 32 / (CHUNK / 4);  // among the first 32
+      words += lane + gaps_before(lane);
+      words[0] = next_record[0];
+      if (lane + 32 < RECORD_HEAD / 4) words[32 + GAPS] = next_record[1];
+      if (WITH_PAIRS && work.pairs) write_more((uint4*)to);
     } else {
       *(float2*)&to[BETA_AT + factor_place(2 * lane)] = next_beta;
     }

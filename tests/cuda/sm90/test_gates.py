@@ -193,6 +193,16 @@ def test_empty_sequences_keep_their_state(divided):
         assert np.array_equal(result.final_state[n], kw["initial_state"][n])
 
 
+@pytest.mark.parametrize("H", [4, 5])
+def test_value_heads_that_fill_a_warp_of_factors_or_not(divided, H):
+    """Of eight and ten, a warp makes the records of eight: each has its own gates."""
+    divided(1)
+    args, kw = gated(-0.01, H=H)
+    rng = np.random.default_rng(5)
+    args[4] = -rng.exponential(np.geomspace(0.01, 5.0, 2 * H), args[4].shape).astype(np.float32)
+    check(args, kw)
+
+
 def test_a_gated_walk_is_one_launch():
     for dtype, heads, math in (("bfloat16", 64, 2), ("bfloat16", 16, 1), ("float16", 64, 2)):
         sizes = dict(K=128, V=128, H=heads, B=4, T=8192, gate=True)
