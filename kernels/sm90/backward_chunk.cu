@@ -13,8 +13,8 @@
 // its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, dY, S, dS'), from one head or pair
 // to the next. b and decays multiply rows and columns of sums, never a tile: operands are used as they land.
 //
-// Warpgroup 0: a warp loads with TMA, the other three make dV and dbeta. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dK
-// and, from what all of them sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
+// Warpgroup 0: a warp loads with TMA, the other three make dV. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
+// from what both sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
 //
 // Numbers: operands of products in DTYPE, sums in float, results rounded once; dbeta and dg in float. dQ and dK are
 // summed over the value heads of a key head in registers, in their order: the same bits every time.
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 8);
     mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4);
 #if HAS_GATE
-    mbarrier_init(s.sums.full, 8 + VALUE_WARPS);
+    mbarrier_init(s.sums.full, 8);
 #endif
     mbarrier_init(s.landed, 1), mbarrier_init(s.landed + 1, 1);
     mbarrier_init_fence();
@@ -57,12 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == 0)
       load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
     else
-      make_values(s, work, beta, decays, {dv, dbeta}, warp - 1, lane);
+      make_values(s, work, beta, dv, warp - 1, lane);
   } else if (warpgroup == 1) {
     more_registers<QUERY_REGISTERS>();
     make_queries(s, work, beta, decays, dq, scale, thread);
   } else {
     more_registers<KEY_REGISTERS>();
-    make_keys(s, work, beta, decays, dk, dg, thread);
+    make_keys(s, work, {beta, decays}, {dk, dbeta, dg}, thread);
   }
 }

@@ -30,7 +30,7 @@ THREADS = 384
 STAGES = {1: 4, 2: 3}
 # With a gate Q and K come with the first slice, not at the end of a head, and have two buffers.
 GATED_STAGES, GATED_KEY_STAGES = {1: 4, 2: 2}, 2
-MATH_WARPS, VALUE_WARPS = 8, 3
+MATH_WARPS = 8
 
 
 def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
@@ -94,7 +94,7 @@ def backward_chunk_shared(K: int, gated: bool) -> int:
     rows = [(2 * CHUNK * (3 if gated else 1), 4)]
     if gated:
         # Sums for its gradient: of pairs by each math warp, and three more.
-        rows += [((MATH_WARPS + 3) * CHUNK, 4), (VALUE_WARPS, 4), (1, BARRIER)]
+        rows += [((MATH_WARPS + 3) * CHUNK, 4), (MATH_WARPS // 2, 4), (1, BARRIER)]
     barriers = (stages, stages, key_stages, key_stages, 1, 1, 2)
     return carve(*rows, *((count, BARRIER) for count in barriers), start=tiles)
 

@@ -121,8 +121,7 @@ PRIM void sum_rectangles(float* sums, const float (&Z)[8][4], int warp, int lane
 // dg of a chunk, from row (first token, value head) on, by a warp.
 PRIM void write_gate_gradient(float* dg, const Sums& sums, int tokens, int64_t stride, int lane) {
   auto two = [&](const float* x) { return *(const float2*)&x[2 * lane]; };
-  static_assert(VALUE_WARPS <= 4, "one of four lanes for each");
-  float states = lane % 4 < VALUE_WARPS ? sums.states[lane % 4] : 0.0f;
+  float states = sums.states[lane % 4];
   states += __shfl_xor_sync(~0u, states, 1);
   states += __shfl_xor_sync(~0u, states, 2);
   float2 result = make_float2(states, states);

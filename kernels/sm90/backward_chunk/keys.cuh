@@ -7,7 +7,7 @@ struct Keys {
   const Shared& s;
   const Work& work;
   const float *beta, *decays;
-  float* dg;
+  float *dbeta, *dg;
   const int warp, lane;
   Ring<SLICE_STAGES> ring;
   Ring<KEY_STAGES> keys;
@@ -33,6 +33,7 @@ struct Keys {
     } else {
       add_slices(E, dK, b);
     }
+    write_dbeta(E, first, tokens);
     add_pairs(E, dK);
     if constexpr (HAS_GATE) sum_gates(E, reads, writes, first, tokens);
     pairs.advance();
@@ -94,6 +95,17 @@ struct Keys {
     }
   }
 
+  // dbeta, which is on the diagonal of dY N^^T.
+  PRIM void write_dbeta(const float (&E)[8][4], int64_t first, int tokens) const {
+    float diagonal[2];
+    const bool has_it = take_diagonal(diagonal, E, warp, lane);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int t = warp * 16 + half * 8 + lane / 4;
+      if (has_it && t < tokens) dbeta[first + (int64_t)t * work.HV] = diagonal[half];
+    }
+  }
+
   PRIM void free_slice() {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.free + ring.stage);
@@ -149,9 +161,17 @@ struct Keys {
   }
 };
 
-PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const float* decays, DTYPE* dk, float* dg,
-                    int thread) {
-  Keys role = {s, work, beta, decays, dg, thread / 32, thread % 32};
+struct Inputs {
+  const float *beta, *decays;
+};
+struct KeyGradients {
+  DTYPE* dk;
+  float *dbeta, *dg;
+};
+
+PRIM void make_keys(const Shared& s, const Work& work, const Inputs& inputs, const KeyGradients& to, int thread) {
+  const float* decays = inputs.decays;
+  Keys role = {s, work, inputs.beta, decays, to.dbeta, to.dg, thread / 32, thread % 32};
   for_each_pair(work, [&](const Chunk& chunk, int slot, int h) {
     const int groups = work.HV / work.H;
     float dK[K_TILES][4];
@@ -162,6 +182,6 @@ PRIM void make_keys(const Shared& s, const Work& work, const float* beta, const 
                     HAS_GATE ? decays_of(decays, slot, hv, work.HV) : nullptr);
     }
     free_keys(s, role.keys, role.lane);
-    write_gradient(dk, dK, 1.0f, chunk, work.H, h, thread);
+    write_gradient(to.dk, dK, 1.0f, chunk, work.H, h, thread);
   });
 }

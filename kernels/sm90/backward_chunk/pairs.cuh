@@ -94,8 +94,7 @@ PRIM void write_gradient(DTYPE* out, const float (&d)[K_TILES][4], float factor,
                          int thread) {
   const int first = thread / 32 * 16;
   const int64_t row = (chunk.first + first) * H + h;
-  store_wide<DTYPE, true>(out + row * HEAD_K, (int64_t)H * HEAD_K, d, factor, chunk.tokens - first, HEAD_K,
-                          thread % 32);
+  store_wide(out + row * HEAD_K, (int64_t)H * HEAD_K, d, factor, chunk.tokens - first, HEAD_K, thread % 32);
 }
 
 // A warp is done with Q and K.

@@ -14,14 +14,19 @@ struct Queries {
   // Adds what a value head has to dQ.
   PRIM void add_head(float (&dQ)[K_TILES][4], const Column& own, const float* decay_rows) {
     DecayedRows reads;
-    if constexpr (HAS_GATE) load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
+    float states[8][4], over = 0.0f;  // S dS'^T, whose diagonal counts; the decay over the chunk
+    if constexpr (HAS_GATE) {
+      load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
+      over = decay_rows[READS * CHUNK + CHUNK - 1];
+      clear(states);
+    }
     float dPqk[8][4];
     clear(dPqk);
     for (int slice = 0; slice < SLICES; slice++) {
       const DTYPE* stage = s.stages + ring.stage * STAGE;
       mbarrier_wait(s.full + ring.stage, ring.parity);
       if constexpr (HAS_GATE)
-        add_slice_decayed(dPqk, dQ, reads, stage);
+        add_slice_decayed(dPqk, dQ, states, reads, stage);
       else
         add_slice(dPqk, dQ, stage);
       pin(dPqk), pin(dQ);
@@ -30,7 +35,7 @@ struct Queries {
       ring.advance();
     }
     add_pairs(dPqk, dQ, own);
-    if constexpr (HAS_GATE) sum_gates(dPqk, reads);
+    if constexpr (HAS_GATE) sum_gates(dPqk, states, over, reads);
   }
 
   PRIM const DTYPE* q() const { return s.q + keys.stage * K_BOXES * TILE; }
@@ -52,16 +57,21 @@ struct Queries {
   }
 
   // The same with decays of reads, of which dg has the sums.
-  PRIM void add_slice_decayed(float (&dPqk)[8][4], float (&dQ)[K_TILES][4], DecayedRows& reads,
+  PRIM void add_slice_decayed(float (&dPqk)[8][4], float (&dQ)[K_TILES][4], float (&states)[8][4], DecayedRows& reads,
                               const DTYPE* stage) const {
-    pin(dPqk);
+    pin(dPqk), pin(states);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
       wgmma<DTYPE, false, false>(dPqk, step_along_rows(stage, step), step_along_rows(stage + N_AT, step), true);
+#pragma unroll
+    for (int step = 0; step < KP / 16; step++)
+      wgmma<DTYPE, false, false>(states, step_along_rows(stage + S_AT, step), step_along_rows(stage + DS_AT, step),
+                                 true);
     wgmma_commit();
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
     add_decayed(dQ, reads, stage, stage + S_AT, q(), warp, lane);
+    pin(states);
   }
 
   // dPqk becomes scale times that of the chunk, which keys need too, and dQ += dPqk K.
@@ -96,7 +106,13 @@ struct Queries {
   }
 
   // What queries have part in of dg.
-  PRIM void sum_gates(float (&dPqk)[8][4], DecayedRows& reads) const {
+  PRIM void sum_gates(float (&dPqk)[8][4], const float (&states)[8][4], float over, DecayedRows& reads) const {
+    float diagonal[2];
+    take_diagonal(diagonal, states, warp, lane);
+    float sum = diagonal[0] + diagonal[1];
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+    if (lane == 0) s.sums.states[warp] = over * sum;
     multiply_pairs(dPqk, q(), k());
     sum_rectangles(s.sums.pairs + warp * CHUNK, dPqk, warp, lane);
     reads.sums[0] *= scale * reads.factor[0], reads.sums[1] *= scale * reads.factor[1];

@@ -10,9 +10,8 @@ constexpr int KP = HEAD_K <= 64 ? 64 : 128, K_BOXES = KP / BOX, K_TILES = KP / 8
 constexpr int SLICES = (HEAD_V + BOX - 1) / BOX;
 // Per thread, as the compiler needs them. A block starts with 168 for each, what 65536 are for 384 threads in steps of
 // 8, and cannot have more later.
-constexpr bool MORE_FOR_QUERIES = HAS_GATE && SLICES > 1;
-constexpr int VALUE_REGISTERS = MORE_FOR_QUERIES ? 96 : 88, QUERY_REGISTERS = MORE_FOR_QUERIES ? 192 : 184;
-constexpr int KEY_REGISTERS = MORE_FOR_QUERIES ? 216 : 232;
+constexpr int VALUE_REGISTERS = !HAS_GATE ? 88 : SLICES > 1 ? 64 : 56, QUERY_REGISTERS = HAS_GATE ? 216 : 184;
+constexpr int KEY_REGISTERS = HAS_GATE && SLICES > 1 ? 224 : 232;
 static_assert(VALUE_REGISTERS + QUERY_REGISTERS + KEY_REGISTERS <= 3 * 168,
               "a warpgroup would wait for registers for ever");
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
@@ -28,7 +27,7 @@ constexpr bool KEYS_FIRST = HAS_GATE;
 static_assert(!KEYS_FIRST || KEY_STAGES > 1, "a ring of one would keep the loads of slices waiting");
 
 // What dg of a value head is summed from: of pairs of tokens, per math warp; reads of S by queries and by keys; writes
-// into the next state; c <S, dS'>, per warp.
+// into the next state; c <S, dS'>, per warp of queries.
 struct Sums {
   float *pairs, *query_reads, *key_reads, *writes, *states;
   uint64_t* full;
@@ -54,7 +53,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.sums.query_reads = smem.take<float>(CHUNK, "reads by queries");
   s.sums.key_reads = smem.take<float>(CHUNK, "reads by keys");
   s.sums.writes = smem.take<float>(CHUNK, "writes");
-  s.sums.states = smem.take<float>(VALUE_WARPS, "sums of states");
+  s.sums.states = smem.take<float>(4, "sums of states");
   s.sums.full = smem.take<uint64_t>(1, "sums full");
 #endif
   s.full = smem.take<uint64_t>(SLICE_STAGES, "full");
@@ -81,6 +80,19 @@ PRIM void for_each_pair(const Work& work, Body body) {
     const Chunk chunk = find_chunk<CHUNK>(work.cu_seqlens, slot, work.N, work.T);
     if (chunk.tokens > 0) body(chunk, slot, pair % work.H);
   }
+}
+
+// Of 64 x 64 sums, of which a warp has 16 rows, the diagonal: of the two rows in which a lane has sums, or zero where
+// others have it. True: the lane has it.
+PRIM bool take_diagonal(float (&x)[2], const float (&d)[8][4], int warp, int lane) {
+  const bool has_it = lane / 8 == lane % 4, second = lane / 4 % 2;
+  x[0] = x[1] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const int half = j % 2;
+    if (has_it && j / 2 == warp) x[half] = second ? d[j][2 * half + 1] : d[j][2 * half];
+  }
+  return has_it;
 }
 
 struct Maps {

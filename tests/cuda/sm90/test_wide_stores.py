@@ -1,4 +1,4 @@
-"""Rows leave the factors sixteen bytes at a time, in what NVRTC makes of them."""
+"""Rows leave factors and gradients sixteen bytes at a time, in what NVRTC makes of them."""
 
 import re
 from collections import defaultdict
@@ -25,7 +25,9 @@ def single_words(ptx: str) -> int:
     )
 
 
-@pytest.mark.parametrize("entry", ["wy_factors_hopper", "channel_factors_hopper"])
+@pytest.mark.parametrize(
+    "entry", ["wy_factors_hopper", "channel_factors_hopper", "backward_chunk_hopper"]
+)
 def test_sixteen_bytes_are_one_store(entry):
     launch = next(x for x in resources.launches("sm_90").values() if x.entry == entry)
     ptx = nvrtc.compile_source(variant_source(launch.file, launch.macros), "compute_90a").ptx
