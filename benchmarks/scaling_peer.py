@@ -1,7 +1,8 @@
 """fla's context parallelism, as `scaling.py` times ours: one process for each GPU.
 
 python benchmarks/scaling_peer.py --seconds 60    (with fla-core and torch installed)
-python benchmarks/scaling_peer.py --gpus 1 --alone --lengths 65536    a share without its exchange
+python benchmarks/scaling_peer.py --only cut --lengths 131072    one row, compiled once
+python benchmarks/scaling_peer.py --gpus 1 --only alone --lengths 65536    a share, not its exchange
 
 Its gated delta rule with g = 0, since the rule without a gate has no context parallelism there.
 Each GPU has consecutive tokens of one sequence. "One GPU" is the same operator without it. Times
@@ -27,9 +28,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, help="by default all")
     parser.add_argument(
-        "--alone",
-        action="store_true",
-        help="time one GPU with so many tokens: no share of as many can take less",
+        "--only",
+        choices=("alone", "cut"),
+        help="one GPU with so many tokens (no share of as many can take less), or all of them",
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--seconds", type=float, default=60.0, help="after which no row begins")
@@ -41,11 +42,11 @@ def main() -> int:
     os.environ.setdefault("NCCL_IB_DISABLE", "1")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)}
     end = time.time() + args.seconds
-    torch.multiprocessing.spawn(work, (size, tuple(args.lengths), end, args.alone), size)
+    torch.multiprocessing.spawn(work, (size, tuple(args.lengths), end, args.only), size)
     return 0
 
 
-def work(rank: int, size: int, lengths: tuple[int, ...], end: float, only_alone: bool) -> None:
+def work(rank: int, size: int, lengths: tuple[int, ...], end: float, only: str | None) -> None:
     import torch
     import torch.distributed as dist
 
@@ -53,16 +54,17 @@ def work(rank: int, size: int, lengths: tuple[int, ...], end: float, only_alone:
     dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device(rank))
     session = Session(rank, size)
     for T in lengths:
-        alone = session.alone(T)
-        cut = {} if only_alone else session.cut(T)
-        weak = {} if only_alone or session.over(end) else session.cut(T * size)
+        alone = {} if only == "cut" else session.alone(T)
+        cut = {} if only == "alone" else session.cut(T)
+        weak = {} if only or session.over(end) else session.cut(T * size)
         for what in PASSES if rank == 0 else ():
             if what in session.failed:
                 print(f"fla {what}, T {T}: {session.failed[what]}", flush=True)
                 continue
-            row = {"fla": what, "T": T, "one GPU": alone[what]}
-            if cut:
-                row[f"{size} GPUs"] = cut[what]
+            row = {"fla": what, "T": T}
+            row |= {"one GPU": alone[what]} if alone else {}
+            row |= {f"{size} GPUs": cut[what]} if cut else {}
+            if alone and cut:
                 row["times as fast"] = round(alone[what] / cut[what], 2)
             if weak:
                 row["T for each"], row["efficiency"] = weak[what], alone[what] / weak[what]
