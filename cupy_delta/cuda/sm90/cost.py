@@ -43,7 +43,7 @@ BACKWARD = Rates({1: 1.5, 2: 1.85}, {1: 0.98, 2: 1.4})
 
 # Of a chunk and value head on one multiprocessor: of factors with such a gate, beside a walk as it
 # is predicted here, and of the walk that makes them, in one kernel. Measured on an H200.
-CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 6.3
+CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 5.6
 
 
 class Choice(NamedTuple):

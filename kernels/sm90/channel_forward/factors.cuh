@@ -41,12 +41,19 @@ struct Pairs {
   }
 };
 
-// The six pairs of blocks that meet, of a warp: three have one with a block in between, the first one has the others.
+// Of the six pairs of blocks that meet a warp has M or Pqk of three: of those without a block in between, or with.
 struct Meeting {
   int warp;
-  PRIM int later(int n) const { return warp == 0 ? n + 1 : warp == 1 ? 2 : 3; }
-  PRIM int earlier(int n) const { return warp == 0 ? n : warp == 3 ? 1 : 0; }
-  PRIM int power() const { return warp == 1 ? UNTIL + 1 : warp == 2 ? BETWEEN : UNTIL + 2; }
+  PRIM bool queries() const { return warp % 2 == 1; }
+  PRIM bool apart() const { return warp / 2 == 1; }
+  template <bool APART>
+  static PRIM constexpr int later(int n) {
+    return APART ? (n == 0 ? 2 : 3) : n + 1;
+  }
+  template <bool APART>
+  static PRIM constexpr int earlier(int n) {
+    return APART ? n % 2 : n;
+  }
 };
 
 struct FactorWarp {
@@ -189,49 +196,59 @@ struct FactorWarp {
     __syncwarp();  // the rows are about to be overwritten
   }
 
-  // A later block's rows by keys of an earlier one, and Pqk of them. APART: times powers of what lies in between.
+  // Later blocks' rows by keys of earlier ones, three pairs at once. APART: times powers of what lies in between.
   template <bool APART>
-  PRIM void meet(Pairs& pairs, int later, int earlier, int power) const {
-    const int late = piece_place(later * BLOCK + lane % 16, lane / 16);
-    const int soon = piece_place(earlier * BLOCK + lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ OTHER;
-    clear(pairs.m), clear(pairs.p);
+  PRIM void meet(float (&sums)[3][2][4], const DTYPE* tile) const {
+    const int late = piece_place(lane % 16, lane / 16),
+              soon = piece_place(lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ OTHER;
+    constexpr int FIRST = Meeting::later<APART>(0), BLOCKS = APART ? 2 : 3;
+#pragma unroll
+    for (int n = 0; n < 3; n++) clear(sums[n]);
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) {
-      uint32_t keys[4], queries[4], early[4];
       const int turn = step % 4 * 16, box = step / 4 * TILE;
-      ldmatrix_x4(keys, at.k + (late ^ turn) + box), ldmatrix_x4(queries, at.q + (late ^ turn) + box);
-      ldmatrix_x4(early, at.others + (soon ^ turn) + box);
-      if constexpr (APART) {
-        const DTYPE* f = at.powers + power * KP + step * 16 + lane % 4 * 2;
-        const uint32_t low = *(const uint32_t*)f, high = *(const uint32_t*)(f + 8);
+      uint32_t rows[BLOCKS][4], early[BLOCKS][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          keys[i] = multiply2<DTYPE>(keys[i], i < 2 ? low : high);
-          queries[i] = multiply2<DTYPE>(queries[i], i < 2 ? low : high);
-        }
+      for (int n = 0; n < BLOCKS; n++) {
+        ldmatrix_x4(rows[n], tile + (late ^ turn) + box + (FIRST + n) * BLOCK * BOX);
+        ldmatrix_x4(early[n], at.others + (soon ^ turn) + box + n * BLOCK * BOX);
       }
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        mma_m16n8k16<DTYPE>(pairs.m[h], keys, early[2 * h], early[2 * h + 1]);
-        mma_m16n8k16<DTYPE>(pairs.p[h], queries, early[2 * h], early[2 * h + 1]);
+      for (int n = 0; n < 3; n++) {
+        uint32_t left[4];
+        const int later = Meeting::later<APART>(n), earlier = Meeting::earlier<APART>(n);
+#pragma unroll
+        for (int i = 0; i < 4; i++) left[i] = rows[later - FIRST][i];
+        if constexpr (APART) {
+          const DTYPE* f = at.powers + (n == 2 ? BETWEEN : UNTIL + 1 + n) * KP + step * 16 + lane % 4 * 2;
+          const uint32_t low = *(const uint32_t*)f, high = *(const uint32_t*)(f + 8);
+#pragma unroll
+          for (int i = 0; i < 4; i++) left[i] = multiply2<DTYPE>(left[i], i < 2 ? low : high);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          mma_m16n8k16<DTYPE>(sums[n][h], left, early[earlier][2 * h], early[earlier][2 * h + 1]);
       }
     }
-    pairs.write_p(at.p, later, earlier, lane);
   }
 
   // The warp's pairs of blocks that meet, and M of all its pairs in the place of keys for other blocks.
-  template <int PAIRS>
+  template <bool APART>
   PRIM void meet_all(const Pairs& own) const {
-    const Meeting meeting = {block};
-    Pairs met[PAIRS];
-#pragma unroll
-    for (int n = 0; n < PAIRS; n++) meet<PAIRS == 1>(met[n], meeting.later(n), meeting.earlier(n), meeting.power());
+    const bool queries = Meeting{block}.queries();
+    float sums[3][2][4];
+    meet<APART>(sums, queries ? at.q : at.k);
     named_barrier(FACTOR_BARRIER, 128);  // everyone is done with these keys, and with rows as of blocks
     float* m = (float*)at.others;
     store_block_of_m(m, own.m, block * BLOCK, block * BLOCK, lane);
 #pragma unroll
-    for (int n = 0; n < PAIRS; n++)
-      store_block_of_m(m, met[n].m, meeting.later(n) * BLOCK, meeting.earlier(n) * BLOCK, lane);
+    for (int n = 0; n < 3; n++) {
+      const int later = Meeting::later<APART>(n) * BLOCK, earlier = Meeting::earlier<APART>(n) * BLOCK;
+      if (queries)
+        write_box(at.p, sums[n][0], sums[n][1], later, earlier, lane);
+      else
+        store_block_of_m(m, sums[n], later, earlier, lane);
+    }
   }
 
   // The block's K and Q as of the chunk's start: four pieces of each at a time, so that loads do not wait for stores.
@@ -267,10 +284,10 @@ struct FactorWarp {
     own.finish(beyond, within, lane);
     own.write_p(at.p, block, block, lane);
     named_barrier(FACTOR_BARRIER, 128);
-    if (block == 0)
-      meet_all<3>(own);
+    if (Meeting{block}.apart())
+      meet_all<true>(own);
     else
-      meet_all<1>(own);
+      meet_all<false>(own);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(pairs_full);
     bring_to_chunk();

@@ -67,13 +67,15 @@ struct GateWarp {
     const int64_t stride = (int64_t)work.HV * HEAD_K;
     const int four = lane % 16, row = lane / 16, from_channel = half * BOX + 4 * four;
     from += row * stride + from_channel;
+    char* to = fours(at, 0, four);
+    const int start = offset(row, four);
 #pragma unroll 1
-    for (int first = 0; first < CHUNK; first += 8) {
-      char* const to = fours(at, first, four);
+    for (int first = 0; first < CHUNK; first += 8, to += 8 * BOX * sizeof(DTYPE)) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2, from += 2 * stride) {
         const bool inside = ALL || (first + i + row < tokens && from_channel < HEAD_K);
-        cp_async<16>(to + offset(i + row, four), inside ? from : g, inside ? 16 : 0);
+        const int place = (start ^ i * 8 * (int)sizeof(DTYPE)) + i * BOX * (int)sizeof(DTYPE);  // of row i further on
+        cp_async<16>(to + place, inside ? from : g, inside ? 16 : 0);
       }
     }
   }

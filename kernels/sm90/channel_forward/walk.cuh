@@ -41,8 +41,7 @@ struct Walker {
       mbarrier_wait(s.core_full + stage, place.stage.parity);
       correct(R, at);
       round_columns<DTYPE>(N, R, at.beta, part.lane());
-      add_chunk(O, state, N, at);
-      say(s.keys_free + place.key.stage);
+      add_chunk(O, state, N, at, s.keys_free + place.key.stage);
       say(s.stage_free + stage);
       send(O, c);
     }
@@ -84,20 +83,24 @@ struct Walker {
     wgmma_wait<0>();
     pin(R);
   }
-  // S += K^T N and O = Q S + Pqk N, S as it entered
-  PRIM void add_chunk(float (&O)[8][4], uint32_t (&state)[K_STEPS][4], uint32_t (&N)[4][4], const Stage& at) {
+  // O = Q S + Pqk N and S += K^T N, O of S as it entered. `read`: K and Q were.
+  PRIM void add_chunk(float (&O)[8][4], uint32_t (&state)[K_STEPS][4], uint32_t (&N)[4][4], const Stage& at,
+                      uint64_t* read) {
     pin(state);
     pin(N);
     pin(S);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, N[step], step_of_rows(at.writes, step), true);
-#pragma unroll
     for (int step = 0; step < K_STEPS; step++)
       wgmma<DTYPE, false>(O, state[step], step_along_rows(at.q, step), step > 0);
+    wgmma_commit();
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, N[step], step_along_rows(at.p, step), true);
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, N[step], step_of_rows(at.writes, step), true);
     wgmma_commit();
+    wgmma_wait<1>();
+    say(read);
     wgmma_wait<0>();
     pin(S);
     pin(O);
