@@ -11,7 +11,7 @@
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
 // the identity: what is left is H and P of dS' -> P dS' + H. The walk with JOINS goes through all of them at once and
 // joins for each those that come after it in the sequence (sm90/join.cuh). Arrays of segments are in the order of the
-// walk, last segment first.
+// walk, last segment first. A gate per head cuts transfers short (sm90/training/cut.cuh).
 //
 // A math warpgroup holds 64 value channels of dS^T in accumulators, from which dS'^T, (b dN)^T and (b dY)^T are left
 // operands of wgmma: the chain from dS' to dS passes nothing through shared memory. What is not of the chain, the
@@ -26,6 +26,7 @@
 // value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
+#include "sm90/training/cut.cuh"
 #include "sm90/training/start.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
@@ -217,11 +218,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if TRANSFER || JOINS
                           const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
-                          const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
-                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments,
-                          int transferred) {
+                          const float* beta, const float* decays,
+#if TRANSFER && HAS_GATE == 1
+                          const DTYPE* k,
+#endif
+                          const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dy, float* dinitial_state,
+                          float scale, int T, int H, int HV, int segments, int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
+  Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
   Shared s;
   Joins joins = {};
 #if TRANSFER || JOINS
@@ -235,6 +239,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   inputs.writing = &k_write_map;
 #endif
   inputs.beta = beta, inputs.decays = decays;
+  bool cut = false;
+#if TRANSFER && HAS_GATE == 1
+  cut = cut_short(work, (float*)s.states, k, beta, decays, H);
+#endif
   if (warpgroup == MATH) return supply(s, inputs, work, joins.joined, warp, lane);
   if constexpr (MATH == 2) more_registers<MATH_REGISTERS>();
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
@@ -243,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float dS[K_TILES][4];
   clear(dS);
 #if TRANSFER
-  if (!work.values) add_identity(dS, 1.0f, value, lane);
+  if (!work.values && !cut) add_identity(dS, 1.0f, value, lane);
 #else
   if (dfinal_state != nullptr) {
 #pragma unroll
@@ -252,8 +260,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
   if constexpr (JOINS) join(dS, joins, work.n * (int64_t)transferred, work.step, part);
   const Rows rows = {&dy_map, dy};
-  const Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
+  Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
   if constexpr (TRANSFER) {
+    if (cut) over_chunks.forget();
     leave_transfer(s, work, dS, transfers, over_chunks, part);
   } else if (work.last) {
     // One per sequence, from its first segment.

@@ -62,13 +62,15 @@ def backward_state_hopper_launch(
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     tiles = choice.transfer_tiles if transfer else choice.value_tiles
     start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
+    # Whether a gate per head cuts a transfer short depends on its keys, too.
+    keys = (normal(call, "k"),) if transfer and call.gate == "scalar" else ()
     return given_walk_launch(
         call,
         "sm90/backward_state.cu",
         "backward_state_hopper",
         "do",
         ("dstates", "dy"),
-        (start, "cu_seqlens", "dy", end),
+        (*keys, start, "cu_seqlens", "dy", end),
         tiles=tiles,
         stages=(CHANNEL_WALK_STAGES if call.gate == "channel" else WALK_STAGES)[tiles],
         segments=choice.segments,

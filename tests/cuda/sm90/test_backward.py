@@ -163,13 +163,56 @@ def test_gates(divided, on_reference, gates, math):
 
 @pytest.mark.parametrize(
     ("gates", "dtype", "layout", "division"),
-    [("mean .1", F16, "vk", (1, 3)), ("resets", F16, "kv", (2, 1)), ("weak", BF16, "vk", (2, 4))],
+    [
+        ("mean .1", F16, "vk", (1, 3)),
+        ("resets", F16, "kv", (2, 1)),
+        ("weak", BF16, "vk", (2, 4)),
+        ("mean 5", BF16, "kv", (1, 2)),
+    ],
 )
 def test_gates_over_segments(divided, on_reference, gates, dtype, layout, division):
     """What a segment leaves of a state is its decay times what it does to it."""
     divided(*division)
     args, kw = gated(gates, 400, G=2, K=96, V=72, dtype=dtype, initial=True, layout=layout)
     check(divided, on_reference, args, kw)
+
+
+def test_transfers_begin_where_something_is_left(divided):
+    """Those that gates and keys cut short meet no NaN of the last chunk, and pass nothing on."""
+    divided(1, 2)
+    args, kw = make_inputs(380, G=5, K=64, V=64, dtype=BF16, gate="scalar")
+    k, beta, g = args[1], args[3], args[4]
+    # Of five value heads: one chunk is enough; nothing is forgotten; two of three chunks are
+    # needed; keys bring back what gates take away; or less than that.
+    g[:] = np.array([-2, -0.01, -0.8, -2, -2])
+    length = np.sum(k.astype(np.float64) ** 2, axis=-1)
+    beta[..., 3:] = np.array([1 + np.e, 2.3]) / length
+    do, dfinal = upstream(args, kw)
+    first, cut = slice(None, 192), [0, 4]
+    whole = gradients_of(args, kw, do, 1e20 * dfinal)[2][2][0, first]
+    assert np.isfinite(whole.astype(np.float32)).all()
+    do[:, 320:] = np.nan
+    spoiled = gradients_of(args, kw, do, dfinal)[2][2][0, first]
+    met = np.isnan(spoiled.astype(np.float32)).any(axis=(0, 2))
+    assert met.tolist() == [False, True, True, True, False]
+    assert spoiled[:, cut].tobytes() == whole[:, cut].tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(BF16, 1e20), (BF16, 1e-20), (F16, 8), (F16, 1 / 8)])
+def test_transfers_cut_short_and_gradients_of_any_size(divided, on_reference, dtype, size):
+    """Tokens before, at and after a border of segments: neither size is lost in the other."""
+    divided(1, 2)
+    args, kw = make_inputs(380, G=2, K=64, V=64, dtype=dtype, gate="scalar")
+    args[4][:] = -2
+    do = upstream(args, kw)[0].astype(np.float64)
+    do[:, :192] *= size
+    do[:, 192:] /= size
+    do = do.astype(dtype)
+    dv = gradients_of(args, kw, do, None)[2][2]
+    wide_args, wide_kw = wide(args, kw)
+    expected = on_reference(gradients_of, wide_args, wide_kw, do.astype(np.float64), None)[2][2]
+    for part in (slice(128), slice(128, 192), slice(192, None)):
+        assert error(dv[:, part], expected[:, part]) < {BF16: 1.5e-2, F16: 2e-3}[dtype]
 
 
 def test_gates_of_sequences_of_any_lengths(divided, on_reference):
