@@ -12,7 +12,7 @@ from .tiles import BARRIER, BOX, CHUNK, TILE, box
 HEAD = 128  # of keys and of values
 BLOCKS = 4  # of 16 tokens in a chunk
 KEY_STAGES, STAGES, MATH = 2, 3, 2
-POWER_ROWS = 12
+POWER_ROWS = 11
 
 
 def supports_whole(call: Call) -> bool:

@@ -107,9 +107,10 @@ struct FactorWarp {
   // tokens are within range, and what goes to other blocks is 2^-X K times powers.
   template <bool WITHIN>
   PRIM void scale_rows(Pairs& own) const {
+    const int start = piece_place(block * BLOCK + lane / 4, lane % 4 * 2);
 #pragma unroll 1
     for (int i = 0; i < 4; i++) {
-      const int piece = i / 2 * 8 + lane % 4 * 2 + i % 2, first = piece_place(block * BLOCK + lane / 4, piece);
+      const int piece = i / 2 * 8 + lane % 4 * 2 + i % 2, first = (start ^ i % 2 * 8) + i / 2 * TILE;
       const uint4 until = eight_powers(UNTIL + block % (COUNT - 1), piece),
                   writes = eight_powers(WRITES + block, piece);
       Rows rows;
@@ -196,7 +197,8 @@ struct FactorWarp {
     __syncwarp();  // the rows are about to be overwritten
   }
 
-  // Later blocks' rows by keys of earlier ones, three pairs at once. APART: times powers of what lies in between.
+  // Later blocks' rows by keys of earlier ones, three pairs at once. APART: keys of block 0 and rows of block 3 are
+  // brought to where block 2 begins, where keys of block 1 and rows of block 2 are.
   template <bool APART>
   PRIM void meet(float (&sums)[3][2][4], const DTYPE* tile) const {
     const int late = piece_place(lane % 16, lane / 16),
@@ -213,21 +215,20 @@ struct FactorWarp {
         ldmatrix_x4(rows[n], tile + (late ^ turn) + box + (FIRST + n) * BLOCK * BOX);
         ldmatrix_x4(early[n], at.others + (soon ^ turn) + box + n * BLOCK * BOX);
       }
+      if constexpr (APART) {
+        const DTYPE* f = at.powers + step * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          early[0][i] = multiply2<DTYPE>(early[0][i], *(const uint32_t*)(f + (UNTIL + 1) * KP + i % 2 * 8));
+          rows[1][i] = multiply2<DTYPE>(rows[1][i], *(const uint32_t*)(f + (UNTIL + 2) * KP + i / 2 * 8));
+        }
+      }
 #pragma unroll
       for (int n = 0; n < 3; n++) {
-        uint32_t left[4];
-        const int later = Meeting::later<APART>(n), earlier = Meeting::earlier<APART>(n);
-#pragma unroll
-        for (int i = 0; i < 4; i++) left[i] = rows[later - FIRST][i];
-        if constexpr (APART) {
-          const DTYPE* f = at.powers + (n == 2 ? BETWEEN : UNTIL + 1 + n) * KP + step * 16 + lane % 4 * 2;
-          const uint32_t low = *(const uint32_t*)f, high = *(const uint32_t*)(f + 8);
-#pragma unroll
-          for (int i = 0; i < 4; i++) left[i] = multiply2<DTYPE>(left[i], i < 2 ? low : high);
-        }
+        const int later = Meeting::later<APART>(n) - FIRST, earlier = Meeting::earlier<APART>(n);
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          mma_m16n8k16<DTYPE>(sums[n][h], left, early[earlier][2 * h], early[earlier][2 * h + 1]);
+          mma_m16n8k16<DTYPE>(sums[n][h], rows[later], early[earlier][2 * h], early[earlier][2 * h + 1]);
       }
     }
   }
@@ -304,6 +305,7 @@ PRIM void make_factors(const Shared& s, const Work& work, int warp, int lane) {
     const Stage at(s, place.key.stage, stage);
     mbarrier_wait(s.keys_full + place.key.stage, place.key.parity);
     mbarrier_wait(s.sums_full + stage, place.stage.parity);
-    FactorWarp{at, warp, opaque(lane)}.run(s.pairs_full + stage, s.factors_full + stage);
+    // Said to be in range, so that nothing is divided with a sign.
+    FactorWarp{at, warp & 3, opaque(lane) & 31}.run(s.pairs_full + stage, s.factors_full + stage);
   }
 }

@@ -8,7 +8,6 @@
 //
 //   sums        X_i = G_i - F_b + HALF_RANGE of the token's own block b
 //   UNTIL b     2^(F_(b+1) - F_b), from a block to the next one
-//   BETWEEN     2^(F_3 - F_1)
 //   WRITES b    2^(F_4 - F_b + HALF_RANGE), from a block to the state that leaves
 //   READS b     2^(F_b - HALF_RANGE), from a block to the state that enters
 //   carried     2^(F_4)
@@ -144,7 +143,6 @@ struct GateWarp {
       store_power(at, WRITES + b, F[COUNT], F[b], HALF_RANGE);
       store_power(at, READS + b, F[b], F[0], -HALF_RANGE);
     }
-    store_power(at, BETWEEN, F[3], F[1], 0.0f);
     const Two carried = {exp2f(F[COUNT][0]), exp2f(F[COUNT][1])};
     store_two(at.carried + channel(), carried);
   }

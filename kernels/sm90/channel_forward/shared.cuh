@@ -20,7 +20,7 @@ static_assert(MATH * MATH_REGISTERS + FACTOR_REGISTERS + OTHER_REGISTERS <= 512,
 constexpr int MATH_BARRIER = 1, FACTOR_BARRIER = 3, SOLVER_BARRIER = 4;
 
 // Rows of powers of two, per key channel: see sm90/channel_forward/gates.cuh.
-constexpr int UNTIL = 0, BETWEEN = 3, WRITES = 4, READS = 8, POWER_ROWS = 12;
+constexpr int UNTIL = 0, WRITES = 3, READS = 7, POWER_ROWS = 11;
 
 struct Shared {
   DTYPE *k, *q;      // KEY_STAGES: rows of tokens; then scaled as of their block's start; then as of the chunk's

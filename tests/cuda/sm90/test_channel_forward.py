@@ -168,6 +168,7 @@ def test_which_calls_take_one_kernel():
         return [x.file.split("/")[-1] for x in made("forward", call, H200).launches]
 
     assert files(call) == ["channel_forward.cu"]
+    assert files(replace(call, B=1, N=1, H=80, HV=80)) == ["channel_forward.cu"]
     assert files(replace(call, qk_l2norm=True))[2:] == ["channel_forward.cu"]
     for options in others:
         assert files(replace(call, **options))[0] == "channel_factors.cu", options
