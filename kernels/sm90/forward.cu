@@ -99,16 +99,41 @@ PRIM void init_barriers(const Shared& s, const Work& work) {
   mbarrier_init_fence();
 }
 
+// Bits that any lane of a warp has.
+PRIM int any_bits(int bits) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
+  return bits;
+}
 // Whether any of the block's chunks is paired; every warp leaves in `found` what it has met.
 PRIM bool meets_pairs(const Work& work, int* found) {
   int met = 0;
   for (int c = threadIdx.x; c < work.chunks; c += THREADS) met |= is_paired(work.record(c));
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) met |= __shfl_xor_sync(~0u, met, distance);
+  met = any_bits(met);
   if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = met;
   __syncthreads();
   for (int warp = 0; warp < THREADS / 32; warp++) met |= found[warp];
   return met != 0;
+}
+// Or of those of one in MANY of the value heads that walk the same tokens: blocks of two slices hinder each other where
+// some of them take units of tokens and others do not.
+constexpr int MANY = 8;
+PRIM bool meets_many_pairs(const Work& work, const int* paired_heads, int* found) {
+  const int groups = (work.HV + HEADS - 1) / HEADS;
+  const int* words = paired_heads + (int64_t)work.first_chunk * groups;
+  int own = 0, heads = 0;
+  for (int group = threadIdx.x / 32; group < groups; group += THREADS / 32) {
+    int met = 0;
+    for (int c = threadIdx.x % 32; c < work.chunks; c += 32) met |= words[c * groups + group];
+    met = any_bits(met);
+    heads += __popc(met);
+    if (group == work.hv / HEADS) own = met >> work.hv % HEADS & 1;
+  }
+  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = 2 * heads + own;
+  __syncthreads();
+  int sum = 0;
+  for (int warp = 0; warp < THREADS / 32; warp++) sum += found[warp];
+  return sum % 2 != 0 || sum / 2 * MANY >= work.HV;
 }
 
 // ---- roles of warpgroups ----------------------------------------------------------------------------------------
@@ -213,6 +238,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
                    const int64_t* state_indices, const int64_t* output_state_indices, const bool* fresh,
                    POOL_DTYPE* state, int64_t pool_stride, int pool_slots,
 #endif
+#if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
+                   const int* paired_heads,
+#endif
                    const float* beta, const float* token_factors, const float* initial_state, const int64_t* cu_seqlens,
                    DTYPE* o, float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
                    int last_percent, int first, int walked, int transferred) {
@@ -234,7 +262,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const Sequence sequence =
       find_segment<CHUNK>(cu_seqlens, at.n, {segments, first_percent, last_percent}, first + at.step, T);
   Work work = describe_work(sequence, at, T, H, HV);
-  work.records = token_factors;
+  work.records = token_factors, work.pairs = WITH_PAIRS;
 #if CHECKPOINTS
   work.checkpoints =
       checkpoints + (first_checkpoint(sequence, at.n, T, checkpoint_every) * HV + work.hv) * HEAD_K * HEAD_V;
@@ -249,8 +277,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
         take_joins(smem, *states.p, states.h, states.decays, s.k + JOIN_STAGE * KEYS, s.k + (JOIN_STAGE + 1) * KEYS);
   int* found = LOOKS_FIRST ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
-  work.pairs = WITH_PAIRS;
+#if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
+  if constexpr (LOOKS_FIRST) work.pairs = uniform(meets_many_pairs(work, paired_heads, found));
+#else
   if constexpr (LOOKS_FIRST) work.pairs = uniform(meets_pairs(work, found));
+#endif
   begin(s, work, joins);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;

@@ -1,5 +1,6 @@
 // What gates do in a chunk, for the walks of sm90/forward.cu: the records of sm90/tokens.cuh, one per chunk and value
-// head, (chunk slots, HV, RECORD_WORDS) in float. A slot that no chunk has is left alone.
+// head, (chunk slots, HV, RECORD_WORDS) in float, and which of these are paired, (chunk slots, ceil(HV / HEADS)), a bit
+// per head. A slot that no chunk has is left alone.
 //
 // A warp makes the records of HEADS value heads that lie side by side, a few lanes each: what it takes is instructions
 // and the time that each waits for the one before, so chains of several tokens and heads are under way at once.
@@ -13,7 +14,7 @@
 #include "tiles/raw.cuh"
 #include "tiles/sequence.cuh"
 
-constexpr int WARPS = 4, HEADS = 8, LANES = 32 / HEADS;    // of a warp; of a head
+constexpr int WARPS = 4, LANES = 32 / HEADS;               // of a head
 constexpr int TOKENS = CHUNK / LANES, PAIRS = TOKENS / 2;  // of a lane, one after the other
 static_assert(TOKENS == 16, "a lane has sixteen bytes of every row of factors");
 
@@ -131,8 +132,12 @@ PRIM void write_factors(float* record, const Sums& s, int last, float scale, int
   }
   if constexpr (PAIRED) {
 #pragma unroll
-    for (int i = 0; i < TOKENS; i++)
-      record[RECORD_REFERENCE + part * TOKENS + i] = s.reference(s.G[i], split(s.G[i]).whole);
+    for (int i = 0; i < TOKENS; i += 4) {
+      float F[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) F[j] = s.reference(s.G[i + j], split(s.G[i + j]).whole);
+      *(float4*)&record[RECORD_REFERENCE + part * TOKENS + i] = make_float4(F[0], F[1], F[2], F[3]);
+    }
   }
 }
 
@@ -151,17 +156,28 @@ PRIM void write_gates(float* record, const Sums& s, float scale, int part) {
   *(ChunkGates*)&record[RECORD_GATES] = gates;
 }
 
-// What is formed of a value head's entries, of which those of two tokens lie HV apart, 0 past the chunk's end.
+// A bit of each of a warp's value heads.
+PRIM int bit_per_head(bool x, int lane) {
+  int bits = x << lane / LANES;
+#pragma unroll
+  for (int distance = LANES; distance < 32; distance *= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
+  return bits;
+}
+
+// What is formed of a value head's entries, of which those of two tokens lie HV apart, 0 past the chunk's end: all
+// are on their way before the first formula, which has branches.
 template <class T, class F>
 PRIM void bring(float (&x)[TOKENS], const T* entries, int tokens, int HV, F formed) {
 #pragma unroll
-  for (int i = 0; i < TOKENS; i++, entries += HV) x[i] = i < tokens ? formed(widen(*entries)) : 0.0f;
+  for (int i = 0; i < TOKENS; i++, entries += HV) x[i] = i < tokens ? widen(*entries) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) x[i] = i < tokens ? formed(x[i]) : 0.0f;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     token_factors(const BETA_DTYPE* beta, const G_DTYPE* g, const float* A_log, const float* dt_bias,
-                  const int64_t* cu_seqlens, float* token_factors, float scale, float bound, float factor, int slots,
-                  int N, int T, int HV) {
+                  const int64_t* cu_seqlens, float* token_factors, int* paired_heads, float scale, float bound,
+                  float factor, int slots, int N, int T, int HV) {
   const int lane = threadIdx.x % 32, part = lane % LANES, groups = (HV + HEADS - 1) / HEADS;
   const int unit = blockIdx.x * WARPS + threadIdx.x / 32, slot = unit / groups;
   if (slot >= slots) return;
@@ -185,4 +201,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
   const Sums sums = sum_gates(gates, part, lane);
   if (hv < HV) write_gates(record, sums, scale, part);
+  const int paired = bit_per_head(sums.paired, lane);
+  if (lane == 0) paired_heads[unit] = paired;
 }

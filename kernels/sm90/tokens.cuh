@@ -60,5 +60,7 @@ constexpr int RECORD_DOWN = CHUNK, RECORD_UP = 2 * CHUNK, RECORD_GATES = 3 * CHU
 constexpr int RECORD_HEAD = RECORD_GATES + GATE_WORDS;
 constexpr int RECORD_READS = RECORD_HEAD, RECORD_WRITES = RECORD_READS + CHUNK;
 constexpr int RECORD_REFERENCE = RECORD_WRITES + CHUNK, RECORD_WORDS = RECORD_REFERENCE + CHUNK;
+// Value heads of a warp of sm90/gates.cu, and of a word of what it says of paired chunks.
+constexpr int HEADS = 8;
 // Gaps before the n-th sixteen bytes of rows of factors: one in the middle of 64 tokens.
 PRIM int gaps_before(int n) { return (n + CHUNK / 8) / (CHUNK / 4); }

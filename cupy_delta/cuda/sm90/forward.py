@@ -21,7 +21,7 @@ from ..tokens.l2norm import normalised
 from ..tokens.pool import pool_arguments, pool_macros
 from . import cost
 from .gates import token_factors_launch
-from .segments import WHOLE, Part, kept_box, record_array, segment_arrays, transfer_box
+from .segments import WHOLE, Part, kept_box, record_arrays, segment_arrays, transfer_box
 from .tiles import (
     BARRIER,
     BOX,
@@ -52,7 +52,7 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     walks, between = walks_of(call, cost.choose_forward(call, facts))
     if call.gate is not None:
         launches.append(token_factors_launch(call, call.raw_gate, call.raw_beta))
-        workspace |= record_array(call)
+        workspace |= record_arrays(call)
     return Plan((*launches, *walks), outputs, workspace | between)
 
 
@@ -152,6 +152,7 @@ def forward_hopper_launch(
         box("v", values),
         box(output, values),
         *transfers,
+        *(("paired_heads",) if gate and tiles == 2 and not (transfer or joins) else ()),
         None if gate else "beta",
         "token_factors" if gate else None,
         initial,

@@ -7,9 +7,9 @@ import numpy as np
 from ...call import Call
 from ...raw import RawBeta, RawGate
 from ..spec import C_TYPES, SUMS, Launch, i32, raw_macros, slots
-from .tiles import CHUNK
+from .tiles import CHUNK, FACTOR_HEADS
 
-HEADS, WARPS = 8, 4  # value heads per warp; warps per block
+WARPS = 4  # per block
 
 
 def token_factors_launch(
@@ -33,7 +33,7 @@ def token_factors_launch(
         "sm90/gates.cu",
         "token_factors",
         tuple(defines.items()),
-        -(-slots(call, CHUNK) * -(-call.HV // HEADS) // WARPS),
+        -(-slots(call, CHUNK) * -(-call.HV // FACTOR_HEADS) // WARPS),
         32 * WARPS,
         0,
         (
@@ -43,6 +43,7 @@ def token_factors_launch(
             "dt_bias" if raw_gate and raw_gate.bias else None,
             "cu_seqlens",
             "token_factors",
+            "paired_heads",
             np.float32(call.scale),
             np.float32(raw_gate.bound if raw_gate else 0),
             np.float32(raw_beta.scale if raw_beta else 0),

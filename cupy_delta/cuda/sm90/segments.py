@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from ...call import Call
 from ..spec import SUMS, TensorBox, slots
-from .tiles import BOX, CHUNK, RECORD_WORDS
+from .tiles import BOX, CHUNK, FACTOR_HEADS, RECORD_WORDS
 
 
 class Part(NamedTuple):
@@ -56,6 +58,10 @@ def kept_box(call: Call) -> TensorBox:
     return TensorBox("segment_x", shape, (1, 1, CHUNK, CHUNK))
 
 
-def record_array(call: Call) -> dict:
-    """What sm90/gates.cu leaves: a record per chunk and value head."""
-    return {"token_factors": ((slots(call, CHUNK), call.HV, RECORD_WORDS), SUMS)}
+def record_arrays(call: Call) -> dict:
+    """What sm90/gates.cu leaves per chunk: a record per value head; a bit, if it is paired."""
+    chunks = slots(call, CHUNK)
+    return {
+        "token_factors": ((chunks, call.HV, RECORD_WORDS), SUMS),
+        "paired_heads": ((chunks, -(-call.HV // FACTOR_HEADS)), np.dtype(np.int32)),
+    }

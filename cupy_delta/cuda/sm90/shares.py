@@ -28,7 +28,7 @@ from . import cost
 from .backward import backward_chunk_hopper_launch, backward_state_hopper_launch
 from .forward import forward_hopper_launch, transfer_launch
 from .gates import token_factors_launch
-from .segments import Part, record_array, segment_arrays, transfer_box
+from .segments import Part, record_arrays, segment_arrays, transfer_box
 from .tiles import BARRIER, BOX, CHUNK, JOIN_BARRIERS, slices_of, transfer_cluster, transfer_slices
 from .training import (
     core_arrays,
@@ -51,7 +51,7 @@ def plan_transfer(call: Call, facts: DeviceFacts) -> Plan:
     part = Part(choice.segments, walked=choice.segments, transferred=choice.segments)
     workspace |= segment_arrays(call, part.transferred)
     if call.gate is not None:
-        workspace |= record_array(call)
+        workspace |= record_arrays(call)
         launches.append(token_factors_launch(call))
     launches += [
         transfer_launch(call, choice.transfer_tiles, part),
@@ -66,7 +66,7 @@ def halve_forward(call: Call, facts: DeviceFacts, tells: Tells) -> Halves:
     launches, workspace = normalised(call, "q", "k")
     if call.gate is not None:
         launches.append(token_factors_launch(call))
-        workspace |= record_array(call)
+        workspace |= record_arrays(call)
     part = part_of(choice, tells)
     reuse_x = choice.reuse_x and part.walked > 1
     told, between, results = transferred(call, choice, part, tells, reuse_x)
@@ -89,7 +89,7 @@ def halve_training(call: Call, facts: DeviceFacts, tells: Tells) -> Halves:
     part = part_of(choice, tells)
     if call.gate is not None and part.transferred:
         launches.append(token_factors_launch(call))
-        workspace |= record_array(call)
+        workspace |= record_arrays(call)
     told, between, results = transferred(call, choice, part, tells)
     factors, kept = normalised(call, "q")
     factors.append(wy_factors_hopper_launch(call))

@@ -14,6 +14,8 @@ BARRIER, JOIN_BARRIERS = 8, 5
 # rows of factors.
 RECORD_WORDS = 6 * CHUNK + 8
 TOKEN_WORDS = RECORD_WORDS + 5 * 4
+# Value heads of a warp of sm90/gates.cu, and of a word of what it says of paired chunks.
+FACTOR_HEADS = 8
 # Blocks of a transfer that solve chunks for each other, where their number allows.
 CLUSTER = 2
 

@@ -20,7 +20,7 @@ from ..tokens.l2norm import normalised
 from . import cost
 from .forward import transfer_launch
 from .gates import token_factors_launch
-from .segments import Part, record_array, segment_arrays, transfer_box
+from .segments import Part, record_arrays, segment_arrays, transfer_box
 from .tiles import (
     BARRIER,
     BOX,
@@ -54,7 +54,7 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
         workspace |= segment_arrays(call, choice.segments - 1)
         part = Part(choice.segments, walked=choice.segments, transferred=choice.segments - 1)
         if call.gate is not None:
-            workspace |= record_array(call)
+            workspace |= record_arrays(call)
             launches.append(token_factors_launch(call))
         launches.append(transfer_launch(call, choice.transfer_tiles, part))
     launches.append(forward_residuals_hopper_launch(call, choice, choice.segments - 1))

@@ -9,7 +9,8 @@
 // X that transfers have kept is given to all segments that have a transfer.
 #define WITH_GIVEN (JOINS && KEPT)
 // A block that meets a paired chunk (sm90/tokens.cuh) takes all of its chunks by code for these, without a branch
-// beside products, so it looks at its chunks first; all gated chunks of float16 are paired.
+// beside products, so it looks at its chunks first, and with two slices and whole sequences at those of other value
+// heads, too. All gated chunks of float16 are paired.
 #define WITH_PAIRS HAS_GATE
 #define LOOKS_FIRST (HAS_GATE && !IsHalf<DTYPE>::value)
 #define WITHOUT_PAIRS (!HAS_GATE || LOOKS_FIRST)

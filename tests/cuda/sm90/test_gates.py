@@ -1,14 +1,18 @@
 """Gates on compute capability 9.0: within the range of tokens' units, at its border, beyond."""
 
+from contextlib import nullcontext
+
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import HOPPER, Run
+from emulator import HOPPER, EmulatorDevice, EmulatorFault, Run
 from helpers import definition, make_inputs
 from rounded import error, rounded_products, twice, wide
 
 import cupy_delta as cd
+from cupy_delta.call import Call
 from cupy_delta.cuda import plan as plans
+from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.sm90 import cost
 from cupy_delta.cuda.sm90.tiles import CHUNK
 from cupy_delta.cuda.spec import DeviceFacts
@@ -201,6 +205,65 @@ def test_value_heads_that_fill_a_warp_of_factors_or_not(divided, H):
     rng = np.random.default_rng(5)
     args[4] = -rng.exponential(np.geomspace(0.01, 5.0, 2 * H), args[4].shape).astype(np.float32)
     check(args, kw)
+
+
+class Between(EmulatorDevice):
+    """Changes what factors have left before a walk reads it."""
+
+    def __init__(self, leg, change=lambda arrays: None):
+        super().__init__(leg=leg, **HOPPER)
+        self.change = change
+
+    def launch(self, launch, arrays):
+        super().launch(launch, arrays)
+        if launch.entry == "token_factors":
+            self.change(arrays)
+
+
+def run(device, args, kw):
+    """Return all arrays of a forward with two slices per block, whatever the number of heads."""
+    (B, _, H, K), (HV, V) = args[0].shape, args[2].shape[2:]
+    sizes = dict(B=B, T=T, N=B, H=H, HV=HV, K=K, V=V)
+    call = Call(dtype=args[0].dtype, gate="scalar", scale=1.0, **sizes)
+    given = dict(zip(("q", "k", "v", "beta", "g"), args, strict=True)) | kw
+    return execute(plans.made("forward", call, device.facts), given, device)
+
+
+@pytest.mark.parametrize("leg", ["source"])
+@pytest.mark.parametrize("H", [2, 5])
+def test_factors_say_which_chunks_are_paired(divided, leg, H):
+    divided(2)
+    args, kw = gated(-0.01, H=H, V=128)
+    beyond = np.random.default_rng(2).random((4, 2 * H)) < 0.4
+    for chunk, head in zip(*np.nonzero(beyond), strict=True):
+        args[4][:, 64 * chunk : 64 * chunk + 5, head] = -20.0
+    words = run(Between(leg), args, kw)["paired_heads"]
+    assert words.shape == (4, -(-2 * H // 8))
+    bits = words[..., None] >> np.arange(8) & 1
+    assert np.array_equal(bits.reshape(4, -1)[:, : 2 * H], beyond)
+    assert not bits.reshape(4, -1)[:, 2 * H :].any()
+
+
+@pytest.mark.parametrize("leg", ["source"])
+@pytest.mark.parametrize("H", [4, 5])
+@pytest.mark.parametrize("strong", [[], [0], [1], [-1], [0, -2], [1, -1]])
+def test_a_block_takes_units_of_tokens_where_one_head_in_eight_does(divided, leg, strong, H):
+    """Of eight heads one is enough, of ten two; head 0 always follows its own chunks.
+
+    By both walks results have the same bits, but one reads what was not written of a chunk that is
+    not paired, if its record says that it is.
+    """
+    divided(2)
+
+    def pretend(arrays):
+        for head in (some % (2 * H) for some in strong):
+            arrays["paired_heads"][2, head // 8] |= 1 << head % 8
+        arrays["token_factors"][1, 0, 3 * CHUNK] = 1  # paired
+
+    by_tokens = 0 in strong or len(strong) * 8 >= 2 * H
+    told = pytest.raises(EmulatorFault, match="uninitialised: read of 'token_factors'")
+    with told if by_tokens else nullcontext():
+        run(Between(leg, pretend), *gated(-0.01, H=H, V=128))
 
 
 def test_a_gated_walk_is_one_launch():

@@ -227,6 +227,7 @@ inline float __uint_as_float(unsigned x) {
   memcpy(&y, &x, 4);
   return y;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned y;
   memcpy(&y, &x, 4);
