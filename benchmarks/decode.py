@@ -53,7 +53,7 @@ class Row(NamedTuple):
     @property
     def calls(self) -> int:
         """Calls of a graph, each on slots of its own."""
-        return min(64, max(4, math.ceil(2 * L2_BYTES / self.state_bytes)))
+        return min(128, max(4, math.ceil(2 * L2_BYTES / self.state_bytes)))
 
 
 def rows(args) -> list[Row]:

@@ -18,10 +18,10 @@
 //
 // Macros: TOKENS, of every sequence (1 to 4), ONE_TOKEN (there is one, and it is accepted), DTYPE and STATE_DTYPE, the
 // same of 16 bits, HEAD_K, HEAD_V, GROUP (value heads per key head), HAS_GATE (0, or 1 per head), RAW_GATE and BIAS
-// (tiles/raw.cuh; g is then a), RAW_BETA (beta is then logits), GATE_DTYPE, BETA_DTYPE, STATE_VK, L2NORM, VARLEN (0).
-// TILES: of 16 value channels, of a warp. WARPS: of a block; those of a (K, V) state share its keys. AHEAD: states
-// (decode/ahead.cuh), or 0. Grid: N * HV * HEAD_V / CHANNELS blocks of 32 WARPS threads. Shared memory: Passed unless
-// STATE_VK.
+// (tiles/raw.cuh; g is then a), RAW_BETA (beta is then logits), GATE_DTYPE, BETA_DTYPE, STATE_VK, ORDERED (1), STREAMED
+// (states are not kept in caches), L2NORM, VARLEN (0). TILES: of 16 value channels, of a warp. WARPS: of a block; those
+// of a (K, V) state share its keys. AHEAD: states (decode/ahead.cuh), or 0. Grid: N * HV * HEAD_V / CHANNELS blocks of
+// 32 WARPS threads. Shared memory: Passed unless STATE_VK.
 #if HAS_GATE == 2
 #include "tokens/decode/products_channels.cuh"
 #else
@@ -68,18 +68,21 @@ PRIM void store_state(STATE_DTYPE* to, State& S, const Pieces (&written)[TILES],
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_products(const DTYPE* q, const DTYPE* k, const DTYPE* v, const BETA_DTYPE* beta, const GATE_DTYPE* g,
                     const int64_t* state_indices, const int64_t* output_state_indices, const int64_t* accepted,
-                    STATE_DTYPE* state, DTYPE* o, real scale, int HV, int pool_slots,
+                    STATE_DTYPE* state, DTYPE* o, real scale, int HV, uint32_t inverse, int pool_slots,
 #if RAW_GATE || RAW_BETA
                     const real* A_log, const real* dt_bias, real bound, real factor,
 #endif
                     int64_t pool_stride) {
-  const uint32_t head = blockIdx.x / SLICES, n = head / HV, hv = head % HV;
-  const Place p(threadIdx.x, blockIdx.x % SLICES);
+  const uint32_t slice = blockIdx.x % SLICES;
+  const Head head(blockIdx.x / SLICES, HV, inverse);
+  const uint32_t n = head.n, hv = head.hv;
+  const Place p(threadIdx.x, slice);
   DynSmem smem;
   Passed* passed = SHARERS > 1 ? smem.take<Passed>(1, "passed") : nullptr;
   NewTokens tokens(smem);
   smem.all_taken(SHARED_BYTES);
   const Work work = find_work(nullptr, state_indices, output_state_indices, accepted, n, TOKENS, pool_slots);
+  const Ahead ahead(state_indices, HV, inverse);
   Inputs inputs = {q, k, v, beta, g, scale, hv, (uint32_t)HV};
 #if RAW_GATE || RAW_BETA
   inputs.A_log = A_log, inputs.dt_bias = dt_bias, inputs.bound = bound, inputs.factor = factor;
@@ -96,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   };
   Loaded loaded;
   loaded.load(tile_of(work.from));
-  if constexpr (AHEAD > 0) ask_ahead(state, state_indices, HV, pool_slots, pool_stride, threadIdx.x);
+  ahead.fetch(state, pool_slots, pool_stride, threadIdx.x);
   tokens.meet(inputs, work, p);
   State S(loaded);
   Sums sums[TILES] = {};

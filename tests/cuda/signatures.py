@@ -11,9 +11,13 @@ from cupy_delta.cuda.sm90.segments import Part
 from cupy_delta.cuda.spec import C_TYPES, Launch, Plan, TensorBox
 
 # The dtypes of NumPy that C types stand for; those of 16 bits by their names in the kernels.
-DTYPES = {"int": "int32", "int64_t": "int64", "float2": "float32", "bool": "bool"} | {
-    c: name for name, c in C_TYPES.items()
-}
+DTYPES = {
+    "int": "int32",
+    "uint32_t": "uint32",
+    "int64_t": "int64",
+    "float2": "float32",
+    "bool": "bool",
+} | {c: name for name, c in C_TYPES.items()}
 # What enters a backward, as it is given or in units.
 DO, DFINAL = ("do", "do_scaled"), ("dfinal_state", "dfinal_scaled")
 # Where a parameter has another name than its array: one that serves several arrays, by entry, and
@@ -123,6 +127,7 @@ def mismatches(
         return [f"{len(parameters)} parameters, {len(launch.arguments)} arguments"]
     made = {name: dtype for name, (_, dtype) in (plan.outputs | plan.workspace).items()}
     wrong = []
+    inverse = (2**32 - 1) // call.HV
     for p, argument in zip(parameters, launch.arguments, strict=True):
         dtype = call.compute_dtype.name if p.type == "real" else DTYPES.get(p.type)
         if isinstance(argument, TensorBox):
@@ -134,6 +139,7 @@ def mismatches(
             fits = p.pointer
         else:
             size = argument if p.name in COUNTS else getattr(call, p.name, None)
+            size = inverse if p.name == "inverse" else size
             fits = argument.dtype == dtype and size is not None and argument == type(argument)(size)
         if not fits:
             wrong.append(f"{launch.entry}: {p.type} {p.name} is given {argument!r}")

@@ -78,9 +78,9 @@ def test_every_kernel_file_is_measured():
 @pytest.mark.parametrize("arch", resources.ARCHITECTURES)
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_decoding_16_bit_states_are_many_bytes_at_once(arch, layout):
-    """Their tiles are on the way to registers: what blocks that are there together ask for."""
+    """Their tiles, of many states, are on the way to registers: of all blocks that are there."""
     sizes = dict(K=128, V=128, layout=layout, dtype=ml_dtypes.bfloat16)
-    args, kw = make_inputs(1, initial=True, **sizes)
+    args, kw = make_inputs(1, B=160, initial=True, **sizes)
     state = dict(state=kw["initial_state"].astype(ml_dtypes.bfloat16), state_indices=None)
     options = dict(scale=None, qk_l2norm=True, state_layout=layout, out=None)
     launch = decode_launch(step_problem(*args, **state, **options))

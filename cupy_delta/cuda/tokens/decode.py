@@ -16,6 +16,11 @@ THREADS, RAW_THREADS = 128, 64
 WARP, MOST_WARPS = 32, 16
 # New tokens that a block brings to shared memory at a time.
 BATCH = 4
+# With one token of few (K, V) states a thread has half as many value channels, in more blocks. Only
+# where the order of sums, and so every bit, is the same.
+FEW_STATES = 128
+# Warps of a multiprocessor, at least, for which registers are spared with several tokens.
+TOGETHER = {"vk": 20, "kv": 16}
 # States that blocks ask the L2 cache for before their own blocks do have so many bytes, which no
 # cache is too small for: 132 states of 128 x 128 in bfloat16, the best of those timed (docs/lab).
 AHEAD_BYTES = 132 * 128 * 128 * 2
@@ -55,8 +60,66 @@ def one_token(call: Call) -> bool:
 
 
 def own_rows(call: Call) -> bool:
-    """Return whether threads read rows of q and k for themselves, one of each."""
-    return one_token(call) and call.raw_gate is None and call.raw_beta is None
+    """Return whether threads read rows of q and k for themselves, one of each.
+
+    Where gates of key channels are to be formed of logits it would be slower (H200), as it is of
+    logits with (V, K) states of more than 16 bits.
+    """
+    raw_channels = call.gate == "channel" and call.raw_gate is not None
+    return one_token(call) and not raw_channels and (ordered(call) or not of_logits(call))
+
+
+def of_logits(call: Call) -> bool:
+    """Return whether gates or strengths are formed of logits."""
+    return call.raw_gate is not None or call.raw_beta is not None
+
+
+def ordered(call: Call) -> bool:
+    """Return whether loads stand in the order that they are written in, which no bit depends on.
+
+    One token is faster with it but with (V, K) states of more than 16 bits, several only of arrays
+    that are all accepted, of which states have more than 16 bits, or in (K, V) (H200).
+    """
+    wide, vk = pool_dtype(call).itemsize > 2, call.state_layout == "vk"
+    if one_token(call):
+        return not (wide and vk)
+    return wide and not (vk and (of_logits(call) or call.accepting))
+
+
+def rows_first(call: Call) -> bool:
+    """Return whether a block asks for rows of tokens before it asks for the state.
+
+    With one token of (V, K) states in 16 bits it is slower of logits, and of arrays with more than
+    a few states (H200).
+    """
+    in_16_bits, many = pool_dtype(call).itemsize == 2, call.N * call.HV > FEW_STATES
+    if not (one_token(call) and in_16_bits and call.state_layout == "vk"):
+        return True
+    return call.gate == "channel" or not (of_logits(call) or many)
+
+
+def streamed(call: Call) -> bool:
+    """Return whether caches keep anything else rather than states that are read and written.
+
+    With one token of (V, K) states in 16 bits it is faster, with others slower (H200).
+    """
+    in_16_bits = pool_dtype(call).itemsize == 2
+    return in_16_bits and one_token(call) and call.state_layout == "vk"
+
+
+def blocks_together(call: Call, threads: int) -> int:
+    """Return for how many blocks of a multiprocessor, at least, registers are spared, or 1.
+
+    With several tokens in float32; gates per channel in (K, V) would spill. Where loads are not in
+    order the compiler decides, for which the number is 0.
+    """
+    layout, per_channel = call.state_layout, call.gate == "channel"
+    spills = call.compute_dtype.itemsize != 4 or (layout == "kv" and per_channel)
+    if not ordered(call):
+        return 0
+    if one_token(call) or spills:
+        return 1
+    return TOGETHER[layout] * WARP // threads
 
 
 def states_ahead(call: Call) -> int:
@@ -79,7 +142,7 @@ def step_tile(call: Call) -> dict:
     its warp share the keys; with more keys than their tiles hold, WARPS of a block share them.
     """
     K, V, itemsize = call.K, call.V, pool_dtype(call).itemsize
-    several = itemsize == 2 and not own_rows(call)
+    several = itemsize == 2 and not (own_rows(call) and call.state_layout == "vk")
     tiling = SEVERAL_IN_16_BITS if several else TILINGS[itemsize]
     if call.state_layout == "vk":
         vector = math.gcd(K, call.pool_alignment // itemsize)
@@ -98,6 +161,9 @@ def step_tile(call: Call) -> dict:
         tile = tiling.kv // call.compute_dtype.itemsize
         enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
         warps = min(MOST_WARPS, power_of_two(enough))
+        if one_token(call) and call.N * call.HV <= FEW_STATES and values >= 2 * parts:
+            values = vector = values // 2
+            per_warp = across * values
     threads = RAW_THREADS if one_token(call) and not own_rows(call) else THREADS
     alone = min(threads // WARP, -(-V // per_warp)) if warps == 1 else 1
     return dict(
@@ -163,7 +229,7 @@ POOL_ARGUMENTS: tuple[Argument, ...] = (
 
 def size_arguments(call: Call) -> tuple[Argument, ...]:
     """Return the sizes that every kernel that decodes is given last, around its raw arguments."""
-    sizes = i32(call.HV), i32(call.pool_slots)
+    sizes = i32(call.HV), np.uint32((2**32 - 1) // call.HV), i32(call.pool_slots)
     return (*sizes, *raw_arguments(call), np.int64(call.pool_stride))
 
 
@@ -183,14 +249,17 @@ def raw_arguments(call: Call) -> tuple[Argument, ...]:
 def decode_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
     tile, batch = step_tile(call), 1 if one_token(call) else BATCH
-    rows = dict(OWN_ROWS=int(own_rows(call)), BATCH=batch)
-    defines = step_macros(call) | rows | tile | dict(AHEAD=states_ahead(call))
+    rows = dict(OWN_ROWS=int(own_rows(call)), ROWS_FIRST=int(rows_first(call)), BATCH=batch)
+    loads = dict(ORDERED=int(ordered(call)), STREAMED=int(streamed(call)))
+    block = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
+    hints = dict(BLOCKS=blocks_together(call, block), AHEAD=states_ahead(call))
+    defines = step_macros(call) | rows | loads | tile | hints
     return Launch(
         "tokens/decode.cu",
         "decode",
         tuple(defines.items()),
         call.N * call.HV * -(-call.V // tile["CHANNELS"]),
-        tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"],
+        block,
         shared_bytes(call, tile, batch),
         (
             *token_arguments(call),

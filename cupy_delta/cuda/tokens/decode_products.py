@@ -8,7 +8,6 @@ from ...call import POOL_ALIGNMENT, Call
 from ..spec import Launch, padded
 from .decode import (
     POOL_ARGUMENTS,
-    one_token,
     pool_dtype,
     size_arguments,
     states_ahead,
@@ -24,9 +23,11 @@ KEYS, ROWS = 32, 16
 # fewer, in more blocks. The order of sums, and so every bit, is the same.
 WARPS, TILES = 4, 4
 FEW_STATES, FEW_TILES = 128, 2
-# Warps of a multiprocessor, at least, for which registers are spared, each with 4 KB on the way: as
-# a rule, and of one token without sums over rows in shared memory. Best of 4 to 28 on an H200.
-TOGETHER, TOGETHER_ONE = 20, 24
+# Warps of a multiprocessor, at least, for which registers are spared, each with 4 KB on the way.
+# Best of 4 to 28 on an H200.
+TOGETHER = 20
+# Loads stand in the order that they are written in, and caches keep anything rather than states.
+LOADS = dict(ORDERED=1, STREAMED=1)
 
 
 def fit_products(call: Call) -> bool:
@@ -40,14 +41,10 @@ def fit_products(call: Call) -> bool:
 def products_are_faster(call: Call) -> bool:
     """Return whether they are faster than `tokens/decode.cu`, as measured on an H200.
 
-    With several tokens they are, by a quarter and more. With one they are by 7 to 10 % where the
-    state is (K, V) and g and beta are arrays or gates per channel, and elsewhere they are not.
-    The number of sequences does not enter: a sequence has the same bits in every batch.
+    With several tokens they are, by a quarter and more; with one they are not. The number of
+    sequences does not enter: a sequence has the same bits in every batch.
     """
-    if call.T > 1:
-        return True
-    of_arrays = call.raw_gate is None and call.raw_beta is None
-    return one_token(call) and call.state_layout == "kv" and (of_arrays or call.gate == "channel")
+    return call.T > 1
 
 
 def products_tile(call: Call) -> dict:
@@ -57,8 +54,7 @@ def products_tile(call: Call) -> dict:
     else:
         most = FEW_TILES if call.N * call.HV <= FEW_STATES else TILES
         tiles, warps = math.gcd(call.V // ROWS, most), call.K // KEYS
-    together = TOGETHER_ONE if call.T == 1 and call.gate != "channel" else TOGETHER
-    return dict(TILES=tiles, WARPS=warps, BLOCKS=together // warps)
+    return dict(TILES=tiles, WARPS=warps, BLOCKS=TOGETHER // warps)
 
 
 def products_shared_bytes(call: Call, tiles: int, warps: int) -> int:
@@ -72,15 +68,17 @@ def products_shared_bytes(call: Call, tiles: int, warps: int) -> int:
 
 def decode_products_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
-    # Only with one token are there states to wait for; more have products to wait for.
-    ahead = states_ahead(call) if call.T == 1 else 0
+    # Gates per channel are slower with it; few sequences have no state so far ahead.
+    ahead = states_ahead(call)
+    if call.gate == "channel" or ahead >= call.N * call.HV:
+        ahead = 0
     macros = products_tile(call) | dict(AHEAD=ahead)
     tiles, warps = macros["TILES"], macros["WARPS"]
     channels = ROWS * tiles * (warps if call.state_layout == "vk" else 1)
     return Launch(
         "tokens/decode_products.cu",
         "decode_products",
-        tuple((step_macros(call) | dict(TOKENS=call.T) | macros).items()),
+        tuple((step_macros(call) | dict(TOKENS=call.T) | LOADS | macros).items()),
         call.N * call.HV * (call.V // channels),
         32 * warps,
         products_shared_bytes(call, tiles, warps),

@@ -15,7 +15,8 @@ struct Row {
   PRIM void load(const T* row, const Place& p) {
 #pragma unroll
     for (int i = 0; i < KEYS; i += SIZE)
-      if (WHOLE_KEYS || p.key + key_step(i) < HEAD_K) vectors[i / SIZE] = *(const Access*)&row[p.key + key_step(i)];
+      if (WHOLE_KEYS || p.key + key_step(i) < HEAD_K)
+        vectors[i / SIZE] = asked((const Access*)&row[p.key + key_step(i)]);
   }
   PRIM real operator[](int i) const { return vectors[i / SIZE][i % SIZE]; }
   PRIM void shrink() {  // to a smaller unit
@@ -24,7 +25,7 @@ struct Row {
   }
 };
 struct NoRow {
-  PRIM void load(const real*, const Place&) {}
+  PRIM void load(const GATE_DTYPE*, const Place&) {}
   PRIM real operator[](int) const { return 0; }
 };
 template <bool THERE>
@@ -41,26 +42,23 @@ struct Token {
   Row<DTYPE> q = {}, k = {};
   GateRow<PER_CHANNEL>::type gates = {};
   DTYPE v = {};
-  real beta = 0, gate = 0;
+  FetchedNumbers numbers = {};
 
   PRIM void load(const Inputs& x, int64_t row, const Place& p) {
     const int64_t value_row = row * x.HV + x.hv, key_row = x.key_row(row);
-    q.load(x.q + key_row, p);
     k.load(x.k + key_row, p);
-    if (p.has_own) {
-      v = x.v[value_row * HEAD_V + p.own];
-      beta = x.beta[value_row];
-    }
+    q.load(x.q + key_row, p);
     if constexpr (PER_CHANNEL) gates.load(x.g + value_row * HEAD_K, p);
-    if constexpr (HAS_GATE == 1) gate = x.g[value_row];
+    numbers.load(x, row);
+    if (p.has_own) v = asked(&x.v[value_row * HEAD_V + p.own]);
   }
 };
 
 // What a gate does to the state: nothing, a factor, or one for each key, in which case `all` is 1.
 struct Decay {
   real all = 1, each[PER_CHANNEL ? KEYS : 1];
-  PRIM explicit Decay(const Token& token) {
-    if constexpr (HAS_GATE == 1) all = power(token.gate);
+  PRIM Decay(const Token& token, const Inputs& x) {
+    if constexpr (HAS_GATE == 1) all = token.numbers.decay(x);
 #pragma unroll
     for (int i = 0; i < (PER_CHANNEL ? KEYS : 1); i++) each[i] = PER_CHANNEL ? power(token.gates[i]) : (real)1;
   }
@@ -148,8 +146,8 @@ struct NewTokens {
     if constexpr (WARPS > 1) passed = smem.take<PassedRows>(1, "passed");
     smem.all_taken(SHARED_BYTES);
   }
-  PRIM void ask(const Inputs&, int64_t, int, const Place&, uint32_t) {}
-  PRIM void take(const Inputs& x, int64_t first, int, const Place& p, uint32_t) { token.load(x, first, p); }
+  PRIM void ask(const Inputs& x, int64_t first, int, const Place& p, uint32_t) { token.load(x, first, p); }
+  PRIM void take(const Inputs&, int64_t, int, const Place&, uint32_t) {}
 
   struct Update {
     const Token& token;
@@ -163,9 +161,9 @@ struct NewTokens {
   template <class Tile>
   PRIM Update advance(const Tile& S, int, const Inputs& x, const Place& p) {
     const Norms r = norms(token, p, passed);
-    Update update = {token, Decay(token)};
+    Update update = {token, Decay(token, x)};
     const Sums s = sums_over_keys(S, token, update.decay, p, passed);
-    const Numbers<DTYPE> numbers = {token.beta, update.decay.all, r.k, r.q, token.v};
+    const Numbers<DTYPE> numbers = {token.numbers.strength(x), update.decay.all, r.k, r.q, token.v};
     const real n = numbers.written(s);
     update.o = numbers.output(s, n, x.scale);
     share(n, update.n, p, passed);

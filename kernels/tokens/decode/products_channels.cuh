@@ -37,10 +37,10 @@ struct FetchedKey {
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       const int64_t row = x.key_row(first + t) + c;
-      k[t] = x.k[row], q[t] = x.q[row], g[t] = x.g[((first + t) * x.HV + x.hv) * HEAD_K + c];
+      k[t] = asked(&x.k[row]), q[t] = asked(&x.q[row]), g[t] = asked(&x.g[((first + t) * x.HV + x.hv) * HEAD_K + c]);
     }
-    if constexpr (RAW_GATE > 0) A_log = x.A_log[x.hv];
-    if constexpr (BIAS > 0) bias = x.dt_bias[BIAS == 2 ? (int64_t)x.hv * HEAD_K + c : (int64_t)x.hv];
+    if constexpr (RAW_GATE > 0) A_log = asked(&x.A_log[x.hv]);
+    if constexpr (BIAS > 0) bias = asked(&x.dt_bias[BIAS == 2 ? (int64_t)x.hv * HEAD_K + c : (int64_t)x.hv]);
   }
   // Rows with a bit in `small` in a smaller unit.
   PRIM void put(ChannelRows& to, real (&sums)[ALL_SUMS], int c, const Inputs& x, int kept, uint32_t small) const {

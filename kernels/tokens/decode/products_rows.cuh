@@ -21,7 +21,7 @@ struct Rows {
     if (p.across >= 2 * TOKENS) return;
     const DTYPE* row = (p.across % 2 ? x.q : x.k) + x.key_row(first + p.across / 2) + key;
 #pragma unroll
-    for (int m = 0; m < COUNT; m++) keys[m] = load_pairs<8>(row + 32 * m);
+    for (int m = 0; m < COUNT; m++) keys[m] = ask_pairs<8>(row + 32 * m);
   }
   PRIM void to_small_unit(uint32_t small, const Place& p) {
     if (small >> p.across & 1)
@@ -116,16 +116,21 @@ struct NewTokens {
 
   // What is written takes half of the columns.
   PRIM static uint32_t second_half(uint32_t, const Place&) { return 0; }
-  // Of the group's keys those of k of tokens 2 (part % 2) and the next one, zeros if they are not accepted.
-  PRIM GroupKeys group(int m, const Relations& r, const Inputs& x, const Work& work, const Place& p) const {
+  // Of the group's keys those of k of tokens 2 (part % 2) and the next one, from the lanes that have them, zeros if
+  // they are not accepted.
+  PRIM GroupKeys group(int m, const Relations& r, const Inputs&, const Work& work, const Place& p) const {
     GroupKeys to = {};
     Pairs<8> k[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+      if (i >= TOKENS) continue;
       const int t = p.part % 2 * 2 + i;
-      if (t >= TOKENS || t >= work.kept) continue;
-      k[i] = load_pairs<8>(x.k + x.key_row(work.first + t) + (p.key - 8 * p.part + p.across / 2 * 8) + 32 * m);
-      if (L2NORM && small >> 2 * t & 1) shrink(k[i]);
+      const bool kept = t < TOKENS && t < work.kept;
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const uint32_t pair = __shfl_sync(~0u, own_keys.keys[m].element[e], 8 * t + p.across / 2);
+        k[i].element[e] = kept ? pair : 0;
+      }
     }
     interleave(to.first, k, p);
     const real decay = r.until(work.kept, [](int, real) {});

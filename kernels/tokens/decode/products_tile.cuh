@@ -16,6 +16,10 @@ template <int SIZE, class T>
 PRIM Pairs<SIZE> load_pairs(const T* x) {
   return *(const Pairs<SIZE>*)x;
 }
+template <int SIZE, class T>
+PRIM Pairs<SIZE> ask_pairs(const T* x) {
+  return asked((const Pairs<SIZE>*)x);
+}
 // By the types that CUDA has for vectors: the compiler may cut others into words.
 PRIM void store_pairs(void* to, const Pairs<2>& x) { *(uint32_t*)to = x.element[0]; }
 PRIM void store_pairs(void* to, const Pairs<4>& x) { *(uint2*)to = make_uint2(x.element[0], x.element[1]); }
@@ -63,7 +67,7 @@ struct Loaded {
 #pragma unroll
     for (int m = 0; m < GROUPS; m++)
 #pragma unroll
-      for (int i = 0; i < ACCESSES; i++) x[m][i] = load_pairs<VECTOR>(first + offset(m, i));
+      for (int i = 0; i < ACCESSES; i++) x[m][i] = load_part((const Pairs<VECTOR>*)(first + offset(m, i)));
   }
 };
 
@@ -109,6 +113,11 @@ struct State {
         }
       }
 #pragma unroll
-    for (int i = 0; i < ACCESSES; i++) store_pairs(first + offset(m, i), x[i]);
+    for (int i = 0; i < ACCESSES; i++) {
+      if constexpr (STREAMED && VECTOR > 2)
+        store_once((Pairs<VECTOR>*)(first + offset(m, i)), x[i]);
+      else
+        store_pairs(first + offset(m, i), x[i]);
+    }
   }
 };

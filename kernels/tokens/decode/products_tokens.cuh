@@ -21,7 +21,7 @@ struct OwnToken {
     numbers.load(x, first + p.part);
 #pragma unroll
     for (int i = 0; i < OWN; i++)
-      if (is_tile(own_tile(i, p))) values[i] = load_pairs<2>(&x.v[row + p.pair(own_tile(i, p))]).element[0];
+      if (is_tile(own_tile(i, p))) values[i] = ask_pairs<2>(&x.v[row + p.pair(own_tile(i, p))]).element[0];
   }
   PRIM void store(DTYPE* o, int i, uint32_t pair, const Place& p) const {
     if (there && is_tile(own_tile(i, p))) store_pairs(&o[row + p.pair(own_tile(i, p))], Pairs<2>{pair});

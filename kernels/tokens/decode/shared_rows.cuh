@@ -60,13 +60,13 @@ struct FetchedRows {
     for (int m = 0; m < COUNT; m++) {
       const int c = key(m, lane);
       if (c >= HEAD_K) continue;
-      q[m] = load_neighbours<SIZE>(x.q, key_row + c);
-      k[m] = load_neighbours<SIZE>(x.k, key_row + c);
-      if constexpr (PER_CHANNEL) g[m % GATES] = load_neighbours<SIZE>(x.g, value_row * HEAD_K + c);
-      if constexpr (BIASES) bias[m] = load_neighbours<SIZE>(x.dt_bias, (int64_t)x.hv * HEAD_K + c);
+      q[m] = ask_neighbours<SIZE>(x.q, key_row + c);
+      k[m] = ask_neighbours<SIZE>(x.k, key_row + c);
+      if constexpr (PER_CHANNEL) g[m % GATES] = ask_neighbours<SIZE>(x.g, value_row * HEAD_K + c);
+      if constexpr (BIASES) bias[m] = ask_neighbours<SIZE>(x.dt_bias, (int64_t)x.hv * HEAD_K + c);
     }
-    if constexpr (PER_CHANNEL && RAW_GATE > 0) A_log = x.A_log[x.hv];
-    if constexpr (PER_CHANNEL && BIAS == 1) bias[0].element[0] = x.dt_bias[x.hv];
+    if constexpr (PER_CHANNEL && RAW_GATE > 0) A_log = asked(&x.A_log[x.hv]);
+    if constexpr (PER_CHANNEL && BIAS == 1) bias[0].element[0] = asked(&x.dt_bias[x.hv]);
   }
   PRIM real decay(const Inputs& x, int m, int e) const {
     if constexpr (!PER_CHANNEL) return 1;
@@ -172,14 +172,16 @@ struct Batch {
     return i < count * CHANNELS && (WHOLE_VALUES || slice * CHANNELS + i % CHANNELS < HEAD_V);
   }
   PRIM void load(const Inputs& x, int64_t first, int count, const Place& p, uint32_t slice) {
-    const int warp = p.thread / 32, other = first_numbers(warp, count);
-    if (warp < count) rows.load(x, first + warp, p.thread % 32);
-    if (other < count) numbers.load(x, first + other);
+    // Of one token every warp asks for rows and numbers: a branch would wait for them, to convert them.
+    constexpr bool ALL = ONE_TOKEN && ORDERED;
+    const int warp = ALL ? 0 : p.thread / 32, other = ALL ? 0 : first_numbers(warp, count);
+    if (ALL || warp < count) rows.load(x, first + warp, p.thread % 32);
+    if (ALL || other < count) numbers.load(x, first + other);
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
       const int i = e * THREADS + p.thread;
       if (has(i, count, slice))
-        values[e] = x.v[((first + i / CHANNELS) * x.HV + x.hv) * HEAD_V + slice * CHANNELS + i % CHANNELS];
+        values[e] = asked(&x.v[((first + i / CHANNELS) * x.HV + x.hv) * HEAD_V + slice * CHANNELS + i % CHANNELS]);
     }
   }
   PRIM void store(Tokens& tokens, const Inputs& x, int64_t first, int count, const Place& p, uint32_t slice) {

@@ -86,7 +86,7 @@ struct Loaded {
   Access vectors[KEYS / KEY_VECTOR][VALUES / VALUE_VECTOR] = {};
   PRIM void load(const STATE_DTYPE* tile, const Place& p) {
     for_vectors(p, [&](int i, int j, int offset) {
-      vectors[i / KEY_VECTOR][j / VALUE_VECTOR] = *(const Access*)&tile[offset];
+      vectors[i / KEY_VECTOR][j / VALUE_VECTOR] = load_part((const Access*)&tile[offset]);
     });
   }
   PRIM real operator()(int i, int j) const {
@@ -111,7 +111,7 @@ PRIM void store(STATE_DTYPE* tile, const Place& p, F S) {
   for_vectors(p, [&](int i, int j, int offset) {
     Loaded::Access x = {};
     x.fill([&](int e) { return STATE_VK ? S(i + e, j) : S(i, j + e); });
-    *(Loaded::Access*)&tile[offset] = x;
+    store_part((Loaded::Access*)&tile[offset], x);
   });
 }
 

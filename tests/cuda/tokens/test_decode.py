@@ -12,6 +12,7 @@ import cupy_delta as cd
 from cupy_delta.cuda import operators
 from cupy_delta.cuda.plan import plan
 from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.tokens import decode
 from cupy_delta.problem import step_problem
 
 BF16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
@@ -172,3 +173,27 @@ def test_slots_of_pages_with_room_for_few_bytes_at_a_time(emulated, on_reference
     assert deviation(pool[slots], expected) < 1e-6
     whole[[3, 0], 1:33] = pages[[3, 0], 1:33]
     assert np.array_equal(pages, whole, equal_nan=True)
+
+
+@pytest.mark.ptx_leg(sizes=[(128, 64)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("sizes", [(128, 64), (40, 24)])
+def test_few_states_have_the_same_bits(emulated, monkeypatch, dtype, logits, sizes):
+    """As in a batch of many, although their tiles are smaller."""
+    options = dict(B=2, H=1, G=2, K=sizes[0], V=sizes[1], initial=True)
+    args, kw = make_inputs(1, gate="scalar", dtype=dtype, **options)
+    if logits:
+        args[3] = cd.SigmoidBeta(args[3].astype(dtype))
+        args[4] = cd.SoftplusGate(args[4].astype(dtype), np.zeros(2, F32))
+    results, tiles = [], []
+    for few in (0, decode.FEW_STATES):
+        monkeypatch.setattr(decode, "FEW_STATES", few)
+        pool = np.concatenate([kw["initial_state"]] * (2 if few else 1)).astype(dtype)
+        o = cd.delta_rule_step(*args, state=pool, state_indices=np.arange(2), qk_l2norm=True)
+        results.append((o.tobytes(), pool[:2].tobytes()))
+        if emulated.devices is not None:
+            tiles.append(dict(emulated.devices[-1].launches[0].defines)["VALUES"])
+    assert results[0] == results[1]
+    if tiles and sizes == (128, 64):
+        assert tiles[0] == 2 * tiles[1]

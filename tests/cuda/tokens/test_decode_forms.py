@@ -1,0 +1,38 @@
+"""In which form a step's loads stand, by what it is given."""
+
+import pytest
+
+from cupy_delta.cuda.spec import DeviceFacts
+from cupy_delta.cuda.variants import launches_of
+
+FACTS = DeviceFacts(132, 227 * 1024, (9, 0))
+VK, WIDE = dict(state_layout="vk"), dict(pool_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("differs", "ordered", "streamed", "rows"),
+    [
+        (dict(), 1, 0, "own, first"),
+        (dict(raw="softplus"), 1, 0, "own, first"),
+        (dict(raw="softplus", gate="channel"), 1, 0, "shared, first"),
+        (VK, 1, 1, "own, first"),
+        (VK | dict(B=129), 1, 1, "own, late"),
+        (VK | dict(raw="softplus"), 1, 1, "own, late"),
+        (VK | dict(gate="channel", B=129), 1, 1, "own, first"),
+        (dict(T=8), 0, 0, "shared, first"),
+        (WIDE, 1, 0, "own, first"),
+        (WIDE | dict(T=4, raw="softplus"), 1, 0, "shared, first"),
+        (WIDE | VK, 0, 0, "own, first"),
+        (WIDE | VK | dict(raw="softplus"), 0, 0, "shared, first"),
+        (WIDE | VK | dict(T=4), 1, 0, "shared, first"),
+        (WIDE | VK | dict(T=4, accepting=True), 0, 0, "shared, first"),
+        (WIDE | VK | dict(T=4, raw="softplus"), 0, 0, "shared, first"),
+    ],
+)
+def test_how_loads_stand(differs, ordered, streamed, rows):
+    sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
+    (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
+    macros = dict(launch.defines)
+    own, first = "own" if macros["OWN_ROWS"] else "shared", macros["ROWS_FIRST"]
+    assert (macros["ORDERED"], macros["STREAMED"]) == (ordered, streamed)
+    assert f"{own}, {'first' if first else 'late'}" == rows
