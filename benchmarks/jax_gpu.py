@@ -435,7 +435,7 @@ class Session:
         """Milliseconds until all has ended, and the error of o against float64."""
         if self.setting != "captured":
             return "in one setting alone"
-        rows, left_out = ((1, 2048), (1, 8192), (4, 8192), (1, 32768)), []
+        rows = (1, 2048), (1, 8192), (4, 8192), (1, 32768)
         # Plain forms come last and take short rows: they compile for long, and the time of a token
         # is the same in long ones.
         for gate in (True, False):

@@ -7,6 +7,7 @@ import math
 from ...call import POOL_ALIGNMENT, Call
 from ..spec import Launch, padded
 from .decode import (
+    FEW_STATES,
     POOL_ARGUMENTS,
     pool_dtype,
     size_arguments,
@@ -22,7 +23,7 @@ KEYS, ROWS = 32, 16
 # Warps of a block with (V, K) states, at most, and tiles of a warp with (K, V) ones; of few states
 # fewer, in more blocks. The order of sums, and so every bit, is the same.
 WARPS, TILES = 4, 4
-FEW_STATES, FEW_TILES = 128, 2
+FEW_TILES = 2
 # Warps of a multiprocessor, at least, for which registers are spared, each with 4 KB on the way.
 # Best of 4 to 28 on an H200.
 TOGETHER = 20
