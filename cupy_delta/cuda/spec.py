@@ -14,7 +14,7 @@ from ..raw import RawGate
 
 # The dtype in which the chunked kernels read beta and g.
 SUMS = np.dtype(np.float32)
-# Arrays that kernels read as integers of 64 bits.
+# Arrays that kernels read as integers of 64 bits, one at a time.
 INTEGERS = ("cu_seqlens", "state_indices", "output_state_indices", "accepted")
 # What HAS_GATE says of a gate, by its place.
 GATES = (None, "scalar", "channel")

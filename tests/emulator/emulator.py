@@ -315,7 +315,12 @@ class EmulatorDevice:
         return copy_in(np.zeros(shape, dtype), name)
 
     def bring(self, x, name, dtype):
-        return copy_in(np.ascontiguousarray(x, dtype), name)
+        from cupy_delta.cuda.spec import INTEGERS
+
+        x = np.ascontiguousarray(x, dtype)
+        if name in INTEGERS:  # as they may lie, between two multiples of 16
+            return copy_in(np.append(np.iinfo(x.dtype).min, x), name)[1:]
+        return copy_in(x, name)
 
     def target(self, x, name):
         # An output of the caller starts unwritten; a state that is updated does not.

@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from ... import workspace
-from ..spec import DeviceFacts, Launch
+from ..spec import INTEGERS, DeviceFacts, Launch
 from .environment import LOWEST_CAPABILITY, explain
 from .programs import Program, compile_side_by_side
 from .tensor_maps import tensor_map
@@ -68,7 +68,11 @@ class CupyDevice:
         return x
 
     def bring(self, x, name: str, dtype):
-        """Return `x` on the device, C-contiguous, aligned to 16 bytes, in `dtype` if given."""
+        """Return `x` on the device, C-contiguous, in `dtype` if given, aligned as it is read.
+
+        To 16 bytes, but integers, which are read one at a time, as they lie: a row of indices need
+        not begin at 16 bytes, and to copy it would take as long as a small step.
+        """
         dtype = x.dtype if dtype is None else dtype
         if not isinstance(x, cupy.ndarray):
             if cupy.cuda.get_current_stream().is_capturing():
@@ -77,7 +81,8 @@ class CupyDevice:
                     f" got a NumPy array of shape {x.shape}"
                 )
             return cupy.asarray(np.ascontiguousarray(x, dtype))
-        if x.dtype == dtype and x.flags.c_contiguous and x.data.ptr % 16 == 0:
+        aligned = name in INTEGERS or x.data.ptr % 16 == 0
+        if aligned and x.dtype == dtype and x.flags.c_contiguous:
             return x
         y = self.empty(x.shape, dtype, f"{name} as read")
         cupy.copyto(y, x)

@@ -261,10 +261,10 @@ def test_a_repeated_launch_is_on_its_device_whichever_is_current(on_device, monk
 class Array:
     """Of CuPy: an array, whose views have its memory."""
 
-    def __init__(self, shape, dtype, memory=None):
+    def __init__(self, shape, dtype, memory=None, offset=0):
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.flags = SimpleNamespace(c_contiguous=True)
-        self.data = SimpleNamespace(ptr=1 << 40, mem=memory or object())
+        self.data = SimpleNamespace(ptr=(1 << 40) + offset, mem=memory or object())
 
     def view(self):
         return Array(self.shape, self.dtype, self.data.mem)
@@ -295,3 +295,27 @@ def test_what_a_call_in_a_workspace_writes_it_does_not_read(on_device, monkeypat
         with Workspace():
             assert called(final, other)["initial_state"] is final
     assert called(final, other)["initial_state"] is final and not copies
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "offset", "copied"),
+    [
+        ("state_indices", np.int64, 8, False),
+        ("output_state_indices", np.int64, 8, False),
+        ("accepted", np.int64, 24, False),
+        ("cu_seqlens", np.int64, 8, False),
+        ("state_indices", np.int32, 0, True),
+        ("beta", np.float32, 4, True),
+        ("q", np.float32, 16, False),
+    ],
+)
+def test_what_lies_as_kernels_read_it_is_not_copied(
+    on_device, monkeypatch, name, dtype, offset, copied
+):
+    cupy, copies = sys.modules["cupy"], []
+    monkeypatch.setattr(cupy, "ndarray", Array, raising=False)
+    monkeypatch.setattr(cupy, "copyto", lambda *pair: copies.append(pair), raising=False)
+    x = Array((3,), dtype, offset=offset)
+    wanted = np.dtype(np.int64 if np.dtype(dtype).kind == "i" else dtype)
+    y = on_device.CupyDevice(0).bring(x, name, wanted)
+    assert copies == ([(y, x)] if copied else []) and (y is x) != copied
