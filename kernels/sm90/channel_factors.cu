@@ -29,7 +29,13 @@
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     channel_factors_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const int64_t* cu_seqlens,
                            DTYPE* core, DTYPE* p, DTYPE* k_read, DTYPE* q_read, DTYPE* k_write, float* channel_decays,
+#if IF_DECLINED
+                           const int* declined,
+#endif
                            int N, int T, int H, int HV) {
+#if IF_DECLINED
+  if (*declined == 0) return;
+#endif
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int hv = blockIdx.x % HV, h = hv / (HV / H);
   const int64_t slot = blockIdx.x / HV;

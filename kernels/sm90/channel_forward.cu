@@ -23,7 +23,15 @@
 // powers of two; V and O; see cupy_delta/cuda/sm90/channel.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
+#if CUT
+#include "sm90/channel_forward/lead.cuh"
+#else
 #include "sm90/channel_forward/walk.cuh"
+template <class Role>
+PRIM void in_parts(const Shared&, const Work& work, const Role& role) {
+  role(work);
+}
+#endif
 
 // From the state that enters to the one that leaves, 64 value channels of it.
 PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap* v, const float* initial, float* final,
@@ -35,12 +43,21 @@ PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap
   const int64_t state = ((int64_t)work.batch * work.HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
   clear(S);
-  if (initial != nullptr) {
+  if (initial != nullptr && work.begins) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial + state, value, j * 8, lane);
   }
-  Walker{s, work, o, v, part, scale, S}.walk();
-  scale_columns(S, s.units, lane);
+  in_parts(s, work, [&](const Work& work) {
+    Walker walker = {s, work, o, v, part, scale, S};
+    Place place;
+    if (part.thread == 0) walker.ask_values(0);
+#if CUT
+    if (work.lead > 0 && !LeadWalker{walker, s, work, part}.walk(place) && lane == 0) atomicAdd(work.declined, 1);
+#endif
+    walker.walk(place);
+    scale_columns(S, s.units, lane);
+  });
+  if (!work.ends) return;
 #pragma unroll
   for (int j = 0; j < K_TILES; j++) store_state(final + state, S[j], value, j * 8, lane);
 }
@@ -50,23 +67,45 @@ PRIM void supply(const Shared& s, const Work& work, const TensorMap* q, const Te
                  const float* beta) {
   fewer_registers<OTHER_REGISTERS>();
   const int warp = uniform(threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-  const int64_t first = work.sequence.first * work.HV + work.hv;
-  if (warp < 2)
-    GateWarp{s, work, g + first * HEAD_K, beta + first, warp, lane}.run();
-  else
-    solve_chunks(s, work, q, k, warp - 2, lane);
+  in_parts(s, work, [&](const Work& work) {
+    const int64_t first = work.sequence.first * work.HV + work.hv;
+    if (warp < 2)
+      GateWarp{s, work, g + first * HEAD_K, beta + first, warp, lane}.run();
+    else
+      solve_chunks(s, work, q, k, warp - 2, lane);
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     channel_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
                            const float* beta, const float* g, const float* initial_state, float* final_state,
+#if IF_DECLINED
+                           const int* declined,
+#endif
+#if CUT
+                           const int* leads, DTYPE* lead_p, int* declined, int segments, int first, int length,
+#endif
                            float scale, int T, int H, int HV) {
+#if CUT
+  const int longest = longest_lead(leads, gridDim.x / segments * (segments - 1));
+  if (longest < 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(declined, 1);  // one says it for all
+    return;
+  }
+#elif IF_DECLINED
+  if (*declined == 0) return;
+#endif
   const int warpgroup = uniform(threadIdx.x / 128);
   DynSmem smem;
   const Shared s = take_shared(smem);
   smem.all_taken(SHARED_BYTES);
+#if CUT
+  Work work = find_work(T, H, HV, {segments, first, length}, leads, longest, s);
+  work.declined = declined, work.p = (uint4*)lead_p + blockIdx.x * K_STEPS * 128 * MATH;
+#else
   const Work work = find_work(T, H, HV);
+#endif
   if (threadIdx.x == 0) init_barriers(s);
   // Zeros of Pqk above its blocks, which stay.
   for (int i = threadIdx.x; i < STAGES * TILE / 8; i += THREADS) *(uint4*)&s.p[i * 8] = {};
@@ -76,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     walk(s, work, {&o_map, nullptr}, &v_map, initial_state, final_state, scale);
   } else if (warpgroup == MATH) {
     fewer_registers<FACTOR_REGISTERS>();
-    make_factors(s, work, uniform(threadIdx.x / 32) % 4, threadIdx.x % 32);
+    in_parts(s, work,
+             [&](const Work& work) { make_factors(s, work, uniform(threadIdx.x / 32) % 4, threadIdx.x % 32); });
   } else {
     supply(s, work, &q_map, &k_map, g, beta);
   }

@@ -228,8 +228,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
 #endif
                              const float* beta, const float* decays, const float* initial_state,
-                             const int64_t* cu_seqlens, DTYPE* o, float* final_state, DTYPE* corrections, float scale,
-                             int T, int H, int HV, int segments, int transferred) {
+                             const int64_t* cu_seqlens, DTYPE* o, float* final_state, DTYPE* corrections,
+#if IF_DECLINED
+                             const int* declined,
+#endif
+                             float scale, int T, int H, int HV, int segments, int transferred) {
+#if IF_DECLINED
+  if (*declined == 0) return;
+#endif
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
   Shared s;

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from cupy_delta.call import Call
 from cupy_delta.cuda.runtime.sources import kernel_folder
+from cupy_delta.cuda.sm90.cost import Cut
 from cupy_delta.cuda.sm90.segments import Part
 from cupy_delta.cuda.spec import C_TYPES, Launch, Plan, TensorBox
 
@@ -78,7 +79,17 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 KEYWORDS = {"d_o": "do"}
 # Sizes that a call has no name for.
-COUNTS = {"rows", "slots", "pairs", "elements", "tokens", "parts", "size", *Part._fields}
+COUNTS = {
+    "rows",
+    "slots",
+    "pairs",
+    "elements",
+    "tokens",
+    "parts",
+    "size",
+    *Part._fields,
+    *Cut._fields,
+}
 # Numbers of what beta and g are formed of.
 COUNTS |= {"bound", "factor"}
 

@@ -43,6 +43,7 @@ def cases():
         yield "forward", replace(call, checkpoint_every=64), facts
     filling = dict(B=22, N=22, T=7000, K=128, varlen=False, pool_dtype=None, gate="channel")
     yield "forward", replace(call, **filling), H200
+    yield "forward", replace(call, **filling | dict(B=1, N=1, T=70000)), H200
     for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):

@@ -20,7 +20,7 @@ from ..spec import (
     variant,
 )
 from ..tokens.l2norm import normalised, through_norm
-from . import channel_whole, cost
+from . import channel_cut, channel_whole, cost
 from .backward import walk_launches
 from .segments import segment_arrays
 from .tiles import BOX, CHUNK
@@ -37,9 +37,15 @@ KEYS, SLICE = 64, 64
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule`."""
-    if channel_whole.supports_whole(call) and cost.takes_whole(call, facts):
-        return channel_whole.plan_whole(call)
-    return channel_walked(call, cost.choose_channel_forward(call, facts))
+    supported = channel_whole.supports_whole(call)
+    if supported and cost.takes_whole(call, facts):
+        plan = channel_whole.plan_whole(call)
+    else:
+        plan = channel_walked(call, cost.choose_channel_forward(call, facts))
+    cut = cost.choose_cut(call, facts) if supported else None
+    if cut is None:
+        return plan
+    return channel_cut.plan_cut(call, cut, plan, common=len(normalised(call, "q", "k")[0]))
 
 
 def plan_training(call: Call, facts: DeviceFacts) -> Plan:

@@ -7,6 +7,7 @@ import numpy as np
 from ...call import Call
 from ..spec import Launch, Plan, carve, i32, normal, variant
 from ..tokens.l2norm import normalised
+from .cost import Cut
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
 
 HEAD = 128  # of keys and of values
@@ -30,29 +31,34 @@ def plan_whole(call: Call) -> Plan:
     return Plan((*launches, channel_forward_hopper_launch(call)), outputs, workspace)
 
 
-def channel_forward_shared() -> int:
+def channel_forward_shared(cut: bool = False) -> int:
     """Return the bytes of shared memory, as sm90/channel_forward/shared.cuh carves them."""
     count, size = TILE
     boxes = HEAD // BOX
     tiles = (2 * KEY_STAGES + 2 * STAGES) * boxes + STAGES + MATH
     rows = (STAGES * POWER_ROWS * HEAD, 2), (STAGES * BLOCKS * HEAD, 4), (STAGES * HEAD, 4)
-    tokens = (HEAD, 4), (STAGES * CHUNK, 4), (STAGES * 2 * BLOCKS, 4)
+    tokens = (HEAD, 4), (STAGES * CHUNK, 4), (STAGES * 2 * BLOCKS, 4), (cut, 4)
     barriers = 2 * KEY_STAGES + 5 * STAGES + MATH
     end = carve(*rows, *tokens, start=tiles * count * size)
     return -(-end // BARRIER) * BARRIER + barriers * BARRIER
 
 
-def channel_forward_hopper_launch(call: Call) -> Launch:
-    """The walk, factors included, a block per sequence and value head."""
+def channel_forward_hopper_launch(call: Call, cut: Cut | None = None) -> Launch:
+    """The walk, factors included, a block per sequence or segment and value head."""
     p = call
+    defines = variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk"))
+    segments: tuple = ()
+    if cut is not None:
+        defines = (*defines, ("CUT", 1))
+        segments = ("leads", "lead_p", "declined", *(i32(x) for x in cut))
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     return Launch(
         "sm90/channel_forward.cu",
         "channel_forward_hopper",
-        variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk")),
-        p.B * p.HV,
+        defines,
+        p.B * (cut.segments if cut else 1) * p.HV,
         128 * (MATH + 2),
-        channel_forward_shared(),
+        channel_forward_shared(cut is not None),
         (
             box(normal(p, "q"), keys),
             box(normal(p, "k"), keys),
@@ -62,6 +68,7 @@ def channel_forward_hopper_launch(call: Call) -> Launch:
             "g",
             "initial_state",
             "final_state",
+            *segments,
             np.float32(p.scale),
             i32(p.T),
             i32(p.H),

@@ -46,6 +46,25 @@ BACKWARD = Rates({1: 1.5, 2: 1.85}, {1: 0.98, 2: 1.4})
 # tokens take it, the fewest for which it was timed and is faster. Measured on an H200.
 CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 5.3
 
+# Chunks of the one kernel before a segment's own: of gates of mean -1 the lead, and what its roles
+# are apart. A lead has at most so many, as sm90/channel_leads.cu counts them.
+LEAD, APART, LONGEST_LEAD = 3, 2, 8
+# Microseconds on an H200 of what comes beside such a walk, and of what a declined call loses; of
+# the predicted time without, at least what is to be gained and at most what may be lost.
+CUT_LAUNCHES, DECLINED = 12.0, 8.0
+GAIN, LOSS = 0.05, 0.05
+
+
+class Cut(NamedTuple):
+    """Into how many segments a sequence is cut, and the chunks of the first and of others.
+
+    The last one has what is left.
+    """
+
+    segments: int
+    first: int
+    length: int
+
 
 class Choice(NamedTuple):
     """How a walk is divided.
@@ -94,13 +113,44 @@ def choose_channel_training(call: Call, facts: DeviceFacts) -> Choice:
 
 def takes_whole(call: Call, facts: DeviceFacts) -> bool:
     """Return whether `chunk_delta_rule` with such a gate takes least time in one kernel."""
-    heads, chunks = call.N * call.HV, chunks_per_sequence(call)
+    return whole_cost(call, facts) < walked_cost(call, facts)
+
+
+def whole_cost(call: Call, facts: DeviceFacts) -> float:
+    """Return the predicted microseconds of the one kernel."""
+    rounds = -(-call.N * call.HV // facts.sm_count)
+    return rounds * (chunks_per_sequence(call) + APART) * CHANNEL_WHOLE
+
+
+def walked_cost(call: Call, facts: DeviceFacts) -> float:
+    """Return those of factors and walks with them."""
     choice, least = choose_channel_forward(call, facts), traffic(call, written_rows=1, states=False)
-    factors = heads * chunks * CHANNEL_FACTORS / facts.sm_count
-    walk = cost(choice, call, facts, CHANNEL_FORWARD, least)
-    # Its roles are some chunks apart.
-    whole = -(-heads // facts.sm_count) * (chunks + 2) * CHANNEL_WHOLE
-    return whole < LAUNCH + factors + walk
+    factors = call.N * call.HV * chunks_per_sequence(call) * CHANNEL_FACTORS / facts.sm_count
+    return LAUNCH + factors + cost(choice, call, facts, CHANNEL_FORWARD, least)
+
+
+def choose_cut(call: Call, facts: DeviceFacts) -> Cut | None:
+    """Choose segments for the one kernel that begin from zero, if that is predicted to gain."""
+    others = min(whole_cost(call, facts), walked_cost(call, facts))
+    cuts = {cut: cut_cost(cut, call, facts) for cut in cuts_of(chunks_per_sequence(call))}
+    best = min(cuts, key=lambda cut: cuts[cut], default=None)
+    gains = best is not None and cuts[best] < (1 - GAIN) * others
+    return best if gains and LOSS * others > DECLINED else None
+
+
+def cuts_of(chunks: int) -> Iterator[Cut]:
+    """Yield the cuts of a sequence: the first segment is about as long as others with a lead."""
+    for count in range(2, chunks // LONGEST_LEAD + 1):
+        for length in sorted({(chunks - LEAD) // count, -(-(chunks - LEAD) // count)}):
+            first = chunks - (count - 1) * length
+            if first >= LONGEST_LEAD:
+                yield Cut(count, first, length)
+
+
+def cut_cost(cut: Cut, call: Call, facts: DeviceFacts) -> float:
+    rounds = -(-call.N * call.HV * cut.segments // facts.sm_count)
+    longest = max(cut.first, cut.length + LEAD)
+    return CUT_LAUNCHES + rounds * (longest + APART) * CHANNEL_WHOLE
 
 
 def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -> Choice:

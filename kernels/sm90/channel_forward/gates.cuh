@@ -177,7 +177,7 @@ PRIM void load_keys(const Shared& s, const Work& work, const TensorMap* q, const
 #pragma unroll
   for (int box = 0; box < K_BOXES; box++) {
     const int place = (stage * K_BOXES + box) * TILE;
-    tma_load(s.k + place, k, full, box * BOX, work.h, c * CHUNK, work.batch);
-    tma_load(s.q + place, q, full, box * BOX, work.h, c * CHUNK, work.batch);
+    tma_load(s.k + place, k, full, box * BOX, work.h, work.start + c * CHUNK, work.batch);
+    tma_load(s.q + place, q, full, box * BOX, work.h, work.start + c * CHUNK, work.batch);
   }
 }

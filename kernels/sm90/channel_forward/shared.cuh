@@ -32,7 +32,8 @@ struct Shared {
   float* carried;    // what is left of the state per key channel
   float* units;      // of the state that leaves, in its units
   float* beta;
-  int* within;  // of each half of the channels and block, the first token that is out of range
+  int* within;    // of each half of the channels and block, the first token that is out of range
+  int* declined;  // whether the call is, as those that walk have seen it
   uint64_t *keys_full, *keys_free, *sums_full, *pairs_full, *factors_full, *core_full, *stage_free, *values_full;
 };
 
@@ -50,6 +51,9 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.units = smem.take<float>(KP, "units of the state");
   s.beta = smem.take<float>(STAGES * CHUNK, "beta");
   s.within = smem.take<int>(STAGES * 2 * COUNT, "tokens within range");
+#if CUT
+  s.declined = smem.take<int>(1, "declined");
+#endif
   auto barriers = [&](int count, const char* name) { return smem.take<uint64_t>(count, name, sizeof(uint64_t)); };
   s.keys_full = barriers(KEY_STAGES, "keys full");
   s.keys_free = barriers(KEY_STAGES, "keys free");
@@ -102,15 +106,22 @@ struct Stage {
   }
 };
 
-// What a block works on: a sequence and value head.
+// What a block works on: a sequence, or with CUT a segment of it and the chunks of its lead, and a value head.
 struct Work {
   Sequence sequence;
   int chunks, h, hv, HV, batch;
-  int start = 0;  // coordinate of its first token in the tensor maps
+  int start = 0;                    // coordinate of its first token in the tensor maps
+  bool begins = true, ends = true;  // with the sequence
+  // With CUT: how many chunks come before its own; with which of all those that walk look whether the call is declined;
+  // how many come later, if it is not; and where that and what the lead does to a state are.
+  int lead = 0, looks = -1, later = 0;
+  int* declined = nullptr;
+  uint4* p = nullptr;
 
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 // The same in all threads, and said to be: what the compiler believes to differ takes registers that there are not.
+#if !CUT
 PRIM Work find_work(int T, int H, int HV) {
   Work w;
   const int hv = blockIdx.x % HV, batch = blockIdx.x / HV;
@@ -119,6 +130,7 @@ PRIM Work find_work(int T, int H, int HV) {
   w.chunks = uniform((T + CHUNK - 1) / CHUNK);
   return w;
 }
+#endif
 
 // Both rings.
 struct Place {

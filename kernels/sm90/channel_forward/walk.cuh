@@ -18,17 +18,16 @@ struct Walker {
   PRIM void ask_values(int c) const {
     uint64_t* full = s.values_full + part.warpgroup;
     mbarrier_arrive_expect(full, TILE * 2);
-    tma_load(box(), v, full, part.column, work.hv, c * CHUNK, work.batch);
+    tma_load(box(), v, full, part.column, work.hv, work.start + c * CHUNK, work.batch);
   }
   PRIM void say(uint64_t* barrier) const {
     __syncwarp();
     if (part.lane() == 0) mbarrier_arrive(barrier);
   }
 
-  PRIM void walk() {
-    Place place;
-    if (part.thread == 0) ask_values(0);
-    for (int c = 0; c < work.chunks; c++, place.advance()) {
+  // From `place`, where the chunks of the lead have left it.
+  PRIM void walk(Place place) {
+    for (int c = work.lead; c < work.chunks; c++, place.advance()) {
       const int stage = place.stage.stage;
       const Stage at(s, place.key.stage, stage);
       float R[8][4], O[8][4];
@@ -42,20 +41,27 @@ struct Walker {
       correct(R, at);
       round_columns<DTYPE>(N, R, at.beta, part.lane());
       add_chunk(O, state, N, at, s.keys_free + place.key.stage);
+#if CUT
+      if (c == work.looks && threadIdx.x == 0) *s.declined = atomicAdd(work.declined, 0);
+#endif
       say(s.stage_free + stage);
       send(O, c);
     }
     if (part.lane() == 0) tma_store_wait_read<0>();
   }
 
-  // R = -K S, and what is left of S.
-  PRIM void read_state(float (&R)[8][4], uint32_t (&state)[K_STEPS][4], const Stage& at) {
+  // R = -K S on its way.
+  PRIM void read(float (&R)[8][4], uint32_t (&state)[K_STEPS][4], const Stage& at) const {
     pin(state);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++)
       wgmma<DTYPE, false, true>(R, state[step], step_along_rows(at.k, step), step > 0);
     wgmma_commit();
+  }
+  // R = -K S, and what is left of S.
+  PRIM void read_state(float (&R)[8][4], uint32_t (&state)[K_STEPS][4], const Stage& at) const {
+    read(R, state, at);
     scale_columns(S, at.carried, part.lane());
     wgmma_wait<0>();
     pin(R);
@@ -82,6 +88,18 @@ struct Walker {
     wgmma_commit();
     wgmma_wait<0>();
     pin(R);
+  }
+  // S += K^T N, of some key channels.
+  template <int TILES>
+  PRIM void write(float (&S)[TILES][4], uint32_t (&N)[4][4], const DTYPE* k) const {
+    pin(N);
+    pin(S);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, N[step], step_of_rows(k, step), true);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(S);
   }
   // O = Q S + Pqk N and S += K^T N, O of S as it entered. `read`: K and Q were.
   PRIM void add_chunk(float (&O)[8][4], uint32_t (&state)[K_STEPS][4], uint32_t (&N)[4][4], const Stage& at,

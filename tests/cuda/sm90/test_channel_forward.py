@@ -2,38 +2,23 @@
 
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
+from channel_calls import BF16, call_of, check, make_case, same
 from channels import patterns
 from emulator import HOPPER, EmulatorDevice, Run, copy_in
-from helpers import definition, make_inputs
-from rounded import error, rounded_products, twice, wide
+from helpers import definition
+from rounded import wide
 
 from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
 from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.sm90.channel_whole import plan_whole
-from cupy_delta.cuda.sm90.tiles import CHUNK
 from cupy_delta.cuda.spec import DeviceFacts
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
 LEGS = ["source", "ptx"]
 H200 = DeviceFacts(132, 227 * 1024, (9, 0))
-
-
-def make_case(T, *, B=1, H=1, G=1, K=128, V=128, layout="kv", **options):
-    options = dict(gate="channel", decay=0.3, beta=(0, 2), initial=True) | options
-    args, kw = make_inputs(T, B=B, H=H, G=G, K=K, V=V, dtype=BF16, layout=layout, **options)
-    args[3:] = (x.astype(np.float32) for x in args[3:])
-    return args, kw
-
-
-def call_of(args, kw, **options):
-    (B, T, H, K), (HV, V) = args[0].shape, args[2].shape[2:]
-    sizes = dict(B=B, T=T, N=B, H=H, HV=HV, K=K, V=V, gate="channel", scale=K**-0.5)
-    return Call(dtype=BF16, **sizes, state_layout=kw["state_layout"], **options)
 
 
 def computed(args, kw, leg, run=None, **options):
@@ -43,16 +28,6 @@ def computed(args, kw, leg, run=None, **options):
     given = {name: None if x is None else copy_in(x, name) for name, x in given.items()}
     results = execute(plan_whole(call), given, EmulatorDevice(run or Run(), leg=leg, **HOPPER))
     return np.array(results["o"]), np.array(results["final_state"])
-
-
-def check(args, kw, results):
-    """Judge every value head by itself."""
-    more, options = wide(args, kw)
-    exact, plain = definition(*more, **options), rounded_products(args, kw, CHUNK)
-    for x, y, other, axis in zip(results, exact, plain, (2, 1), strict=True):
-        for hv in range(y.shape[axis]):
-            one, expected, rounded = (a.take(hv, axis) for a in (x, y, other))
-            assert error(one, expected) < twice(rounded, expected), (axis, hv)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +88,6 @@ def test_in_any_order(seed):
         assert same(x, y)
 
 
-def same(x, y):
-    x, y = (np.ascontiguousarray(a).view(np.uint8) for a in (x, y))
-    return np.array_equal(x, y)
-
-
 def test_a_row_alone_and_among_others():
     args, kw = make_case(100, B=3, G=2)
     o, state = computed(args, kw, "source")
@@ -168,7 +138,7 @@ def test_which_calls_take_one_kernel():
         return [x.file.split("/")[-1] for x in made("forward", call, H200).launches]
 
     assert files(call) == ["channel_forward.cu"]
-    assert files(replace(call, B=1, N=1, H=80, HV=80)) == ["channel_forward.cu"]
+    assert files(replace(call, B=1, N=1, H=128, HV=128)) == ["channel_forward.cu"]
     assert files(replace(call, qk_l2norm=True))[2:] == ["channel_forward.cu"]
     for options in others:
-        assert files(replace(call, **options))[0] == "channel_factors.cu", options
+        assert "channel_factors.cu" in files(replace(call, **options)), options
