@@ -204,8 +204,9 @@ def test_resets():
 def test_nan_in_a_lead_stays_in_its_head(name):
     args, kw = forgetting(10, H=2)
     args[["q", "k", "v", "beta", "g"].index(name)][0, 64 * 8 - 3, 0] = np.nan
-    (o, state), _, declined = computed(args, kw)
+    (o, state), leads, declined = computed(args, kw)
     assert declined == (name != "v")
+    assert leads.tolist() == [-1 if name == "g" else 2, 2]
     assert np.isnan(o[0, 64 * 8 :, 0].astype(np.float32)).all()
     assert np.isnan(state[0, 0]).all()
     more, options = wide(args, kw)
@@ -213,14 +214,19 @@ def test_nan_in_a_lead_stays_in_its_head(name):
     assert np.abs(o[0, :, 1].astype(np.float64) - exact).max() < 0.02 * np.abs(exact).max()
 
 
-def test_nan_that_is_forgotten():
+@pytest.mark.parametrize("name", ["v", "initial_state"])
+def test_nan_that_is_forgotten(name):
     """What lies before a lead reaches no token of its segment."""
     args, kw = forgetting(10)
     (o, state), leads, _ = computed(args, kw)
-    args[2][0, 64 * (8 - leads[0]) - 1] = np.nan
+    before = 64 * (8 - leads[0])
+    if name == "v":
+        args[2][0, before - 1] = np.nan
+    else:
+        kw["initial_state"][:] = np.nan
     (found, left), _, declined = computed(args, kw)
     assert not declined
-    assert np.isnan(found[0, 64 * (8 - leads[0]) - 1].astype(np.float32)).all()
+    assert np.isnan(found[0, before - 1].astype(np.float32)).all()
     assert same(found[:, 64 * 8 :], o[:, 64 * 8 :])
     assert same(left, state)
 
