@@ -70,6 +70,7 @@ def forgetting(chunks, tokens=0, **options):
         (dict(chunks=14, tokens=1, layout="vk"), (4, 8, 2), "source"),
         (dict(chunks=10, tokens=7, B=2, H=2, G=2), (3, 8, 1), "source"),
         (dict(chunks=9, tokens=63, correlation=0.5, G=3), (2, 8, 2), "source"),
+        (dict(chunks=19), (2, 8, 11), "source"),
         (dict(chunks=21, tokens=9), (2, 8, 14), "source"),
         (dict(chunks=26, H=2), (2, 9, 17), "source"),
         (dict(chunks=10, tokens=30, B=2, layout="vk"), (2, 8, 3), "ptx"),
