@@ -54,24 +54,16 @@ def work(rank: int, size: int, lengths: tuple[int, ...], end: float, only: str |
     dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device(rank))
     session = Session(rank, size)
     for T in lengths:
-        alone = {} if only == "cut" else session.alone(T)
-        cut = {} if only == "alone" else session.cut(T)
-        weak = {} if only or session.over(end) else session.cut(T * size)
-        for what in PASSES if rank == 0 else ():
+        for what in PASSES:
+            row = session.row(what, T, only, end)
+            if rank > 0:
+                continue
+            # As soon as it is measured: the next one may compile for minutes.
             if what in session.failed:
                 print(f"fla {what}, T {T}: {session.failed[what]}", flush=True)
-                continue
-            row = {"fla": what, "T": T}
-            row |= {"one GPU": alone[what]} if alone else {}
-            row |= {f"{size} GPUs": cut[what]} if cut else {}
-            if alone and cut:
-                row["times as fast"] = round(alone[what] / cut[what], 2)
-            if weak:
-                row["T for each"], row["efficiency"] = weak[what], alone[what] / weak[what]
-            print(
-                json.dumps({k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()})
-            )
-            sys.stdout.flush()
+            else:
+                rounded = {k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()}
+                print(json.dumps(rounded), flush=True)
         if session.over(end):
             break
     dist.destroy_process_group()
@@ -90,16 +82,30 @@ class Session:
         self.rule, self.context = chunk_gated_delta_rule, build_cp_context
         self.failed: dict[str, str] = {}  # what this version refuses, and why
 
-    def alone(self, T: int) -> dict:
-        """Time one GPU; the others tune their kernels meanwhile, for minutes, and then wait."""
-        return self.times(T, {}, only_first=True)
+    def row(self, what: str, T: int, only: str | None, end: float) -> dict:
+        """One pass with T tokens: on one GPU, on all, and with T for each if there is time."""
+        row: dict = {"fla": what, "T": T}
+        if only != "cut":
+            row["one GPU"] = self.alone(what, T)
+        if only != "alone":
+            row[f"{self.size} GPUs"] = self.cut(what, T)
+        if only is None:
+            row["times as fast"] = row["one GPU"] / row[f"{self.size} GPUs"]
+            if not self.over(end):
+                row["T for each"] = self.cut(what, T * self.size)
+                row["efficiency"] = row["one GPU"] / row["T for each"]
+        return row
 
-    def cut(self, T: int) -> dict:
+    def alone(self, what: str, T: int) -> float:
+        """Time one GPU; the others tune their kernels meanwhile, for minutes, and then wait."""
+        return self.one_pass(what, T, {}, only_first=True)
+
+    def cut(self, what: str, T: int) -> float:
         ends = self.torch.tensor([0, T], dtype=self.torch.long)
         context = self.context(ends.to("cuda"), self.dist.group.WORLD, cu_seqlens_cpu=ends)
-        return self.times(T // self.size, {"cp_context": context})
+        return self.one_pass(what, T // self.size, {"cp_context": context})
 
-    def times(self, T: int, options: dict, only_first: bool = False) -> dict:
+    def one_pass(self, what: str, T: int, options: dict, only_first: bool = False) -> float:
         q, k, v, do, g, beta = self.arrays(T)
 
         def forward():
@@ -110,9 +116,8 @@ class Session:
             o, _ = self.rule(q, k, v, g, beta, **options)
             self.torch.autograd.grad(o, (q, k, v, beta), do)
 
-        idle = only_first and self.rank > 0
-        passes = zip(PASSES, (forward, both), strict=True)
-        return {what: self.time(what, once, idle) for what, once in passes}
+        once = forward if what == "forward" else both
+        return self.time(what, once, only_first and self.rank > 0)
 
     def arrays(self, T: int):
         torch = self.torch
