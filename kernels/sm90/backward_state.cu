@@ -11,7 +11,7 @@
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
 // the identity: what is left is H and P of dS' -> P dS' + H. The walk with JOINS goes through all of them at once and
 // joins for each those that come after it in the sequence (sm90/join.cuh). Arrays of segments are in the order of the
-// walk, last segment first. A gate per head cuts transfers short (sm90/training/cut.cuh).
+// walk, last segment first. Where a gate per head forgets, segments begin early instead (sm90/training/late.cuh).
 //
 // A math warpgroup holds 64 value channels of dS^T in accumulators, from which dS'^T, (b dN)^T and (b dY)^T are left
 // operands of wgmma: the chain from dS' to dS passes nothing through shared memory. What is not of the chain, the
@@ -26,7 +26,7 @@
 // value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
-#include "sm90/training/cut.cuh"
+#include "sm90/training/late.cuh"
 #include "sm90/training/start.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
@@ -121,7 +121,7 @@ struct Walker {
       correct(dN, a, at);
       add_queries(dO, at.q, 2);
       const int c = work.chunk(i);
-      if constexpr (STATES) send_gradient(state, c);
+      if constexpr (STATES) send_gradient(state, c, i >= work.early);
       wgmma_wait<1>();
       pin(dN);
       // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
@@ -137,7 +137,7 @@ struct Walker {
       if (i + 1 < work.chunks) next.advance();
       mbarrier_wait(s.full + next.stage, next.parity);
       begin(dN, dO, next.stage);
-      if constexpr (STATES) send_rows(dy, dY, rows(ring.stage), work, c, work.tokens(c), part);
+      if constexpr (STATES) send_rows(dy, dY, rows(ring.stage), work, c, work.sent(i), part);
       wgmma_wait<1>();
       pin(dS);
       free_stage(s, ring.stage, part.thread);
@@ -199,11 +199,11 @@ struct Walker {
   }
 
   // dS' of chunk c, for the gradients of it.
-  PRIM void send_gradient(const StateOperand& state, int c) const {
+  PRIM void send_gradient(const StateOperand& state, int c, bool leaves) const {
     stage_state(state_boxes, state, lane);
     async_proxy_fence();
     __syncwarp();
-    if (lane == 0) send_state(dstates, state_boxes, work, value, c);
+    if (lane == 0 && leaves) send_state(dstates, state_boxes, work, value, c);
   }
 };
 
@@ -217,15 +217,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap dy_map,
 #if TRANSFER || JOINS
                           const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
+#if HAS_GATE == 1
+                          const int* starts,
+#endif
 #endif
                           const float* beta, const float* decays,
-#if TRANSFER && HAS_GATE == 1
-                          const DTYPE* k,
-#endif
                           const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dy, float* dinitial_state,
                           float scale, int T, int H, int HV, int segments, int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
+#if HAS_GATE == 1 && TRANSFER
+  if (!is_joined(work, starts, segments)) return;
+#elif HAS_GATE == 1 && JOINS
+  begin_early(work, starts, cu_seqlens, T, segments);
+#endif
   Shared s;
   Joins joins = {};
 #if TRANSFER || JOINS
@@ -239,10 +244,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   inputs.writing = &k_write_map;
 #endif
   inputs.beta = beta, inputs.decays = decays;
-  bool cut = false;
-#if TRANSFER && HAS_GATE == 1
-  cut = cut_short(work, (float*)s.states, k, beta, decays, H);
-#endif
   if (warpgroup == MATH) return supply(s, inputs, work, joins.joined, warp, lane);
   if constexpr (MATH == 2) more_registers<MATH_REGISTERS>();
   const int column = work.channel + warpgroup * 64, value = column + warp * 16;
@@ -251,18 +252,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float dS[K_TILES][4];
   clear(dS);
 #if TRANSFER
-  if (!work.values && !cut) add_identity(dS, 1.0f, value, lane);
+  if (!work.values) add_identity(dS, 1.0f, value, lane);
 #else
-  if (dfinal_state != nullptr) {
+  if (dfinal_state != nullptr && work.early == 0) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(dS[j], dfinal_state + state_at, value, j * 8, lane);
   }
 #endif
-  if constexpr (JOINS) join(dS, joins, work.n * (int64_t)transferred, work.step, part);
+  if constexpr (JOINS) join(dS, joins, work.n * (int64_t)transferred, work.joined, part);
   const Rows rows = {&dy_map, dy};
-  Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
+  const Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
   if constexpr (TRANSFER) {
-    if (cut) over_chunks.forget();
     leave_transfer(s, work, dS, transfers, over_chunks, part);
   } else if (work.last) {
     // One per sequence, from its first segment.

@@ -5,8 +5,9 @@
 //   R = V - r K S      N^ = R + core (b R)      N = b N^      O = scale (r Q S + Pqk N)      S' = c S + K^T (w N)
 //
 // The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks (STATES). Segments are as in
-// sm90/forward.cu, which makes their transfers, but with a gate per key channel: then this walk does (TRANSFER), from
-// zero for H, and without V from the identity for P; all are walked at once.
+// sm90/forward.cu, which makes their transfers, but with a gate: then this walk does (TRANSFER), from zero for H, and
+// without V from the identity for P; all are walked at once. Where a gate per head forgets, segments begin early instead
+// (sm90/training/late.cuh).
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
 // wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and Pqk and all stores run while
@@ -20,6 +21,7 @@
 // blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K, Q,
 // core, Pqk, V, beta and decays; S and O on their way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 0
+#include "sm90/training/late.cuh"
 #include "sm90/training/start.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
@@ -79,11 +81,12 @@ struct Walker {
       if constexpr (OUTPUT) {
         wgmma_wait<1>();
         pin(O);
-        send_output(O, ring.stage, c - 1, c > 0 ? CHUNK : 0);
+        send_output(O, ring.stage, c - 1, c > work.early ? CHUNK : 0);
         wgmma_fence();
         query(O, state, 0, K_STEPS / 2, at.q);
       }
       if constexpr (PER_TOKEN) carry(S, at.reads);
+      if constexpr (PER_TOKEN && TRANSFER) over_chunks.multiply(at.reads, 0);
       if constexpr (PER_CHANNEL) scale_columns(S, at.carried, lane);
       if constexpr (PER_CHANNEL && TRANSFER) over_chunks.multiply(at.carried, value + lane / 4);
       wgmma_wait<BEHIND>();
@@ -96,23 +99,23 @@ struct Walker {
         TokenOperand written;
         round_columns<DTYPE>(written, R, at.b, at.writes, lane);
         add_to_state(written, at.writing);
-        round_columns<DTYPE>(a, R, at.b, lane);
-        wgmma_wait<1>();
-        pin(O);
-        scale_columns(O, at.reads, lane);
-        pin(a);
-        pin(O);
-        wgmma_fence();
+        if constexpr (OUTPUT) {
+          round_columns<DTYPE>(a, R, at.b, lane);
+          wgmma_wait<1>();
+          pin(O);
+          scale_columns(O, at.reads, lane);
+          pin(a);
+          pin(O);
+          wgmma_fence();
+        }
       } else {
         if constexpr (STATES) round_sums<DTYPE>(corrections, R);
         round_columns<DTYPE>(a, R, at.b, lane);
         add_to_state(a, at.writing);
       }
       if constexpr (OUTPUT) add_within_chunk(O, a, at.p);
-      if constexpr (PER_TOKEN)
-        round_sums<DTYPE>(corrections, R);
-      else
-        wgmma_wait<1 + BEHIND>();
+      if constexpr (PER_TOKEN && STATES) round_sums<DTYPE>(corrections, R);
+      if constexpr (!PER_TOKEN) wgmma_wait<1 + BEHIND>();
       if constexpr (STATES) leave(state, corrections, ring.stage, c);
       // The last chunk has no next one, and reads in vain.
       const int before = ring.stage;
@@ -128,7 +131,7 @@ struct Walker {
     if constexpr (OUTPUT) {
       // The last place of V may still be read, as the first thread knows.
       if constexpr (!STATES) named_barrier(MATH_BARRIER + part.warpgroup, 128);
-      send_output(O, ring.stage, work.chunks - 1, work.tokens(work.chunks - 1));
+      send_output(O, ring.stage, work.chunks - 1, work.sent(work.chunks - 1));
     }
     if (lane == 0) tma_store_wait_read<0>();
     return over_chunks;
@@ -155,6 +158,7 @@ struct Walker {
   }
   PRIM void add_values(TokenSums& R, const float* reads, int stage) const {
     scale_columns(R, reads, lane);
+    if (TRANSFER && !work.values) return;
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       float v[2][4];
@@ -188,8 +192,8 @@ struct Walker {
   // What the gradients read: the state that entered the chunk, and N^ through the place of V.
   PRIM void leave(const StateOperand& state, const TokenOperand& corrections, int stage, int c) {
     stage_state(state_boxes, state, lane);
-    send_rows(results.corrections, corrections, rows(stage), work, c, work.tokens(c), part);
-    if (lane == 0) send_state(results.states, state_boxes, work, value, c);
+    send_rows(results.corrections, corrections, rows(stage), work, c, work.sent(c), part);
+    if (lane == 0 && c >= work.early) send_state(results.states, state_boxes, work, value, c);
   }
   PRIM void add_to_state(TokenOperand& N, const DTYPE* k) {
     pin(N);
@@ -226,6 +230,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                              const __grid_constant__ TensorMap o_map,
 #if TRANSFER || JOINS
                              const __grid_constant__ TensorMap transfer_map, float* h, float* segment_decays,
+#if HAS_GATE == 1
+                             const int* starts,
+#endif
 #endif
                              const float* beta, const float* decays, const float* initial_state,
                              const int64_t* cu_seqlens, DTYPE* o, float* final_state, DTYPE* corrections,
@@ -237,7 +244,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (*declined == 0) return;
 #endif
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
+  Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
+#if HAS_GATE == 1 && TRANSFER
+  if (!is_joined(work, starts, segments)) return;
+#elif HAS_GATE == 1 && JOINS
+  begin_early(work, starts, cu_seqlens, T, segments);
+#endif
   Shared s;
   Joins joins = {};
 #if TRANSFER || JOINS
@@ -259,11 +271,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   float S[K_TILES][4];
   clear(S);
   if (TRANSFER && !work.values) add_identity(S, 1.0f, value, lane);
-  if (initial_state != nullptr) {
+  if (initial_state != nullptr && work.early == 0) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], initial_state + state_at, value, j * 8, lane);
   }
-  if constexpr (JOINS) join(S, joins, work.n * (int64_t)transferred, work.step, part);
+  if constexpr (JOINS) join(S, joins, work.n * (int64_t)transferred, work.joined, part);
   Results results = {{&o_map, o}, {nullptr, corrections}, nullptr};
 #if STATES
   results.corrections.map = &n_map, results.states = &states_map;

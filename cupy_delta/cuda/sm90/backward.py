@@ -20,8 +20,9 @@ from ..spec import (
 from ..tokens.l2norm import through_norm
 from . import cost
 from .segments import segment_arrays
+from .starts import start_arrays
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
-from .training import chunk_decays, given_walk_launch
+from .training import chunk_decays, given_walk_launch, late_starts_launch
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
 WALK_STAGES, CHANNEL_WALK_STAGES = {1: 3, 2: 3}, {1: 2, 2: 2}
@@ -39,6 +40,8 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     outputs, workspace = gradient_arrays(call, CHUNK)
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
+        if call.gate == "scalar":
+            workspace |= start_arrays(call, choice.segments)
     launches = [
         *walk_launches(call, choice),
         backward_chunk_hopper_launch(call, facts),
@@ -50,32 +53,42 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
 def walk_launches(call: Call, choice: cost.Choice) -> list[Launch]:
     """The reverse walk, after transfers of its segments."""
     transferred = choice.segments - 1
-    walk = backward_state_hopper_launch(call, choice, transferred)
     if not transferred:
-        return [walk]
-    return [backward_state_hopper_launch(call, choice, transferred, True), walk]
+        return [backward_state_hopper_launch(call, choice, transferred)]
+    launches, starts = [], None
+    if call.gate == "scalar":
+        starts = "starts"
+        launches.append(late_starts_launch(call, choice, backward=True))
+    return [
+        *launches,
+        backward_state_hopper_launch(call, choice, transferred, True, starts),
+        backward_state_hopper_launch(call, choice, transferred, starts=starts),
+    ]
 
 
 def backward_state_hopper_launch(
-    call: Call, choice: cost.Choice, transferred: int, transfer: bool = False
+    call: Call,
+    choice: cost.Choice,
+    transferred: int,
+    transfer: bool = False,
+    starts: str | None = None,
 ) -> Launch:
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     tiles = choice.transfer_tiles if transfer else choice.value_tiles
     start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
-    # Whether a gate per head cuts a transfer short depends on its keys, too.
-    keys = (normal(call, "k"),) if transfer and call.gate == "scalar" else ()
     return given_walk_launch(
         call,
         "sm90/backward_state.cu",
         "backward_state_hopper",
         "do",
         ("dstates", "dy"),
-        (*keys, start, "cu_seqlens", "dy", end),
+        (start, "cu_seqlens", "dy", end),
         tiles=tiles,
         stages=(CHANNEL_WALK_STAGES if call.gate == "channel" else WALK_STAGES)[tiles],
         segments=choice.segments,
         transferred=transferred,
         transfer=transfer,
+        starts=starts,
     )
 
 

@@ -29,10 +29,12 @@ from .backward import backward_chunk_hopper_launch, backward_state_hopper_launch
 from .forward import forward_hopper_launch, transfer_launch
 from .gates import token_factors_launch
 from .segments import Part, record_arrays, segment_arrays, transfer_box
+from .starts import start_arrays
 from .tiles import BARRIER, BOX, CHUNK, JOIN_BARRIERS, slices_of, transfer_cluster, transfer_slices
 from .training import (
     core_arrays,
     forward_residuals_hopper_launch,
+    late_starts_launch,
     wy_factors_hopper_launch,
 )
 
@@ -117,15 +119,20 @@ def halve_backward(call: Call, facts: DeviceFacts, tells: Tells) -> Halves:
     outputs, workspace = gradient_arrays(call, CHUNK)
     first: list[Launch] = []
     results: ArraySpecs = {}
+    starts = None
     if part.transferred:
         workspace |= segment_arrays(call, part.transferred)
-        first.append(backward_state_hopper_launch(call, choice, part.transferred, transfer=True))
+        if call.gate is not None and tells == "nothing":
+            starts = "starts"
+            workspace |= start_arrays(call, choice.segments)
+            first.append(late_starts_launch(call, choice, backward=True))
+        first.append(backward_state_hopper_launch(call, choice, part.transferred, True, starts))
     if tells != "nothing":
         results = transfer_arrays(call, "told_p", "told_h")
         start = "dfinal_state" if tells == "state" else None
         first.append(told_launch(call, part.transferred, start))
     second = (
-        backward_state_hopper_launch(call, choice, part.transferred),
+        backward_state_hopper_launch(call, choice, part.transferred, starts=starts),
         backward_chunk_hopper_launch(call, facts),
         *through_norm(call),
     )

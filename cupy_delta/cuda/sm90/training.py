@@ -19,8 +19,8 @@ from ..spec import (
 from ..tokens.l2norm import normalised
 from . import cost
 from .forward import transfer_launch
-from .gates import token_factors_launch
-from .segments import Part, record_arrays, segment_arrays, transfer_box
+from .segments import Part, segment_arrays, transfer_box
+from .starts import start_arrays, starts_launch
 from .tiles import (
     BARRIER,
     BOX,
@@ -36,11 +36,13 @@ from .tiles import (
 DECAY_ROWS = 4  # of a chunk's tokens, as sm90/decays.cuh has them
 # Chunks that are loaded ahead, by tiles of value channels per block.
 STAGES = {1: 3, 2: 2}
+# Of a transfer, which reads neither queries nor P.
+TRANSFER_STAGES = {1: 4, 2: 4}
 
 
 def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule_fwd`, which leaves what the gradients read."""
-    choice = cost.choose_training(call, facts)
+    choice, starts = cost.choose_training(call, facts), None
     outputs = {
         "o": (call.value_shape, call.dtype),
         "final_state": (call.state_shape, call.state_dtype),
@@ -53,12 +55,23 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
         part = Part(choice.segments, walked=choice.segments, transferred=choice.segments - 1)
-        if call.gate is not None:
-            workspace |= record_arrays(call)
-            launches.append(token_factors_launch(call))
-        launches.append(transfer_launch(call, choice.transfer_tiles, part))
-    launches.append(forward_residuals_hopper_launch(call, choice, choice.segments - 1))
+        if call.gate is None:
+            launches.append(transfer_launch(call, choice.transfer_tiles, part))
+        else:
+            starts = "starts"
+            workspace |= start_arrays(call, choice.segments)
+            launches.append(late_starts_launch(call, choice))
+            launches.append(residuals_transfer_launch(call, choice))
+    launches.append(
+        forward_residuals_hopper_launch(call, choice, choice.segments - 1, starts=starts)
+    )
     return Plan(tuple(launches), outputs, workspace)
+
+
+def late_starts_launch(call: Call, choice: cost.Choice, *, backward: bool = False) -> Launch:
+    """Where segments may begin from zero, at no more than half of a segment before their own."""
+    most = -(-cost.chunks_per_sequence(call) // choice.segments) // 2
+    return starts_launch(call, Part(choice.segments), most, backward=backward, records=False)
 
 
 def core_arrays(call: Call) -> dict:
@@ -155,6 +168,7 @@ def given_walk_launch(
     segments: int,
     transferred: int,
     transfer: bool = False,
+    starts: str | None = None,
 ) -> Launch:
     """A walk with core and P given: over `rows` of value channels; its `results` leave by TMA."""
     p = call
@@ -176,6 +190,8 @@ def given_walk_launch(
     if transfer or joins:
         segment_decays = None if p.gate is None else "segment_decays"
         maps += transfer_box(p, transferred), "segment_h", segment_decays
+        if p.gate == "scalar":
+            maps += (starts,)
     defines = variant(
         p,
         CHUNK,
@@ -218,7 +234,27 @@ def key_boxes(call: Call) -> tuple[TensorBox, ...]:
     return box(normal(p, "q"), rows), box(normal(p, "k"), rows)
 
 
-def forward_residuals_hopper_launch(call: Call, choice: cost.Choice, transferred: int) -> Launch:
+def residuals_transfer_launch(call: Call, choice: cost.Choice) -> Launch:
+    """What its segments do to a state, with a gate per head, from the same factors."""
+    return given_walk_launch(
+        call,
+        "sm90/training.cu",
+        "forward_residuals_hopper",
+        "v",
+        ("o",),
+        (None, "cu_seqlens", "o", None, None),
+        tiles=choice.transfer_tiles,
+        stages=TRANSFER_STAGES[choice.transfer_tiles],
+        segments=choice.segments,
+        transferred=choice.segments - 1,
+        transfer=True,
+        starts="starts",
+    )
+
+
+def forward_residuals_hopper_launch(
+    call: Call, choice: cost.Choice, transferred: int, starts: str | None = None
+) -> Launch:
     """The walk that leaves o, final_state and what the gradients read, after core and P."""
     return given_walk_launch(
         call,
@@ -231,4 +267,5 @@ def forward_residuals_hopper_launch(call: Call, choice: cost.Choice, transferred
         stages=STAGES[choice.value_tiles],
         segments=choice.segments,
         transferred=transferred,
+        starts=starts,
     )

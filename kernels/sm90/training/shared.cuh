@@ -75,10 +75,14 @@ struct Work {
   int channel;  // the block's first one
   bool values;  // or P
   int start;    // coordinate of its first token in the tensor maps
+  int joined;   // of the segments before it, so many transfers
+  int early;    // chunks before its segment, of which nothing leaves: with any, it joins nothing and begins from zero
 
   // The i-th chunk of the walk.
   PRIM int chunk(int i) const { return BACKWARD ? chunks - 1 - i : i; }
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
+  // Rows of the i-th chunk that leave.
+  PRIM int sent(int i) const { return i < early ? 0 : tokens(chunk(i)); }
 };
 
 PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segments, int transferred) {
@@ -91,5 +95,6 @@ PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segment
   w.values = slice < VALUE_SLICES;
   w.channel = (w.values ? slice : slice - VALUE_SLICES) * SLICE;
   w.start = (int)(w.sequence.first - (int64_t)w.batch * T);
+  w.joined = w.step, w.early = 0;
   return w;
 }

@@ -48,14 +48,12 @@ PRIM void carry(float (&d)[K_TILES][4], const float* reads) {
 struct OneFactor {
   float c = 1.0f;
   PRIM void multiply(const float* reads, int) { c *= reads[CHUNK - 1]; }
-  PRIM void forget() { c = 0.0f; }
   PRIM void store(float* decays, int64_t row, int column, int thread) const {
     if (HAS_GATE && column == 0 && thread == 0) decays[row] = c;
   }
 };
 struct TwoRows {
   float2 c = {1.0f, 1.0f};
-  PRIM void forget() { c = {0.0f, 0.0f}; }
   PRIM void multiply(const float* carried, int row) { c.x *= carried[row % KP], c.y *= carried[(row + 8) % KP]; }
   PRIM void store(float* decays, int64_t row, int column, int thread) const {
     const int channel = column + thread / 32 * 16 + thread % 32 / 4;
