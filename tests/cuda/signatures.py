@@ -88,11 +88,12 @@ COUNTS = {
     "tokens",
     "parts",
     "size",
+    "most",
     *Part._fields,
     *Cut._fields,
 }
 # Numbers of what beta and g are formed of.
-COUNTS |= {"bound", "factor"}
+COUNTS |= {"bound", "factor", *(f"other_{name}" for name in Part._fields)}
 
 
 class Parameter(NamedTuple):
