@@ -121,7 +121,7 @@ struct Walker {
       correct(dN, a, at);
       add_queries(dO, at.q, 2);
       const int c = work.chunk(i);
-      if constexpr (STATES) send_gradient(state, c, i >= work.early);
+      if constexpr (STATES) send_gradient(state, c, i >= work.first());
       wgmma_wait<1>();
       pin(dN);
       // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.

@@ -81,7 +81,7 @@ struct Walker {
       if constexpr (OUTPUT) {
         wgmma_wait<1>();
         pin(O);
-        send_output(O, ring.stage, c - 1, c > work.early ? CHUNK : 0);
+        send_output(O, ring.stage, c - 1, c > (BEGINS_EARLY ? work.early : 0) ? CHUNK : 0);
         wgmma_fence();
         query(O, state, 0, K_STEPS / 2, at.q);
       }
@@ -131,7 +131,8 @@ struct Walker {
     if constexpr (OUTPUT) {
       // The last place of V may still be read, as the first thread knows.
       if constexpr (!STATES) named_barrier(MATH_BARRIER + part.warpgroup, 128);
-      send_output(O, ring.stage, work.chunks - 1, work.sent(work.chunks - 1));
+      const bool leaves = !BEGINS_EARLY || work.chunks > work.early;
+      send_output(O, ring.stage, work.chunks - 1, leaves ? work.tokens(work.chunks - 1) : 0);
     }
     if (lane == 0) tma_store_wait_read<0>();
     return over_chunks;
@@ -193,7 +194,7 @@ struct Walker {
   PRIM void leave(const StateOperand& state, const TokenOperand& corrections, int stage, int c) {
     stage_state(state_boxes, state, lane);
     send_rows(results.corrections, corrections, rows(stage), work, c, work.sent(c), part);
-    if (lane == 0 && c >= work.early) send_state(results.states, state_boxes, work, value, c);
+    if (lane == 0 && c >= work.first()) send_state(results.states, state_boxes, work, value, c);
   }
   PRIM void add_to_state(TokenOperand& N, const DTYPE* k) {
     pin(N);

@@ -14,6 +14,7 @@
 
 static_assert(CHUNK == 64, "the chunk is wgmma's 64 rows");
 constexpr bool PER_TOKEN = HAS_GATE == 1, PER_CHANNEL = HAS_GATE == 2;
+constexpr bool BEGINS_EARLY = PER_TOKEN && JOINS;  // sm90/training/late.cuh
 // A forward transfer makes no outputs.
 constexpr bool READS_QUERIES = BACKWARD || !TRANSFER;
 constexpr int THREADS = MATH == 2 ? 384 : 160, SLICE = 64 * MATH;
@@ -81,8 +82,9 @@ struct Work {
   // The i-th chunk of the walk.
   PRIM int chunk(int i) const { return BACKWARD ? chunks - 1 - i : i; }
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
-  // Rows of the i-th chunk that leave.
-  PRIM int sent(int i) const { return i < early ? 0 : tokens(chunk(i)); }
+  // The first chunk of the walk of which anything leaves; how many rows of the i-th do.
+  PRIM int first() const { return BEGINS_EARLY ? early : 0; }
+  PRIM int sent(int i) const { return BEGINS_EARLY && i < early ? 0 : tokens(chunk(i)); }
 };
 
 PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV, int segments, int transferred) {
