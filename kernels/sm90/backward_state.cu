@@ -221,15 +221,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const int* starts,
 #endif
 #endif
-                          const float* beta, const float* decays,
-                          const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dy, float* dinitial_state,
-                          float scale, int T, int H, int HV, int segments, int transferred) {
+                          const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
+                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments,
+                          int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
 #if HAS_GATE == 1 && TRANSFER
-  if (!is_joined(work, starts, segments)) return;
+  if (starts != nullptr && !Starts(starts, work, segments).join(work, segments)) return;
 #elif HAS_GATE == 1 && JOINS
-  begin_early(work, starts, cu_seqlens, T, segments);
+  begin_early(work, Starts(starts, work, segments), cu_seqlens, T);
 #endif
   Shared s;
   Joins joins = {};

@@ -6,8 +6,8 @@
 //
 // The S entering every chunk, (V, K), and N^ are written for the gradients of the chunks (STATES). Segments are as in
 // sm90/forward.cu, which makes their transfers, but with a gate: then this walk does (TRANSFER), from zero for H, and
-// without V from the identity for P; all are walked at once. Where a gate per head forgets, segments begin early instead
-// (sm90/training/late.cuh).
+// without V from the identity for P; all are walked at once. Where a gate per head forgets, segments begin early
+// instead (sm90/training/late.cuh).
 //
 // A math warpgroup holds 64 value channels of S^T in accumulators, from which S^T, (b R)^T and N^T are left operands of
 // wgmma: the chain from S to S' passes nothing through shared memory. Products with Q and Pqk and all stores run while
@@ -247,9 +247,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
 #if HAS_GATE == 1 && TRANSFER
-  if (!is_joined(work, starts, segments)) return;
+  if (starts != nullptr && !Starts(starts, work, segments).join(work, segments)) return;
 #elif HAS_GATE == 1 && JOINS
-  begin_early(work, starts, cu_seqlens, T, segments);
+  begin_early(work, Starts(starts, work, segments), cu_seqlens, T);
 #endif
   Shared s;
   Joins joins = {};

@@ -20,9 +20,8 @@ from ..spec import (
 from ..tokens.l2norm import through_norm
 from . import cost
 from .segments import segment_arrays
-from .starts import start_arrays
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
-from .training import chunk_decays, given_walk_launch, late_starts_launch
+from .training import chunk_decays, early_starts, given_walk_launch
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
 WALK_STAGES, CHANNEL_WALK_STAGES = {1: 3, 2: 3}, {1: 2, 2: 2}
@@ -40,8 +39,7 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     outputs, workspace = gradient_arrays(call, CHUNK)
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
-        if call.gate == "scalar":
-            workspace |= start_arrays(call, choice.segments)
+        workspace |= early_starts(call, choice, backward=True).arrays
     launches = [
         *walk_launches(call, choice),
         backward_chunk_hopper_launch(call, facts),
@@ -55,14 +53,11 @@ def walk_launches(call: Call, choice: cost.Choice) -> list[Launch]:
     transferred = choice.segments - 1
     if not transferred:
         return [backward_state_hopper_launch(call, choice, transferred)]
-    launches, starts = [], None
-    if call.gate == "scalar":
-        starts = "starts"
-        launches.append(late_starts_launch(call, choice, backward=True))
+    begins = early_starts(call, choice, backward=True)
     return [
-        *launches,
-        backward_state_hopper_launch(call, choice, transferred, True, starts),
-        backward_state_hopper_launch(call, choice, transferred, starts=starts),
+        *begins.launches,
+        backward_state_hopper_launch(call, choice, transferred, True, begins.starts),
+        backward_state_hopper_launch(call, choice, transferred, starts=begins.starts),
     ]
 
 

@@ -29,12 +29,12 @@ from .backward import backward_chunk_hopper_launch, backward_state_hopper_launch
 from .forward import forward_hopper_launch, transfer_launch
 from .gates import token_factors_launch
 from .segments import Part, record_arrays, segment_arrays, transfer_box
-from .starts import start_arrays
 from .tiles import BARRIER, BOX, CHUNK, JOIN_BARRIERS, slices_of, transfer_cluster, transfer_slices
 from .training import (
+    ALL_JOIN,
     core_arrays,
+    early_starts,
     forward_residuals_hopper_launch,
-    late_starts_launch,
     wy_factors_hopper_launch,
 )
 
@@ -119,20 +119,19 @@ def halve_backward(call: Call, facts: DeviceFacts, tells: Tells) -> Halves:
     outputs, workspace = gradient_arrays(call, CHUNK)
     first: list[Launch] = []
     results: ArraySpecs = {}
-    starts = None
+    begins = ALL_JOIN
     if part.transferred:
-        workspace |= segment_arrays(call, part.transferred)
-        if call.gate is not None and tells == "nothing":
-            starts = "starts"
-            workspace |= start_arrays(call, choice.segments)
-            first.append(late_starts_launch(call, choice, backward=True))
-        first.append(backward_state_hopper_launch(call, choice, part.transferred, True, starts))
+        if tells == "nothing":  # who is told needs what all segments do
+            begins = early_starts(call, choice, backward=True)
+        workspace |= segment_arrays(call, part.transferred) | begins.arrays
+        transfer = backward_state_hopper_launch(call, choice, part.transferred, True, begins.starts)
+        first += [*begins.launches, transfer]
     if tells != "nothing":
         results = transfer_arrays(call, "told_p", "told_h")
         start = "dfinal_state" if tells == "state" else None
         first.append(told_launch(call, part.transferred, start))
     second = (
-        backward_state_hopper_launch(call, choice, part.transferred, starts=starts),
+        backward_state_hopper_launch(call, choice, part.transferred, starts=begins.starts),
         backward_chunk_hopper_launch(call, facts),
         *through_norm(call),
     )

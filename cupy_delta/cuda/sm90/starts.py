@@ -17,7 +17,7 @@ def start_arrays(call: Call, segments: int) -> dict:
     return {"starts": ((call.N, segments - 1, call.HV), np.dtype(np.int32))}
 
 
-def starts_launch(
+def segment_starts_launch(
     call: Call,
     part: Part,
     most: int,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ...call import Call
 from ..spec import (
+    ArraySpecs,
     DeviceFacts,
     Launch,
     Plan,
@@ -20,7 +23,7 @@ from ..tokens.l2norm import normalised
 from . import cost
 from .forward import transfer_launch
 from .segments import Part, segment_arrays, transfer_box
-from .starts import start_arrays, starts_launch
+from .starts import segment_starts_launch, start_arrays
 from .tiles import (
     BARRIER,
     BOX,
@@ -38,11 +41,13 @@ DECAY_ROWS = 4  # of a chunk's tokens, as sm90/decays.cuh has them
 STAGES = {1: 3, 2: 2}
 # Of a transfer, which reads neither queries nor P.
 TRANSFER_STAGES = {1: 4, 2: 4}
+# Chunks before a segment for which it does not pay to look what gates have forgotten.
+FEW = 4
 
 
 def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule_fwd`, which leaves what the gradients read."""
-    choice, starts = cost.choose_training(call, facts), None
+    choice = cost.choose_training(call, facts)
     outputs = {
         "o": (call.value_shape, call.dtype),
         "final_state": (call.state_shape, call.state_dtype),
@@ -52,26 +57,44 @@ def plan_training(call: Call, facts: DeviceFacts) -> Plan:
     workspace["states"] = (call.states_shape(CHUNK), call.dtype)
     workspace["corrections"] = (call.value_shape, call.dtype)
     launches.append(wy_factors_hopper_launch(call))
-    if choice.segments > 1:
-        workspace |= segment_arrays(call, choice.segments - 1)
-        part = Part(choice.segments, walked=choice.segments, transferred=choice.segments - 1)
+    transferred = choice.segments - 1
+    begins = early_starts(call, choice)
+    if transferred:
+        workspace |= segment_arrays(call, transferred) | begins.arrays
+        launches += begins.launches
         if call.gate is None:
+            part = Part(choice.segments, walked=choice.segments, transferred=transferred)
             launches.append(transfer_launch(call, choice.transfer_tiles, part))
         else:
-            starts = "starts"
-            workspace |= start_arrays(call, choice.segments)
-            launches.append(late_starts_launch(call, choice))
-            launches.append(residuals_transfer_launch(call, choice))
+            launches.append(residuals_transfer_launch(call, choice, begins.starts))
     launches.append(
-        forward_residuals_hopper_launch(call, choice, choice.segments - 1, starts=starts)
+        forward_residuals_hopper_launch(call, choice, transferred, starts=begins.starts)
     )
     return Plan(tuple(launches), outputs, workspace)
 
 
-def late_starts_launch(call: Call, choice: cost.Choice, *, backward: bool = False) -> Launch:
-    """Where segments may begin from zero, at no more than half of a segment before their own."""
+class Begins(NamedTuple):
+    """What says where segments may begin from zero: the array's name, and how it is made."""
+
+    starts: str | None
+    arrays: ArraySpecs
+    launches: tuple[Launch, ...]
+
+
+ALL_JOIN = Begins(None, {}, ())
+
+
+def early_starts(call: Call, choice: cost.Choice, *, backward: bool = False) -> Begins:
+    """Return where segments may begin from zero, at most half of a segment before their own.
+
+    Not where that is a few chunks: gates hardly forget so fast that it would pay to look.
+    """
     most = -(-cost.chunks_per_sequence(call) // choice.segments) // 2
-    return starts_launch(call, Part(choice.segments), most, backward=backward, records=False)
+    if call.gate != "scalar" or choice.segments == 1 or most < FEW:
+        return ALL_JOIN
+    part = Part(choice.segments)
+    launch = segment_starts_launch(call, part, most, backward=backward, records=False)
+    return Begins("starts", start_arrays(call, choice.segments), (launch,))
 
 
 def core_arrays(call: Call) -> dict:
@@ -234,7 +257,7 @@ def key_boxes(call: Call) -> tuple[TensorBox, ...]:
     return box(normal(p, "q"), rows), box(normal(p, "k"), rows)
 
 
-def residuals_transfer_launch(call: Call, choice: cost.Choice) -> Launch:
+def residuals_transfer_launch(call: Call, choice: cost.Choice, starts: str | None) -> Launch:
     """What its segments do to a state, with a gate per head, from the same factors."""
     return given_walk_launch(
         call,
@@ -248,7 +271,7 @@ def residuals_transfer_launch(call: Call, choice: cost.Choice) -> Launch:
         segments=choice.segments,
         transferred=choice.segments - 1,
         transfer=True,
-        starts="starts",
+        starts=starts,
     )
 
 

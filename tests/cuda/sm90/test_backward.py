@@ -9,8 +9,9 @@ from rounded import error, rounded_gradients, rounded_products, twice, wide
 from signatures import argument
 
 import cupy_delta as cd
+from cupy_delta.cuda import operators
 from cupy_delta.cuda import plan as plans
-from cupy_delta.cuda.sm90 import cost
+from cupy_delta.cuda.sm90 import cost, training
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
@@ -33,6 +34,12 @@ def divided(monkeypatch, emulated):
 
     use.emulated = emulated
     return use
+
+
+@pytest.fixture
+def looks_anywhere(monkeypatch):
+    """Have segments begin early where they are so short that it would not pay to look."""
+    monkeypatch.setattr(training, "FEW", 1)
 
 
 def gradients_of(args, kw, do, dfinal, **options):
@@ -170,36 +177,92 @@ def test_gates(divided, on_reference, gates, math):
         ("mean 5", BF16, "kv", (1, 2)),
     ],
 )
-def test_gates_over_segments(divided, on_reference, gates, dtype, layout, division):
+def test_gates_over_segments(divided, looks_anywhere, on_reference, gates, dtype, layout, division):
     """What a segment leaves of a state is its decay times what it does to it."""
     divided(*division)
     args, kw = gated(gates, 400, G=2, K=96, V=72, dtype=dtype, initial=True, layout=layout)
     check(divided, on_reference, args, kw)
 
 
-def test_transfers_begin_where_something_is_left(divided):
-    """Those that gates and keys cut short meet no NaN of the last chunk, and pass nothing on."""
-    divided(1, 2)
-    args, kw = make_inputs(380, G=5, K=64, V=64, dtype=BF16, gate="scalar")
+def early_or_joined():
+    """Return arguments, and which of their sequences need to know of another segment.
+
+    Of six chunks in two segments. One chunk before the second is enough; nothing is forgotten; two
+    chunks are needed, more than half of a segment; keys bring back what gates take away; or less
+    than that; or one of the value heads forgets nothing.
+    """
+    options = dict(K=64, V=64, dtype=BF16, gate="scalar", initial=True)
+    args, kw = make_inputs(380, B=6, G=2, **options)
     k, beta, g = args[1], args[3], args[4]
-    # Of five value heads: one chunk is enough; nothing is forgotten; two of three chunks are
-    # needed; keys bring back what gates take away; or less than that.
-    g[:] = np.array([-2, -0.01, -0.8, -2, -2])
-    length = np.sum(k.astype(np.float64) ** 2, axis=-1)
-    beta[..., 3:] = np.array([1 + np.e, 2.3]) / length
+    g[:] = np.array([-2, -0.01, -0.8, -2, -2, -2])[:, None, None]
+    g[5, :, 1] = -0.01
+    length = np.sum(k[3:5].astype(np.float64) ** 2, axis=-1, keepdims=True)[:, :, 0]
+    beta[3:5] = np.array([1 + np.e, 2.3])[:, None, None] / length
+    return args, kw, [False, True, True, True, False, True]
+
+
+def test_segments_begin_early_where_the_past_is_forgotten(divided, looks_anywhere):
+    """A walk that does meets no NaN of the first chunk and state, and has the bits of any past."""
+    divided(1, 2)
+    args, kw, joined = early_or_joined()
+    clean = cd.chunk_delta_rule_fwd(*args, **kw).o[:, 192:]
+    assert np.isfinite(clean.astype(np.float32)).all()
+    args[2][:, :64] = np.nan
+    kw["initial_state"][:] = np.nan
+    spoiled = cd.chunk_delta_rule_fwd(*args, **kw)
+    o = spoiled.o[:, 192:]
+    met = np.isnan(o.astype(np.float32)).any(axis=(1, 3))
+    assert met.all(axis=1).tolist() == joined
+    assert o[~met[:, 0]].tobytes() == clean[~met[:, 0]].tobytes()
+    assert np.isnan(spoiled.final_state).any(axis=(2, 3)).tolist() == met.tolist()
+
+
+def test_segments_begin_early_where_the_future_is_forgotten(divided, looks_anywhere):
+    """The reverse walk meets no NaN of the last chunk then, nor any gradient of the state."""
+    divided(1, 2)
+    args, kw, joined = early_or_joined()
     do, dfinal = upstream(args, kw)
-    first, cut = slice(None, 192), [0, 4]
-    whole = gradients_of(args, kw, do, 1e20 * dfinal)[2][2][0, first]
+    first = slice(None, 192)
+    whole = gradients_of(args, kw, do, 1e20 * dfinal)[2][2][:, first]
     assert np.isfinite(whole.astype(np.float32)).all()
     do[:, 320:] = np.nan
-    spoiled = gradients_of(args, kw, do, dfinal)[2][2][0, first]
-    met = np.isnan(spoiled.astype(np.float32)).any(axis=(0, 2))
-    assert met.tolist() == [False, True, True, True, False]
-    assert spoiled[:, cut].tobytes() == whole[:, cut].tobytes()
+    spoiled = gradients_of(args, kw, do, np.nan * dfinal)[2][2][:, first]
+    met = np.isnan(spoiled.astype(np.float32)).any(axis=(1, 3))
+    assert met.all(axis=1).tolist() == joined
+    assert spoiled[~met[:, 0]].tobytes() == whole[~met[:, 0]].tobytes()
+
+
+def test_transfers_are_made_for_segments_that_join(divided, looks_anywhere, monkeypatch):
+    """Both ways, for all value heads where one joins the second segment, else for those that do."""
+    divided(1, 3)
+    kept = []
+    execute = operators.execute
+
+    def kept_of(*args, **kw):
+        kept.append(execute(*args, **kw))
+        return kept[-1]
+
+    monkeypatch.setattr(operators, "execute", kept_of)
+    # Chunks of which the second value head of a sequence forgets little; who needs transfers then.
+    weak = [[], [5], [2], range(9), [3], [6]]
+    forward = [(0, 0), (0, 2), (2, 2), (2, 2), (0, 0), (0, 0)]
+    backward = [(0, 0), (0, 0), (0, 0), (2, 2), (0, 2), (2, 2)]
+    args, kw = make_inputs(9 * 64, B=6, G=2, K=64, V=64, dtype=BF16, gate="scalar")
+    args[4][:] = -2
+    for b, chunks in enumerate(weak):
+        for c in chunks:
+            args[4][b, c * 64 : (c + 1) * 64, 1] = -0.01
+    gradients_of(args, kw, *upstream(args, kw))
+    for arrays, needed in zip(kept, (forward, backward), strict=True):
+        h = np.asarray(arrays["segment_h"]).view(np.uint8)
+        made = ~(h == 255).all(axis=(3, 4))
+        assert made.sum(axis=1).tolist() == [list(pair) for pair in needed]
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(BF16, 1e20), (BF16, 1e-20), (F16, 8), (F16, 1 / 8)])
-def test_transfers_cut_short_and_gradients_of_any_size(divided, on_reference, dtype, size):
+def test_segments_that_begin_early_and_gradients_of_any_size(
+    divided, looks_anywhere, on_reference, dtype, size
+):
     """Tokens before, at and after a border of segments: neither size is lost in the other."""
     divided(1, 2)
     args, kw = make_inputs(380, G=2, K=64, V=64, dtype=dtype, gate="scalar")
@@ -215,7 +278,22 @@ def test_transfers_cut_short_and_gradients_of_any_size(divided, on_reference, dt
         assert error(dv[:, part], expected[:, part]) < {BF16: 1.5e-2, F16: 2e-3}[dtype]
 
 
-def test_gates_of_sequences_of_any_lengths(divided, on_reference):
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 130, 200, 380]])
+def test_tokens_that_write_nothing(divided, looks_anywhere, on_reference, cu_seqlens):
+    """With beta 0 or nearly so dV does not tell of dY, which dbeta needs."""
+    divided(1, 2)
+    options = dict(K=64, V=72, dtype=BF16, gate="scalar", cu_seqlens=cu_seqlens, initial=True)
+    args, kw = make_inputs(380, G=2, **options)
+    args[3][:, 5::17], args[3][:, 7::17], args[3][:, 192:256] = 0, -1e-9, 0
+    args[4][:, :, 1] = -3
+    check(divided, on_reference, args, kw)
+    do, dfinal = upstream(args, kw)
+    _, _, (_, _, dv, dbeta, *_) = gradients_of(args, kw, do, dfinal)
+    assert not dv[:, 192:256].any()
+    assert dbeta[:, 192:256].all()
+
+
+def test_gates_of_sequences_of_any_lengths(divided, looks_anywhere, on_reference):
     divided(1, 3)
     options = dict(K=64, V=64, dtype=BF16, cu_seqlens=VARLEN, beta=(0, 2))
     args, kw = gated("mean .1", 200, G=2, **options)
@@ -228,7 +306,7 @@ UNEVEN = [0, 0, 3, 280, 281, 410]
 
 
 @pytest.mark.parametrize("gate", [None, "scalar"])
-def test_segments_of_uneven_sequences(divided, on_reference, gate):
+def test_segments_of_uneven_sequences(divided, looks_anywhere, on_reference, gate):
     divided(2, 3)
     options = dict(dtype=BF16, cu_seqlens=UNEVEN, initial=True, gate=gate, decay=0.02)
     args, kw = make_inputs(410, K=64, V=64, **options)

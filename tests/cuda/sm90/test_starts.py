@@ -26,10 +26,10 @@ ENOUGH, SHORT = 126 * np.log(2) / CHUNK * 1.01, 126 * np.log(2) / CHUNK * 0.99
 
 def make_case(T, decay, *, H=1, G=1, K=64, dtype=BF16, B=1, cu_seqlens=None, beta=(0, 2), seed=0):
     """Keys of unit length at most, whose rounding makes none longer."""
-    args, kw = make_inputs(
+    args, _kw = make_inputs(
         T, B=B, H=H, G=G, K=K, V=8, dtype=dtype, cu_seqlens=cu_seqlens, beta=beta, seed=seed
     )
-    q, k, v, beta, _ = args
+    q, k, _v, beta, _ = args
     cu = None if cu_seqlens is None else np.asarray(cu_seqlens, np.int64)
     sizes = dict(B=B, T=T, N=B if cu is None else len(cu) - 1, H=H, HV=H * G, K=K, V=8)
     call = Call(dtype=dtype, gate="scalar", varlen=cu is not None, scale=1.0, **sizes)
@@ -42,7 +42,9 @@ def found(call, arrays, part, most, walk="forward", other=WHOLE, leg="source", r
     backward, records = WALKS[walk]
     factors = token_factors_launch(call) if records else training.wy_factors_hopper_launch(call)
     workspace = record_arrays(call) if records else training.core_arrays(call)
-    launch = starts.starts_launch(call, part, most, backward=backward, records=records, other=other)
+    launch = starts.segment_starts_launch(
+        call, part, most, backward=backward, records=records, other=other
+    )
     plan = Plan((factors, launch), starts.start_arrays(call, part.segments), workspace)
     given = {name: None if x is None else copy_in(x, name) for name, x in arrays.items()}
     device = EmulatorDevice(run or Run(), leg=leg, **HOPPER)
