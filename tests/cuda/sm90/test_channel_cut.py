@@ -127,22 +127,37 @@ def test_one_slow_channel_declines_the_call(whole, leg):
     check(args, kw, results)
 
 
-def keys_that_keep(left, chunks=10, **options):
+def keys_that_keep(left, chunks=10, channel=77, **options):
     """One key all over, along which 2^left is left of a state over two chunks, despite gates."""
     args, kw = make_case(64 * chunks, H=2, **options)
     args[4][:] = -6
-    args[4][..., 77] = -1.5
-    args[1][:, :, 1] = np.eye(128)[77]
+    args[4][..., channel] = -1.5
+    args[1][:, :, 1] = np.eye(128)[channel]
     args[3][:, :, 1] = 1 + 2 ** (left / 128) * math.exp(1.5)
     return args, kw
 
 
-@pytest.mark.parametrize(("left", "expected"), [(-60, True), (-97, True), (-105, False)])
-def test_keys_that_keep_what_gates_forget_decline_the_call(left, expected):
-    args, kw = keys_that_keep(left)
+@pytest.mark.parametrize(
+    ("left", "channel", "expected"), [(-60, 76, True), (-97, 1, True), (-105, 77, False)]
+)
+def test_keys_that_keep_what_gates_forget_decline_the_call(left, channel, expected):
+    args, kw = keys_that_keep(left, channel=channel)
     results, leads, declined = computed(args, kw)
     assert (leads == 2).all()
     assert declined == expected
+    check(args, kw, results)
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_gates_that_forget_in_turns_decline_the_call(later):
+    """Every channel forgets all in one of two chunks; keys of the second lead around that."""
+    args, kw = make_case(64 * 10)
+    args[3][:, 64 * 6 : 64 * 7] = 0
+    halves = args[4].reshape(1, 640, 1, 2, 64)
+    halves[:] = -3
+    halves[:, 64 * 6 : 64 * 7, :, 1 - later] = halves[:, 64 * 7 : 64 * 8, :, later] = -0.3
+    results, leads, declined = computed(args, kw)
+    assert (leads.tolist(), declined) == ([2], True)
     check(args, kw, results)
 
 
@@ -204,12 +219,14 @@ def test_resets():
 @pytest.mark.parametrize("name", ["k", "v", "beta", "g"])
 def test_nan_in_a_lead_stays_in_its_head(name):
     args, kw = forgetting(10, H=2)
-    args[["q", "k", "v", "beta", "g"].index(name)][0, 64 * 8 - 3, 0] = np.nan
+    one = (0, 64 * 8 - 3, 0) if name == "beta" else (0, 64 * 8 - 3, 0, 5)
+    args[["q", "k", "v", "beta", "g"].index(name)][one] = np.nan
     (o, state), leads, declined = computed(args, kw)
     assert declined == (name != "v")
     assert leads.tolist() == [-1 if name == "g" else 2, 2]
-    assert np.isnan(o[0, 64 * 8 :, 0].astype(np.float32)).all()
-    assert np.isnan(state[0, 0]).all()
+    spoilt = np.s_[..., 5] if name == "v" else np.s_[...]
+    assert np.isnan(o[0, 64 * 8 :, 0][spoilt].astype(np.float32)).all()
+    assert np.isnan(state[0, 0][spoilt]).all()
     more, options = wide(args, kw)
     exact = definition(*more, **options)[0][0, :, 1]
     assert np.abs(o[0, :, 1].astype(np.float64) - exact).max() < 0.02 * np.abs(exact).max()
