@@ -1,16 +1,18 @@
 // The walk over the chunks of 64 tokens of whole sequences with a gate per key channel, factors included, on compute
 // capability 9.0. What sm90/channel_factors.cu and sm90/training.cu compute in two kernels is one here, for calls whose
-// sequences and heads fill the multiprocessors: nothing but inputs and results touches global memory. Per chunk, with G
-// the running sum of g, S the state, b = beta, tokens as rows, and <x_i, k_j>_D = sum of x_i e^(G_i - G_j) k_j:
+// sequences, or segments, and heads fill the multiprocessors: nothing but inputs and results touches global memory. Per
+// chunk, with G the running sum of g, S the state, b = beta, tokens as rows, and <x_i, k_j>_D = sum of x_i e^(G_i -
+// G_j) k_j:
 //
 //   M = <K, K>_D below its diagonal     core = -M (I + diag(b) M)^-1     Pqk = <Q, K>_D     K~ = e^G K     Q~ = e^G Q
 //   R = V - K~ S     N^ = R + core (b R)     N = b N^     O = scale (Q~ S + Pqk N)
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
 //
-// A block has a sequence and value head. Two warps sum gates; four make factors of them, each of
-// a block of 16 tokens, in their place; two load K and Q and solve the core in the place of M; two warpgroups walk,
-// with 64 value channels of S^T each in accumulators. Walkers bring V for themselves, to where O has just left.
-// mbarriers hand stages over. Roles: sm90/channel_forward/.
+// A block has a sequence and value head, or with CUT a segment of one that begins from zero, where gates and keys
+// forget what came before (sm90/channel_forward/lead.cuh). Two warps sum gates; four make factors of them, each of a
+// block of 16 tokens, in their place; two load K and Q and solve the core in the place of M; two warpgroups walk, with
+// 64 value channels of S^T each in accumulators. Walkers bring V for themselves, to where O has just left. mbarriers
+// hand stages over. Roles: sm90/channel_forward/.
 //
 // What leads from block to block and from chunk to chunk are powers of two (sm90/channel_forward/gates.cuh), the state
 // in units of its own, so that rows are rounded once.
@@ -18,9 +20,10 @@
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, those of pairs within
 // blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term.
 //
-// Macros: DTYPE (bf16), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2), VARLEN (0), STATE_VK.
-// Grid: B * HV blocks of 512 threads. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of
-// powers of two; V and O; see cupy_delta/cuda/sm90/channel.py.
+// Macros: DTYPE (bf16), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2), VARLEN (0), STATE_VK;
+// CUT; IF_DECLINED (leaves at once if segments were walked). Grid: B * HV blocks of 512 threads, with CUT B * segments
+// * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of two; V and O; see
+// cupy_delta/cuda/sm90/channel_whole.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
 #if CUT

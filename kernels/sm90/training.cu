@@ -17,7 +17,8 @@
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE (2: per key channel,
 // with K r, Q r and K w for K and Q, and c per channel), VARLEN, STATE_VK (layout of initial and final state), JOINS
-// (more than one segment), TRANSFER, STATES, MATH (1 or 2), CHUNK_STAGES. Grid: N * segments walked * HV * slices
+// (more than one segment), TRANSFER, STATES, MATH (1 or 2), CHUNK_STAGES; IF_DECLINED (leaves at once if
+// sm90/channel_forward.cu has walked the segments). Grid: N * segments walked * HV * slices
 // blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K, Q,
 // core, Pqk, V, beta and decays; S and O on their way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 0
