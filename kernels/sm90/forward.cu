@@ -22,6 +22,11 @@
 // left. Of every sequence `transferred` segments were transferred: all but the last one walked, or all. With KEPT a
 // transfer leaves X of its chunks, too, so that the walk need not solve them a second time.
 //
+// Where gates make sequences forget, segments start from nothing instead (sm90/starts.cu): a launch that is LATE walks
+// them, with m chunks before each, of which it makes no output, and through those after it that have no start. It has
+// the sequences whose second segment has one in all heads; they are left out by launches of another division, in which
+// transfers join the others. Which of the two it is depends on no token after those that both walk from the first on.
+//
 // Warpgroup 0 loads K, Q and V with TMA, some chunks ahead, and what is known of each token, and sends O. The next MATH
 // warpgroups hold 64 value channels of S^T each in accumulators, from which S^T, (b R)^T and N^T are left operands of
 // wgmma: the chain from state to state passes nothing through shared memory. The last SOLVERS warpgroups take turns to
@@ -36,14 +41,16 @@
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK,
 // TRANSFER, JOINS (several segments, not with TRANSFER), KEPT (of transfers in clusters, and of the walk that joins
-// them), CHECKPOINTS (with one segment: states after every checkpoint_every tokens of a sequence are left, too), MATH
-// (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), PLACED (blocks that are neighbours, else strangers),
-// KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV * slices blocks of 128 (1 + MATH + SOLVERS) threads; a
-// slice is 64 MATH value channels. Shared memory: rings of K and Q with what is known of tokens, of V, of X and Pqk,
-// and of A; O on its way out; see cupy_delta/cuda/sm90/forward.py and, for the roles, sm90/forward/.
+// them), CHECKPOINTS (with one segment: states after every checkpoint_every tokens of a sequence are left, too), STARTS
+// (1: there is a late launch, too; 2: this is it), MATH (1 or 2), SOLVERS, CLUSTER (blocks; 1 without TRANSFER), PLACED
+// (blocks that are neighbours, else strangers), KEY_STAGES, VALUE_STAGES, FACTOR_STAGES. Grid: N * walked * HV * slices
+// blocks of 128 (1 + MATH + SOLVERS) threads; a slice is 64 MATH value channels. Shared memory: rings of K and Q with
+// what is known of tokens, of V, of X and Pqk, and of A; O on its way out; see cupy_delta/cuda/sm90/forward.py and, for
+// the roles, sm90/forward/.
 #include "sm90/forward/factors.cuh"
 #include "sm90/join.cuh"
 #include "sm90/forward/load.cuh"
+#include "sm90/forward/starts.cuh"
 #include "sm90/forward/walk.cuh"
 #include "sm90/sums.cuh"
 #include "tiles/pool.cuh"
@@ -79,6 +86,24 @@ PRIM Work describe_work(const Sequence& sequence, const Place& at, int T, int H,
   return work;
 }
 
+// What a block works on, unless its segment is for others.
+PRIM bool take_work(Work& work, Place& at, const Starts& starts, const int64_t* cu_seqlens, const Cut& cut, int first,
+                    const Sizes& sizes) {
+  Sequence sequence = find_segment<CHUNK>(cu_seqlens, at.n, cut, first + at.step, sizes.T);
+  int silent = 0;
+  at.last = at.step;
+  if constexpr (STARTS > 0)
+    if (starts.suit(at.n) != LATE) return false;
+  if constexpr (LATE) {
+    silent = start_late(sequence, at, starts, cu_seqlens, cut, blockIdx.x / SLICES % sizes.HV, sizes.T);
+    if (silent < 0) return false;
+    at.last = uniform(at.last);
+  }
+  work = describe_work(sequence, at, sizes.T, sizes.H, sizes.HV);
+  if constexpr (LATE) work.silent = uniform(silent);
+  return true;
+}
+
 PRIM void init_barriers(const Shared& s, const Work& work) {
   auto solves = [&](int stage) { return stage % CLUSTER == work.rank; };
   // K is full when it has landed and when what is to be known of its tokens is written.
@@ -99,12 +124,6 @@ PRIM void init_barriers(const Shared& s, const Work& work) {
   mbarrier_init_fence();
 }
 
-// Bits that any lane of a warp has.
-PRIM int any_bits(int bits) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) bits |= __shfl_xor_sync(~0u, bits, distance);
-  return bits;
-}
 // Whether any of the block's chunks is paired; every warp leaves in `found` what it has met.
 PRIM bool meets_pairs(const Work& work, int* found) {
   int met = 0;
@@ -176,7 +195,7 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
     if (slot >= 0)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) load_state(S[j], states.pool + slot + head, value, j * 8, lane);
-  } else if (states.initial != nullptr) {
+  } else if (states.initial != nullptr && (!LATE || at.step == 0)) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
   }
@@ -202,11 +221,16 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
     if (slot >= 0)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) store_state(states.pool + slot + head, S[j], value, j * 8, lane);
-  } else if (at.step == at.walked - 1) {
+  } else if (at.last == at.walked - 1) {
     // One per sequence, that of the last segment walked.
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) store_state(states.final + state, S[j], value, j * 8, lane);
   }
+}
+
+PRIM Joins take_joins(DynSmem& smem, const States& states, const Shared& s) {
+  if constexpr (!JOINS) return {};
+  return take_joins(smem, *states.p, states.h, states.decays, s.k + JOIN_STAGE * KEYS, s.k + (JOIN_STAGE + 1) * KEYS);
 }
 
 // What all threads of a block, or of a cluster, do before they part.
@@ -241,6 +265,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
 #if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
                    const int* paired_heads,
 #endif
+#if STARTS
+                   const int* starts, int counted,
+#endif
                    const float* beta, const float* token_factors, const float* initial_state, const int64_t* cu_seqlens,
                    DTYPE* o, float* final_state, float scale, int T, int H, int HV, int segments, int first_percent,
                    int last_percent, int first, int walked, int transferred) {
@@ -258,23 +285,20 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const TensorMap* kept = nullptr;
 #endif
   const int warpgroup = uniform(threadIdx.x / 128), part = blockIdx.x / (SLICES * HV);
-  const Place at = {uniform(part / walked), uniform(part % walked), walked, transferred};
-  const Sequence sequence =
-      find_segment<CHUNK>(cu_seqlens, at.n, {segments, first_percent, last_percent}, first + at.step, T);
-  Work work = describe_work(sequence, at, T, H, HV);
+  Place at = {uniform(part / walked), uniform(part % walked), walked, transferred};
+  Work work;
+  if (!take_work(work, at, GIVEN_STARTS, cu_seqlens, {segments, first_percent, last_percent}, first, {T, H, HV}))
+    return;
   work.records = token_factors, work.pairs = WITH_PAIRS;
 #if CHECKPOINTS
   work.checkpoints =
-      checkpoints + (first_checkpoint(sequence, at.n, T, checkpoint_every) * HV + work.hv) * HEAD_K * HEAD_V;
+      checkpoints + (first_checkpoint(work.sequence, at.n, T, checkpoint_every) * HV + work.hv) * HEAD_K * HEAD_V;
   work.every = checkpoint_every;
 #endif
 
   DynSmem smem;
   const Shared s = take_shared(smem);
-  Joins joins = {};
-  if constexpr (JOINS)
-    joins =
-        take_joins(smem, *states.p, states.h, states.decays, s.k + JOIN_STAGE * KEYS, s.k + (JOIN_STAGE + 1) * KEYS);
+  const Joins joins = take_joins(smem, states, s);
   int* found = LOOKS_FIRST ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
 #if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
@@ -287,7 +311,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
     supply(s, work, {&q_map, &k_map, &v_map, kept}, {&o_map, o},
-           {work, HAS_GATE ? nullptr : beta + sequence.first * HV + work.hv, lane}, joins.joined, warp);
+           {work, HAS_GATE ? nullptr : beta + work.sequence.first * HV + work.hv, lane}, joins.joined, warp);
   } else if (warpgroup <= MATH) {
     walk(s, work, states, joins, scale, at);
   } else {

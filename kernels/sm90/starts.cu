@@ -8,8 +8,11 @@
 // so forgotten is forgotten, too.
 //
 // For every sequence, value head and segment after the first, in the order of the walk: m, or -1 where there is no such
-// m up to `most`, the segment has no token, or its first chunk comes after the one at which `other`, another cut of the
-// same sequence, has its second segment. m depends on tokens before the segment alone.
+// m up to `most` or the segment has no token. m depends on tokens before the segment alone.
+//
+// Where m of the second segment decides whether a sequence is cut so or by `other`, it is -1, too, where the other's
+// second segment begins before this one; and no chunk counts as leaving less than LEAST: a few resets say nothing of
+// later segments.
 //
 // A block looks at one segment and up to HEADS value heads of one key head: a warp finds m of a value head by its
 // gates, then all look at the keys of as many chunks as any of them needs.
@@ -30,7 +33,7 @@
 #endif
 
 // What gates have to leave less than, and the binary orders that keys may bring back.
-constexpr float LOST = 1.17549435e-38f, REGAINED = 26.0f;
+constexpr float LOST = 1.17549435e-38f, REGAINED = 26.0f, LEAST = 2.3283064e-10f;  // 2^-126, 2^-32
 constexpr int GROUP = 8;  // value heads of a block, and lanes of a token
 constexpr int PIECES = HEAD_K / 8, LOADS = (PIECES + GROUP - 1) / GROUP;  // of 16 bytes
 constexpr int AT_ONCE = 4, TOKENS = 32 * WARPS / GROUP;  // tokens of a thread on their way; of a block at a time
@@ -59,6 +62,14 @@ struct Gates {
   }
 };
 
+// The keys of one head.
+struct Keys {
+  const DTYPE* all;
+  int H, h;
+
+  PRIM const uint4* row(int64_t token) const { return (const uint4*)(all + (token * H + h) * HEAD_K); }
+};
+
 // The chunks before a segment, as the walk meets them: the n-th before it for n from 0 on.
 struct Before {
   Sequence sequence;
@@ -68,30 +79,39 @@ struct Before {
   PRIM int64_t slot(int n) const { return sequence.slot + chunk(n); }
 };
 
-// How many of them have gates that leave less than LOST, or 0, by a warp.
-PRIM int chunks_to_forget(const Before& before, const Gates& gates, int hv, int most, int lane) {
+// How many of them have gates that leave less than LOST, or 0, by a warp; none leaves less than `least`.
+PRIM int chunks_to_forget(const Before& before, const Gates& gates, int hv, int most, float least, int lane) {
+  constexpr int ROUNDS = 4;  // on their way at once
   float left = 1.0f;
-  for (int start = 0; start < most; start += 32) {
-    const int n = start + lane;
-    float decay = n < most ? gates.decay(before.slot(n), hv) : 1.0f;
+  for (int start = 0; start < most; start += 32 * ROUNDS) {
+    float decays[ROUNDS];
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const float nearer = __shfl_sync(~0u, decay, max(lane - distance, 0));
-      if (lane >= distance) decay *= nearer;
+    for (int i = 0; i < ROUNDS; i++) {
+      const int n = start + 32 * i + lane;
+      decays[i] = n < most ? gates.decay(before.slot(n), hv) : 1.0f;
     }
-    int found = n < most && left * decay < LOST ? n + 1 : most + 1;
 #pragma unroll
-    for (int bits = 16; bits > 0; bits /= 2) found = min(found, __shfl_xor_sync(~0u, found, bits));
-    if (found <= most) return found;
-    left *= __shfl_sync(~0u, decay, 31);
+    for (int i = 0; i < ROUNDS; i++) {
+      float decay = decays[i] < least ? least : decays[i];  // NaN stays
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const float nearer = __shfl_sync(~0u, decay, max(lane - distance, 0));
+        if (lane >= distance) decay *= nearer;
+      }
+      const int n = start + 32 * i + lane;
+      int found = n < most && left * decay < LOST ? n + 1 : most + 1;
+#pragma unroll
+      for (int bits = 16; bits > 0; bits /= 2) found = min(found, __shfl_xor_sync(~0u, found, bits));
+      if (found <= most) return found;
+      left *= __shfl_sync(~0u, decay, 31);
+    }
   }
   return 0;
 }
 
 // The largest |1 - b k k| of tokens of the last `m` of `chunks` chunks before a segment, or 1: of a thread's share, for
 // the value head of its lane.
-PRIM float largest_factor(const Before& before, const Gates& gates, const DTYPE* k, int chunks, int m, int h, int H,
-                          int hv) {
+PRIM float largest_factor(const Before& before, const Gates& gates, const Keys& k, int chunks, int m, int hv) {
   const int lane = threadIdx.x % GROUP, from = BACKWARD ? before.first : before.first - chunks + 1;
   const int tokens = min(chunks * CHUNK, before.sequence.tokens - from * CHUNK);
   float largest = 1.0f;
@@ -102,7 +122,7 @@ PRIM float largest_factor(const Before& before, const Gates& gates, const DTYPE*
     for (int j = 0; j < AT_ONCE; j++) {
       const int t = start + j * TOKENS, c = t / CHUNK;
       const int64_t token = before.sequence.first + from * CHUNK + t;
-      const uint4* row = (const uint4*)(k + (token * H + h) * HEAD_K);
+      const uint4* row = k.row(token);
 #pragma unroll
       for (int i = 0; i < LOADS; i++)
         x[j][i] = t < tokens && lane + i * GROUP < PIECES ? row[lane + i * GROUP] : make_uint4(0, 0, 0, 0);
@@ -156,14 +176,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   before.first = chunk_before(segment);
   before.count = BACKWARD ? (before.sequence.tokens + CHUNK - 1) / CHUNK - before.first : before.first + 1;
   if (segment.tokens == 0) before.count = 0;
-  if (other_segments > 1 && step == 1) {
+  const bool decides = step == 1 && other_segments > 0;
+  if (decides && other_segments > 1) {
     const int sooner = chunk_before(segment_of({other_segments, other_first_percent, other_last_percent}, 1));
     if (BACKWARD ? sooner > before.first : sooner < before.first) before.count = 0;
   }
 
   const Gates gates = {gates_of_chunks, beta, HV};
   if (warp < heads) {
-    const int m = chunks_to_forget(before, gates, first_head + warp, min(before.count, most), lane);
+    const int m =
+        chunks_to_forget(before, gates, first_head + warp, min(before.count, most), decides ? LEAST : 0.0f, lane);
     if (lane == 0) found[warp] = m;
   }
   __syncthreads();
@@ -172,15 +194,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int head = lane % GROUP, m = head < heads ? found[head] : 0;
   float largest = 1.0f;
   if (chunks > 0) {
-    largest = largest_factor(before, gates, k, chunks, m, h, H, min(first_head + head, HV - 1));
+    largest = largest_factor(before, gates, {k, H, h}, chunks, m, min(first_head + head, HV - 1));
 #pragma unroll
     for (int bits = GROUP; bits < 32; bits *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bits));
     if (lane < GROUP) factors[warp * GROUP + lane] = largest;
   }
   __syncthreads();
-  if (threadIdx.x >= heads) return;
-  if (chunks > 0)
-    for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, factors[i * GROUP + head]);
-  const bool forgets = m > 0 && largest <= exp2f(REGAINED / (float)(CHUNK * m));
-  starts[(int64_t)part * HV + first_head + head] = forgets ? m : -1;
+  if (warp >= heads) return;
+  if (chunks > 0) {
+    largest = 1.0f;
+    for (int i = lane; i < WARPS; i += 32) largest = fmaxf(largest, factors[i * GROUP + warp]);
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bits));
+  }
+  const int own = found[warp];
+  if (lane == 0)
+    starts[(int64_t)part * HV + first_head + warp] =
+        own > 0 && largest <= exp2f(REGAINED / (float)(CHUNK * own)) ? own : -1;
 }

@@ -77,6 +77,7 @@ CALLS = (
     dict(dtype="bfloat16", K=128, V=128, gate=True, B=4, H=64, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, gate=True, H=32, T=32768, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, gate=True, H=24, T=32768, passes=("forward",)),
+    dict(dtype="bfloat16", K=128, V=128, gate=True, H=64, T=32768, passes=("forward",)),
     dict(dtype="bfloat16", K=128, V=128, gate="channel", passes=("backward", "blocks")),
     dict(dtype="float32", K=128, V=128, gate="channel", passes=("backward",)),
     dict(dtype="float16", K=64, V=64, gate="channel", varlen=True, passes=("backward",)),

@@ -72,7 +72,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     ),
     "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
     "pool_states": dict(states=("initial_state", "final_state")),
-    "segment_starts": dict(gates_of_chunks=("decays",)),
+    "segment_starts": dict(gates_of_chunks=("token_factors", "decays")),
     "token_factors": dict(beta=("beta", "logits"), g=("g", "a")),
     "decode": dict(g=("g", "a"), beta=("beta", "logits")),
     "decode_products": dict(g=("g", "a"), beta=("beta", "logits")),
@@ -92,6 +92,7 @@ COUNTS = {
     *Part._fields,
     *Cut._fields,
 }
+COUNTS |= {"counted"}
 # Numbers of what beta and g are formed of.
 COUNTS |= {"bound", "factor", *(f"other_{name}" for name in Part._fields)}
 

@@ -34,6 +34,8 @@ class Rates(NamedTuple):
 
 # Measured on an H100. With a gate all of them take about a fifth longer, so the choice is the same.
 FORWARD = Rates({1: 1.66, 2: 2.4}, {1: 1.25, 2: 1.46}, {1: 1.54, 2: 2.4}, 1.27)
+# Of walks with a gate per head, on an H200: to compare late ones with others alone.
+GATED = Rates({1: 1.72, 2: 2.65}, {1: 1.44, 2: 1.6}, {1: 1.7, 2: 2.65}, 1.45)
 # Measured on an H200.
 TRAINING = Rates({1: 1.7, 2: 2.55}, {1: 1.38, 2: 1.9})
 # With a gate per key channel, walks that read three tiles of keys and queries.
@@ -72,6 +74,27 @@ class Cut(NamedTuple):
     length: int
 
 
+# Of walks that start late, on an H200: microseconds of what says where they start and of launches
+# that leave; and what all this takes where sequences are walked otherwise.
+STARTS, LEAVE, NOT_LATE = 8.0, 3.0, 7.0
+# Segments; lengths of the first one, of which no chunk is walked twice; blocks one after the other;
+# how many chunks early the choice counts on, and at least can be; the least to be gained.
+LATE_SEGMENTS, LATE_PERCENTS, LATE_ROUNDS = range(2, 17), range(50, 201, 5), 2
+TYPICAL, LEAST, LATE_GAIN = 8, 16, 0.1
+
+
+class Late(NamedTuple):
+    """How a walk is divided whose segments start from nothing.
+
+    Up to `most` chunks early: beyond, what other divisions do takes less time.
+    """
+
+    value_tiles: int
+    segments: int
+    most: int
+    first_percent: int = 100
+
+
 class Choice(NamedTuple):
     """How a walk is divided.
 
@@ -79,7 +102,7 @@ class Choice(NamedTuple):
     With `concurrent` the first segment, whose state is known, is walked beside the transfers of
     others, with so many tiles per block, and has `first_percent` of the others' length. With
     `reuse_x` the walk is given X by the transfers, but for the last segment, which has
-    `last_percent`.
+    `last_percent`. Sequences that gates make forget have another division, `late`.
     """
 
     value_tiles: int
@@ -89,11 +112,51 @@ class Choice(NamedTuple):
     first_percent: int = 100
     reuse_x: bool = False
     last_percent: int = 100
+    late: Late | None = None
 
 
 def choose_forward(call: Call, facts: DeviceFacts) -> Choice:
     """Choose for `chunk_delta_rule`."""
-    return cheapest(call, facts, FORWARD)
+    choice = cheapest(call, facts, FORWARD)
+    return choice._replace(late=choose_late(call, facts, choice))
+
+
+def choose_late(call: Call, facts: DeviceFacts, other: Choice) -> Late | None:
+    """Choose for sequences that gates make forget, if they take less time than by `other`.
+
+    Not on a pool that the other's walk writes to itself: a last segment would come to a slot before
+    the first one has read it.
+    """
+    whole_on_pool = call.pool_dtype is not None and other.segments == 1
+    if call.gate != "scalar" or call.checkpoint_every is not None or whole_on_pool:
+        return None
+    chunks, pairs = chunks_per_sequence(call), call.N * call.HV
+    limit = cost(other, call, facts, GATED, 0.0)
+    if limit * LOSS < NOT_LATE:
+        return None
+    overhead = STARTS + LEAVE * (1 if other.segments == 1 else 3)
+    percents = other.first_percent, other.last_percent
+    latest = chunks if other.segments == 1 else begins(chunks, other.segments, *percents)[0]
+    best, least = None, (1 - LATE_GAIN) * limit
+    for tiles, segments in product((1,) if call.V <= BOX else (2, 1), LATE_SEGMENTS):
+        rounds = -(-pairs * segments * slices_of(call.V, tiles) // facts.sm_count)
+        if rounds > LATE_ROUNDS:
+            continue
+        rate = rounds * GATED.walk[tiles]
+        for percent in LATE_PERCENTS:
+            first, length = begins(chunks, segments, percent)
+            time = overhead + rate * max(first, length + TYPICAL)
+            most = int((limit - overhead) / rate) - length
+            if min(first, most) >= LEAST and first <= latest and time < least:
+                best, least = Late(tiles, segments, most, percent), time
+    return best
+
+
+def begins(chunks: int, segments: int, first: int, last: int = 100) -> tuple[int, int]:
+    """Return at which chunk the second of several segments begins, and how many each has."""
+    whole = 100 * (segments - 2) + first + last
+    length = -(-100 * chunks // whole)
+    return max(chunks - (segments - 2) * length - last * length // 100, 0), length
 
 
 def choose_training(call: Call, facts: DeviceFacts) -> Choice:

@@ -22,6 +22,7 @@ from ..tokens.pool import pool_arguments, pool_macros
 from . import cost
 from .gates import token_factors_launch
 from .segments import WHOLE, Part, kept_box, record_arrays, segment_arrays, transfer_box
+from .starts import segment_starts_launch, start_arrays
 from .tiles import (
     BARRIER,
     BOX,
@@ -49,39 +50,55 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule`."""
     outputs = forward_arrays(call, CHUNK)
     launches, workspace = normalised(call, "q", "k")
-    walks, between = walks_of(call, cost.choose_forward(call, facts))
+    choice = cost.choose_forward(call, facts)
     if call.gate is not None:
         launches.append(token_factors_launch(call, call.raw_gate, call.raw_beta))
         workspace |= record_arrays(call)
+    walks, between = walks_of(call, choice)
     return Plan((*launches, *walks), outputs, workspace | between)
 
 
 def walks_of(call: Call, choice: cost.Choice) -> tuple[list[Launch], dict]:
     """Return the launches of `chunk_delta_rule` as divided, and the arrays between them."""
     tiles, segments, reuse_x = choice.value_tiles, choice.segments, choice.reuse_x
+    part = Part(segments, choice.first_percent, choice.last_percent, 0, segments, segments - 1)
+    head, workspace = late_walks(call, choice.late, part) if choice.late else ([], {})
+    starts = choice.late.segments - 1 if choice.late else 0
     if segments == 1:
-        return [forward_hopper_launch(call, tiles)], {}
-    head, workspace, initial = [], {}, "initial_state"
-    percents = choice.first_percent, choice.last_percent
-    part = Part(segments, *percents, walked=segments, transferred=segments - 1)
+        return [*head, forward_hopper_launch(call, tiles, starts=starts)], workspace
+    initial = "initial_state"
     if choice.concurrent:
         initial = "after_first"
         workspace[initial] = (call.state_shape, call.state_dtype)
         first = part._replace(walked=1, transferred=0)
         part = part._replace(first=1, walked=segments - 1, transferred=segments - 2)
         width = choice.concurrent
-        head = [forward_hopper_launch(call, width, first, final=initial, concurrent=True)]
+        options: dict[str, Any] = dict(final=initial, concurrent=True, starts=starts)
+        head.append(forward_hopper_launch(call, width, first, **options))
     workspace |= segment_arrays(call, part.transferred, reuse_x)
-    transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x)
-    walk = forward_hopper_launch(call, tiles, part, initial=initial, reuse_x=reuse_x)
+    transfer = transfer_launch(call, choice.transfer_tiles, part, reuse_x, starts)
+    walk = forward_hopper_launch(call, tiles, part, initial=initial, reuse_x=reuse_x, starts=starts)
     return [*head, transfer, walk], workspace
 
 
-def transfer_launch(call: Call, tiles: int, walked: Part, reuse_x: bool = False) -> Launch:
+def late_walks(call: Call, late: cost.Late, other: Part) -> tuple[list[Launch], dict]:
+    """Return the launches for sequences that gates make forget, and what says which these are."""
+    part = Part(late.segments, late.first_percent, walked=late.segments)
+    starts = late.segments - 1
+    launches = [
+        segment_starts_launch(call, part, late.most, other=other),
+        forward_hopper_launch(call, late.value_tiles, part, starts=starts, late=True),
+    ]
+    return launches, start_arrays(call, late.segments)
+
+
+def transfer_launch(
+    call: Call, tiles: int, walked: Part, reuse_x: bool = False, starts: int = 0
+) -> Launch:
     """What those segments do to a state that have a transfer, of those that are to be walked."""
     part = walked._replace(walked=walked.transferred)
     given: dict[str, Any] = dict(transfer=True, initial=None, final=None)
-    return forward_hopper_launch(call, tiles, part, **given, reuse_x=reuse_x)
+    return forward_hopper_launch(call, tiles, part, **given, reuse_x=reuse_x, starts=starts)
 
 
 def forward_hopper_launch(
@@ -94,6 +111,8 @@ def forward_hopper_launch(
     final: str | None = "final_state",
     concurrent: bool = False,
     reuse_x: bool = False,
+    starts: int = 0,
+    late: bool = False,
 ) -> Launch:
     """The walk over the chunks, factors included, of some of a sequence's segments at once.
 
@@ -101,11 +120,12 @@ def forward_hopper_launch(
     from the identity; else from `initial` and, after the first segment of those walked, through
     what transfers have left; X is kept by these with `reuse_x`. A launch that is `concurrent` with
     transfers is placed in pairs like them: else it would leave them single multiprocessors, which
-    clusters cannot use.
+    clusters cannot use. Where a sequence has `starts`, one is `late`: its segments start from
+    nothing, in sequences that others leave to it.
     """
     p = call
     gate = p.gate is not None
-    joins = not transfer and part.walked > 1
+    joins = not transfer and part.walked > 1 and not late
     # What a transfer does not read, it is not given.
     queries, output = (normal(p, "k"), "v") if transfer else (normal(p, "q"), "o")
     whole = part.segments == 1 and not transfer
@@ -133,6 +153,7 @@ def forward_hopper_launch(
         FACTOR_STAGES=stages[2],
         **(dict(CHECKPOINTS=1) if p.checkpoint_every else {}),
         **(pool_macros(p) if whole else {}),
+        **(dict(STARTS=1 + late) if starts else {}),
     )
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     transfers: tuple = ()
@@ -153,6 +174,7 @@ def forward_hopper_launch(
         box(output, values),
         *transfers,
         *(("paired_heads",) if gate and tiles == 2 and not (transfer or joins) else ()),
+        *(("starts", i32(starts)) if starts else ()),
         None if gate else "beta",
         "token_factors" if gate else None,
         initial,

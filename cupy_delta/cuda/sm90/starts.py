@@ -6,7 +6,7 @@ import numpy as np
 
 from ...call import Call
 from ..spec import C_TYPES, Launch, carve, i32, normal
-from .segments import WHOLE, Part
+from .segments import Part
 from .tiles import CHUNK
 
 WARPS, GROUP = 32, 8  # per block; value heads of a block
@@ -24,12 +24,12 @@ def segment_starts_launch(
     *,
     backward: bool = False,
     records: bool = True,
-    other: Part = WHOLE,
+    other: Part | None = None,
 ) -> Launch:
     """Look before every segment but the first, in the order of the walk, at up to `most` chunks.
 
-    At the records of chunks that sm90/gates.cu leaves, or at what sm90/factors.cu does. The second
-    segment has no start where it begins, in some sequence, after that of `other`.
+    At the records of chunks that sm90/gates.cu leaves, or at what sm90/factors.cu does. With
+    `other`, another division, starts of the second segment decide between the two.
     """
     defines = dict(
         DTYPE=C_TYPES[call.dtype.name],
@@ -58,7 +58,7 @@ def segment_starts_launch(
             i32(call.H),
             i32(call.HV),
             *(i32(x) for x in part[:3]),
-            *(i32(x) for x in other[:3]),
+            *(i32(x) for x in ((0, 0, 0) if other is None else other[:3])),
             i32(most),
         ),
         arch="sm_90a",

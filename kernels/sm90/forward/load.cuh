@@ -26,8 +26,8 @@ PRIM void clear_tail(DTYPE* tiles, int tokens, int lane) {
 // do not wait until their writes are seen by TMA: it is for the sender to make them so.
 PRIM void send_output(const Shared& s, const Work& work, const Rows& o, int c, int lane) {
   mbarrier_wait(s.output_full, c % 2);
-  const int tokens = work.tokens(c);
-  if (!VARLEN || tokens == CHUNK) {
+  const int tokens = LATE && c < work.silent ? 0 : work.tokens(c);
+  if (tokens == CHUNK || (!VARLEN && (!LATE || tokens > 0))) {
     if (lane == 0) {
       async_proxy_fence();
 #pragma unroll

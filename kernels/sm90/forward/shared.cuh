@@ -18,6 +18,12 @@
 #ifndef CHECKPOINTS
 #define CHECKPOINTS 0
 #endif
+// Sequences all of whose heads have a start at their second segment (sm90/starts.cu) are left to others, or alone are
+// walked, LATE: by segments that start from nothing.
+#ifndef STARTS
+#define STARTS 0
+#endif
+#define LATE (STARTS == 2)
 // Two solvers invert for themselves; for one, warps of the loading warpgroup do.
 #define WITH_INVERTERS (SOLVERS == 1)
 // Who sends the output: a warp that is idle else, or the loading one.
@@ -64,6 +70,7 @@ static_assert(KEY_STAGES % CLUSTER == 0 && FACTOR_STAGES % CLUSTER == 0,
               "what is in a buffer is always solved by the same block");
 static_assert(!KEPT || JOINS || CLUSTER > 1, "what is kept is what a thread of a transfer sends to others");
 static_assert(!(TRANSFER && JOINS), "a transfer starts from what is known");
+static_assert(!LATE || !(TRANSFER || JOINS), "what starts from nothing needs nothing of others");
 static_assert(KEY_STAGES >= VALUE_STAGES && KEY_STAGES >= CLUSTER * SOLVERS,
               "no solver begins in a ring's second round");
 
@@ -124,6 +131,7 @@ struct Work {
   int start;                              // coordinate of its first token in the tensor maps
   int rank;                               // in its cluster: it solves chunks rank, rank + CLUSTER, ...
   int first_chunk;                        // its slot
+  int silent;                             // chunks, the first ones, of which others make outputs
   const float* records;                   // of all chunks, with a gate; see sm90/tokens.cuh
   float* checkpoints;                     // of this sequence's head, HV from one to the next
   int every;                              // tokens between them
@@ -132,9 +140,13 @@ struct Work {
   PRIM int tokens(int c) const { return min(sequence.tokens - c * CHUNK, CHUNK); }
 };
 
-// Which sequence, which of the segments that are walked, and how many were transferred.
+// Which sequence, which of the segments that are walked, and how many were transferred; up to which one it goes.
 struct Place {
-  int n, step, walked, transferred;
+  int n, step, walked, transferred, last;
+};
+
+struct Sizes {
+  int T, H, HV;
 };
 
 struct Maps {

@@ -267,8 +267,10 @@ def test_a_block_takes_units_of_tokens_where_one_head_in_eight_does(divided, leg
 
 
 def test_a_gated_walk_is_one_launch():
+    """Or one of sequences that start late, and one of others."""
     for dtype, heads, math in (("bfloat16", 64, 2), ("bfloat16", 16, 1), ("float16", 64, 2)):
         sizes = dict(K=128, V=128, H=heads, B=4, T=8192, gate=True)
         launches = launches_of(H200, ("forward",), dtype=dtype, **sizes)
-        walks = [x for x in launches if x.entry == "forward_hopper"]
-        assert [dict(x.defines)["MATH"] for x in walks] == [math]
+        walks = [dict(x.defines) for x in launches if x.entry == "forward_hopper"]
+        assert [x["MATH"] for x in walks if x.get("STARTS") != 2] == [math]
+        assert len(walks) == 1 + (heads == 16)

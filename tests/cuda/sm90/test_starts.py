@@ -26,10 +26,10 @@ ENOUGH, SHORT = 126 * np.log(2) / CHUNK * 1.01, 126 * np.log(2) / CHUNK * 0.99
 
 def make_case(T, decay, *, H=1, G=1, K=64, dtype=BF16, B=1, cu_seqlens=None, beta=(0, 2), seed=0):
     """Keys of unit length at most, whose rounding makes none longer."""
-    args, _kw = make_inputs(
+    args, _ = make_inputs(
         T, B=B, H=H, G=G, K=K, V=8, dtype=dtype, cu_seqlens=cu_seqlens, beta=beta, seed=seed
     )
-    q, k, _v, beta, _ = args
+    q, k, _, beta, _ = args
     cu = None if cu_seqlens is None else np.asarray(cu_seqlens, np.int64)
     sizes = dict(B=B, T=T, N=B if cu is None else len(cu) - 1, H=H, HV=H * G, K=K, V=8)
     call = Call(dtype=dtype, gate="scalar", varlen=cu is not None, scale=1.0, **sizes)
@@ -38,7 +38,7 @@ def make_case(T, decay, *, H=1, G=1, K=64, dtype=BF16, B=1, cu_seqlens=None, bet
     return call, dict(q=q, k=k, beta=beta.astype(np.float32), g=g, cu_seqlens=cu)
 
 
-def found(call, arrays, part, most, walk="forward", other=WHOLE, leg="source", run=None):
+def found(call, arrays, part, most, walk="forward", other=None, leg="source", run=None):
     backward, records = WALKS[walk]
     factors = token_factors_launch(call) if records else training.wy_factors_hopper_launch(call)
     workspace = record_arrays(call) if records else training.core_arrays(call)
@@ -63,7 +63,7 @@ def borders(chunks, part):
     return [0, *inner, chunks]
 
 
-def definition(call, arrays, part, most, walk="forward", other=WHOLE):
+def definition(call, arrays, part, most, walk="forward", other=None):
     """The same from the gates and keys themselves, in float64."""
     backward, cu = WALKS[walk][0], arrays["cu_seqlens"]
     k, beta, g = (np.asarray(arrays[x], np.float64) for x in ("k", "beta", "g"))
@@ -73,14 +73,15 @@ def definition(call, arrays, part, most, walk="forward", other=WHOLE):
     starts = np.full((len(spans), part.segments - 1, call.HV), -1)
     for n, (b, start, stop) in enumerate(spans):
         chunks = -(-(stop - start) // CHUNK)
-        at, other_at = borders(chunks, part), borders(chunks, other)
+        at = borders(chunks, part)
         for step in range(1, part.segments):
             segment = part.segments - 1 - step if backward else step
             if at[segment] == at[segment + 1]:
                 continue
-            if step == 1 and other.segments > 1:
+            decides = step == 1 and other is not None
+            if decides and other.segments > 1:
                 i = other.segments - 1 if backward else 1
-                place, sooner = at[segment + backward], other_at[i]
+                place, sooner = at[segment + backward], borders(chunks, other)[i]
                 if place < sooner if backward else place > sooner:
                     continue
             for hv in range(call.HV):
@@ -89,7 +90,12 @@ def definition(call, arrays, part, most, walk="forward", other=WHOLE):
                     if first < 0 or first + m > chunks:
                         break
                     rows = slice(start + first * CHUNK, min(start + (first + m) * CHUNK, stop))
-                    if np.sum(g[b, rows, hv]) / np.log(2) < -126:
+                    each = [
+                        slice(i, min(i + CHUNK, rows.stop))
+                        for i in range(rows.start, rows.stop, CHUNK)
+                    ]
+                    lost = [np.sum(g[b, i, hv]) / np.log(2) for i in each]
+                    if sum(max(x, -32) if decides else x for x in lost) < -126:
                         h = hv // call.groups
                         sizes = np.sum(k[b, rows, h] ** 2, -1)
                         largest = max(1, np.abs(1 - beta[b, rows, hv] * sizes).max())
@@ -143,7 +149,11 @@ def test_every_head_has_a_start_of_its_own(leg, walk, H, G, K, dtype):
 
 
 def longer(arrays, token, orders, m):
-    """Make a token's |1 - b k k| so large that keys bring back so many binary orders in all."""
+    """Make a token's |1 - b k k| so large that keys bring back so many binary orders in all.
+
+    By a short key and a large beta: other keys with that beta would bring back more.
+    """
+    arrays["k"][:, token] = (arrays["k"][:, token].astype(np.float32) / 2).astype(BF16)
     factor = 2.0 ** (orders / (CHUNK * m))
     size = np.sum(np.asarray(arrays["k"][0, token, 0], np.float64) ** 2)
     arrays["beta"][0, token] = (1 + factor) / size
@@ -152,17 +162,37 @@ def longer(arrays, token, orders, m):
 @pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize("walk", WALKS)
 @pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("last", [False, True])
-def test_keys_at_the_threshold(leg, walk, m, last):
-    """At either end of the chunks that count; right beyond them they do not."""
+@pytest.mark.parametrize("place", ["first", "some", "last"])
+def test_keys_at_the_threshold(leg, walk, m, place):
+    """At either end of the chunks that count, and between; right beyond them they do not."""
     backward = WALKS[walk][0]
-    border = 6 * CHUNK
-    ends = (border, border + m * CHUNK - 1) if backward else (border - 1, border - m * CHUNK)
-    beyond = border + m * CHUNK if backward else border - m * CHUNK - 1
-    for token, orders, start in ((ends[last], 25.5, m), (ends[last], 26.5, -1), (beyond, 99, m)):
+    border, count = 6 * CHUNK, m * CHUNK
+    token = {"first": 0, "some": 21, "last": count - 1}[place]
+    token, beyond = border - count + token, border - count - 1
+    if backward:
+        token, beyond = (2 * border - 1 - x for x in (token, beyond))
+    for at, orders, start in ((token, 25.5, m), (token, 26.5, -1), (beyond, 99, m)):
         call, arrays = make_case(CHUNK * 12, ENOUGH / m, beta=(0, 1))
-        longer(arrays, token, orders, m)
+        longer(arrays, at, orders, m)
         assert np.all(check(call, arrays, Part(2), 5, walk=walk, leg=leg) == start)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize("walk", WALKS)
+def test_keys_bring_back_as_much_as_a_head_has_chunks(leg, walk):
+    """Not as those of its key head have that forgets the slowest."""
+    call, arrays = make_case(CHUNK * 12, np.array([ENOUGH, ENOUGH / 4]), G=2, beta=(0, 1))
+    longer(arrays, 6 * CHUNK + (1 if WALKS[walk][0] else -1), 25.5, 1)
+    assert check(call, arrays, Part(2), 5, walk=walk, leg=leg).ravel().tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_keys_past_the_end_do_not_count(leg):
+    """Backwards the chunks that count may end before their last one is full."""
+    end = 7 * CHUNK + 10
+    call, arrays = make_case(8 * CHUNK, ENOUGH / 3.05, cu_seqlens=[0, end])
+    arrays["k"][:, end:] = 100
+    assert np.all(check(call, arrays, Part(2), 5, walk="backward", leg=leg) == 4)
 
 
 @pytest.mark.parametrize("leg", LEGS)
@@ -178,12 +208,23 @@ def test_sequences_of_any_lengths(leg, walk):
 @pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize("walk", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("other", "start"), [(Part(4), -1), (Part(4, 200, 200), 1), (Part(2), 1), (WHOLE, 1)]
+    ("other", "start"), [(Part(4), -1), (Part(4, 200, 200), 4), (Part(2), 4), (WHOLE, 4), (None, 1)]
 )
 def test_another_division_may_begin_its_second_segment_sooner(leg, walk, other, start):
     call, arrays = make_case(CHUNK * 12, ENOUGH)
-    expected = check(call, arrays, Part(3), 3, walk=walk, other=other, leg=leg)
+    expected = check(call, arrays, Part(3), 4, walk=walk, other=other, leg=leg)
     assert np.all(expected == [[[start], [1]]])
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize(("resets", "start"), [([5], -1), ([1, 3, 5], -1), ([1, 2, 3, 5], 5)])
+def test_a_few_resets_do_not_decide(leg, resets, start):
+    """Between two divisions: a segment is walked so all the same."""
+    call, arrays = make_case(CHUNK * 12, 1e-4)
+    for chunk in resets:
+        arrays["g"][:, CHUNK * chunk + 9] = -np.inf
+    assert np.all(check(call, arrays, Part(2), 6, other=WHOLE, leg=leg) == start)
+    assert np.all(check(call, arrays, Part(2), 6, leg=leg) == 1)
 
 
 @pytest.mark.parametrize("leg", LEGS)
