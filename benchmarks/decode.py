@@ -2,8 +2,9 @@
 
 A step reads every state once and writes it once, as a copy of the states does; a verification, with
 0 tokens accepted, only reads. Times are of CUDA graph replays, medians over turns, of enough calls
-on other slots each that no state is still in the L2 cache. Every contestant's outputs are compared
-with the float64 token loop. K = V = 128, 16 key heads and 32 value heads, inputs of bfloat16.
+on other pools each, as of a model's layers, that no state is still in the L2 cache. Every
+contestant's outputs are compared with the float64 token loop. K = V = 128, 16 key heads and 32
+value heads, inputs of bfloat16.
 
     python benchmarks/decode.py -o benchmarks/results/DATE-GPU-decode.json
 """
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """Calls of a graph, each on slots of its own."""
+        """Calls of a graph, each on a pool of its own."""
         return min(128, max(4, math.ceil(2 * L2_BYTES / self.state_bytes)))
 
 
@@ -103,9 +104,8 @@ def measure(row: Row, repeats: int, peers: bool) -> dict:
     kept = []  # a graph holds none of the memory that it reads and writes
     cupy.cuda.Device().synchronize()
     with stream, torch_stream(stream) if peers else nullcontext():
-        aside = cupy.empty_like(inputs.pool[: row.B]).view(np.float32)
-        parts = [inputs.pool[i * row.B : (i + 1) * row.B] for i in range(row.calls)]
-        parts = [x.view(np.float32) for x in parts]
+        parts = [x.view(np.float32) for x in inputs.pools]
+        aside = cupy.empty_like(parts[0])
         for name, copy in (("memcpy", cupy.copyto), ("kernel", lambda to, x: COPY(x, to))):
             graphs[name] = graph_of([lambda x=x, copy=copy: copy(aside, x) for x in parts], stream)
         for contestant in [decoding.Ours, decoding.OursFormed] + [decoding.FlashInfer] * peers:

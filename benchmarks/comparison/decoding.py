@@ -1,4 +1,4 @@
-"""Who decodes: each takes the same inputs and slots of a pool, and makes a call per group of slots.
+"""Who decodes: each takes the same inputs, and makes a call on every pool, as layers of a model do.
 
 Gates are given raw, as models have them: FlashInfer takes nothing else. Its kernels know the scalar
 gate alone, states in (V, K), and more than one token for some pools only.
@@ -20,7 +20,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Inputs(NamedTuple):
-    """New tokens of B sequences, and a pool with B slots for every call."""
+    """New tokens of B sequences, a pool with B slots for every call, and slots in each of them."""
 
     q: Any
     k: Any
@@ -29,8 +29,8 @@ class Inputs(NamedTuple):
     b: Any  # those of beta
     A_log: Any
     dt_bias: Any
-    pool: Any
-    indices: Any  # (calls, B)
+    pools: Any  # (calls, B, HV, D, D)
+    indices: Any  # (B,)
 
     def formed(self):
         """Beta and g, in float32."""
@@ -56,11 +56,11 @@ def draw(row, pool_dtype) -> Inputs:
     a = None if shape is None else normal(*shape).astype(BF16)
     A_log = normal(HV) - 2
     dt_bias = normal(*(() if shape is None else shape[2:]))
-    pool = cupy.empty((row.calls * B, HV, D, D), pool_dtype)
-    for slot in range(0, len(pool), B):  # in parts, for want of memory
-        pool[slot : slot + B] = (normal(B, HV, D, D) / 8).astype(pool_dtype)
-    indices = cupy.arange(row.calls * B).reshape(row.calls, B)
-    return Inputs(q, k, v, a, normal(B, T, HV).astype(BF16), A_log, dt_bias, pool, indices)
+    pools = cupy.empty((row.calls, B, HV, D, D), pool_dtype)
+    for pool in pools:  # in parts, for want of memory
+        pool[...] = (normal(B, HV, D, D) / 8).astype(pool_dtype)
+    b = normal(B, T, HV).astype(BF16)
+    return Inputs(q, k, v, a, b, A_log, dt_bias, pools, cupy.arange(B))
 
 
 class Ours:
@@ -80,12 +80,13 @@ class Ours:
             self.options["accepted"] = cupy.zeros(row.B, np.int64)
         self.workspace = cupy_delta.Workspace()
 
-    def call(self, slots):
-        options = dict(self.options, state=self.inputs.pool, state_indices=slots)
-        return cupy_delta.delta_rule_step(*self.arrays, **options)
+    def call(self, i: int):
+        """Make the call on the i-th pool."""
+        pool = dict(state=self.inputs.pools[i], state_indices=self.inputs.indices)
+        return cupy_delta.delta_rule_step(*self.arrays, **self.options, **pool)
 
     def graph(self, graph_of, stream):
-        calls = [lambda x=x: self.call(x) for x in self.inputs.indices]
+        calls = [lambda i=i: self.call(i) for i in range(self.row.calls)]
         with self.workspace:
             return graph_of(calls, stream)
 
@@ -116,15 +117,15 @@ class FlashInfer:
         if row.gate != "scalar" or row.layout != "vk":
             raise NotImplementedError("a scalar gate and (V, K) states")
         self.row, self.library = row, gdn_decode
-        self.pool = torch.from_dlpack(inputs.pool)
+        self.pools = [torch.from_dlpack(x) for x in inputs.pools]
         names = ("q", "k", "v", "A_log", "a", "dt_bias", "b")
         self.arrays = {n: torch.from_dlpack(getattr(inputs, n)) for n in names}
         self.out = torch.empty_like(self.arrays["v"])
-        self.indices = [torch.from_dlpack(x.astype(np.int32)) for x in inputs.indices]
+        self.indices = torch.from_dlpack(inputs.indices.astype(np.int32))
 
-    def call(self, slots):
+    def call(self, i: int):
         options = dict(self.arrays, scale=D**-0.5, output=self.out, use_qk_l2norm=True)
-        pool = dict(initial_state=self.pool, initial_state_indices=slots)
+        pool = dict(initial_state=self.pools[i], initial_state_indices=self.indices)
         verify = dict(disable_state_update=self.row.what == "verify")
         if self.row.T > 1 and self.row.pool == "float32":
             self.library.gated_delta_rule_mtp(**options, **pool, **verify)
@@ -134,20 +135,19 @@ class FlashInfer:
         return cupy.from_dlpack(self.out)
 
     def graph(self, graph_of, stream):
-        return graph_of([lambda x=x: self.call(x) for x in self.indices], stream)
+        return graph_of([lambda i=i: self.call(i) for i in range(self.row.calls)], stream)
 
 
 def error(row, inputs: Inputs, contestant) -> float:
     """Largest error of outputs of the first and last sequence, of the largest of them, in float64.
 
-    Of states, too, where they are written. The slots are those of the first call, which are put
-    back as they were.
+    Of states, too, where they are written. They are those of the first call, and are put back as
+    they were.
     """
-    slots = inputs.indices[0]
-    before = inputs.pool[slots]
-    o = contestant.call(slots if isinstance(contestant, Ours) else contestant.indices[0])
-    after = inputs.pool[slots]
-    inputs.pool[slots] = before
+    before = inputs.pools[0].copy()
+    o = contestant.call(0)
+    after = inputs.pools[0].copy()
+    inputs.pools[0] = before
     ends = [0, row.B - 1]
     beta, g = inputs.formed()
     given = (inputs.q, inputs.k, inputs.v, beta, g)
@@ -158,4 +158,5 @@ def error(row, inputs: Inputs, contestant) -> float:
     )
     pairs = [(o[ends].get(), exact.o)]
     pairs.append((after[ends].get(), states if row.what == "verify" else exact.final_state))
-    return max(float(np.abs(x.astype(np.float64) - y).max() / np.abs(y).max()) for x, y in pairs)
+    errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in pairs]
+    return float(np.max(errors))  # which NaN is, if there is any
