@@ -35,6 +35,20 @@ PRIM T ask(const T* p) {
   memcpy(&y, x, sizeof(T));
   return y;
 }
+
+// x, which is made where this stands: else the compiler may make it where it is used, behind a wait for something else.
+PRIM float made(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+PRIM double made(double x) {
+  asm volatile("" : "+d"(x));
+  return x;
+}
+PRIM int64_t made(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 // *p = x in global memory, which caches keep something else rather than.
 template <class T>
 PRIM void store_once(T* p, const T& y) {

@@ -328,7 +328,8 @@ def test_compile_prepares_what_a_call_needs(capsys, monkeypatch):
             self.compiled.extend((x.entry, dict(x.defines)) for x in launches)
 
     monkeypatch.setattr(command, "current_device", Recorder)
-    argv = ["compile", "-K", "64,128", "--dtype", "float16", "--passes", "backward", "step"]
+    argv = ["compile", "-K", "64,128", "-B", "64", "--dtype", "float16"]
+    argv += ["--passes", "backward", "step"]
     assert main([*argv, "--qk-l2norm"]) == 0
     entries = [name for name, _ in Recorder.compiled]
     each = {"wy_factors": 1, "forward": 1, "backward_state": 1, "backward_chunk": 1}

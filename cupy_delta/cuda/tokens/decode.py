@@ -16,11 +16,13 @@ THREADS, RAW_THREADS = 128, 64
 WARP, MOST_WARPS = 32, 16
 # New tokens that a block brings to shared memory at a time.
 BATCH = 4
-# With one token of few (K, V) states a thread has half as many value channels, in more blocks. Only
-# where the order of sums, and so every bit, is the same.
+# So few states that all their blocks are there at once. With one token of few (K, V) states a
+# thread has half as many value channels, in more blocks. Only where the order of sums, and so every
+# bit, is the same.
 FEW_STATES = 128
-# Warps of a multiprocessor, at least, for which registers are spared with several tokens.
-TOGETHER = {"vk": 20, "kv": 16}
+# Warps of a multiprocessor, at least, for which registers are spared with one token that is early,
+# and with several.
+EARLY_TOGETHER, TOGETHER = {"vk": 28, "kv": 16}, {"vk": 20, "kv": 16}
 # States that blocks ask the L2 cache for before their own blocks do have so many bytes, which no
 # cache is too small for: 132 states of 128 x 128 in bfloat16, the best of those timed (docs/lab).
 AHEAD_BYTES = 132 * 128 * 128 * 2
@@ -86,52 +88,68 @@ def ordered(call: Call) -> bool:
     return wide and not (vk and (of_logits(call) or call.accepting))
 
 
+def few(call: Call) -> bool:
+    """Return whether there are so few states that all blocks are there at once."""
+    return call.N * call.HV <= FEW_STATES
+
+
 def rows_first(call: Call) -> bool:
     """Return whether a block asks for rows of tokens before it asks for the state.
 
-    With one token of (V, K) states in 16 bits it is slower of logits, and of arrays with more than
-    a few states (H200).
+    With one token of more than a few (V, K) states in 16 bits it is slower (H200).
     """
-    in_16_bits, many = pool_dtype(call).itemsize == 2, call.N * call.HV > FEW_STATES
+    in_16_bits = pool_dtype(call).itemsize == 2
     if not (one_token(call) and in_16_bits and call.state_layout == "vk"):
         return True
-    return call.gate == "channel" or not (of_logits(call) or many)
+    return call.gate == "channel" or few(call)
+
+
+def early(call: Call) -> bool:
+    """Return whether one token makes what needs no state while the state is on its way.
+
+    Of more than a few states with more than 16 bits it is slower (H200), and of those whose rows
+    lie in shared memory.
+    """
+    in_16_bits = pool_dtype(call).itemsize == 2
+    return one_token(call) and (in_16_bits or (few(call) and own_rows(call)))
 
 
 def streamed(call: Call) -> bool:
     """Return whether caches keep anything else rather than states that are read and written.
 
-    With one token of (V, K) states in 16 bits it is faster, with others slower (H200).
+    With one token of states in 16 bits it is faster, with others slower (H200).
     """
-    in_16_bits = pool_dtype(call).itemsize == 2
-    return in_16_bits and one_token(call) and call.state_layout == "vk"
+    return pool_dtype(call).itemsize == 2 and one_token(call)
 
 
 def blocks_together(call: Call, threads: int) -> int:
     """Return for how many blocks of a multiprocessor, at least, registers are spared, or 1.
 
-    With several tokens in float32; gates per channel in (K, V) would spill. Where loads are not in
-    order the compiler decides, for which the number is 0.
+    With one token that is early, where threads have its rows, and with several in float32, but for
+    gates per channel in (K, V), which would spill. Where loads are not in order the compiler
+    decides, for which the number is 0.
     """
-    layout, per_channel = call.state_layout, call.gate == "channel"
-    spills = call.compute_dtype.itemsize != 4 or (layout == "kv" and per_channel)
+    layout, one = call.state_layout, one_token(call)
+    spared = early(call) and own_rows(call) if one else layout == "vk" or call.gate != "channel"
     if not ordered(call):
         return 0
-    if one_token(call) or spills:
+    if call.compute_dtype.itemsize != 4 or not spared:
         return 1
-    return TOGETHER[layout] * WARP // threads
+    return (EARLY_TOGETHER if one else TOGETHER)[layout] * WARP // threads
 
 
 def states_ahead(call: Call) -> int:
     """Return how many states lie between a block's own and the one that it asks ahead for, or 0.
 
-    Verifying is slower with it, of which memory is half as busy, and so are (V, K) states in 16
-    bits with a gate per channel (H200).
+    Verifying is slower with it, of which memory is half as busy, and so are few states, and (V, K)
+    states in 16 bits with a gate per channel (H200).
     """
     itemsize = pool_dtype(call).itemsize
-    if call.accepting or (itemsize == 2 and call.state_layout == "vk" and call.gate == "channel"):
+    slower = itemsize == 2 and call.state_layout == "vk" and call.gate == "channel"
+    ahead = max(1, AHEAD_BYTES // (call.K * call.V * itemsize))
+    if call.accepting or slower or few(call) or ahead >= call.N * call.HV:
         return 0
-    return max(1, AHEAD_BYTES // (call.K * call.V * itemsize))
+    return ahead
 
 
 def step_tile(call: Call) -> dict:
@@ -161,7 +179,7 @@ def step_tile(call: Call) -> dict:
         tile = tiling.kv // call.compute_dtype.itemsize
         enough = max(-(-K * values // (tile * parts)), -(-per_warp // WARP))
         warps = min(MOST_WARPS, power_of_two(enough))
-        if one_token(call) and call.N * call.HV <= FEW_STATES and values >= 2 * parts:
+        if one_token(call) and few(call) and values >= 2 * parts:
             values = vector = values // 2
             per_warp = across * values
     threads = RAW_THREADS if one_token(call) and not own_rows(call) else THREADS
@@ -250,7 +268,7 @@ def decode_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
     tile, batch = step_tile(call), 1 if one_token(call) else BATCH
     rows = dict(OWN_ROWS=int(own_rows(call)), ROWS_FIRST=int(rows_first(call)), BATCH=batch)
-    loads = dict(ORDERED=int(ordered(call)), STREAMED=int(streamed(call)))
+    loads = dict(ORDERED=int(ordered(call)), EARLY=int(early(call)), STREAMED=int(streamed(call)))
     block = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
     hints = dict(BLOCKS=blocks_together(call, block), AHEAD=states_ahead(call))
     defines = step_macros(call) | rows | loads | tile | hints

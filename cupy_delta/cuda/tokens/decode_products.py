@@ -7,8 +7,8 @@ import math
 from ...call import POOL_ALIGNMENT, Call
 from ..spec import Launch, padded
 from .decode import (
-    FEW_STATES,
     POOL_ARGUMENTS,
+    few,
     pool_dtype,
     size_arguments,
     states_ahead,
@@ -53,7 +53,7 @@ def products_tile(call: Call) -> dict:
     if call.state_layout == "vk":
         tiles, warps = 1, math.gcd(call.V // ROWS, WARPS)
     else:
-        most = FEW_TILES if call.N * call.HV <= FEW_STATES else TILES
+        most = FEW_TILES if few(call) else TILES
         tiles, warps = math.gcd(call.V // ROWS, most), call.K // KEYS
     return dict(TILES=tiles, WARPS=warps, BLOCKS=TOGETHER // warps)
 
@@ -69,11 +69,8 @@ def products_shared_bytes(call: Call, tiles: int, warps: int) -> int:
 
 def decode_products_launch(call: Call) -> Launch:
     """The new tokens of all sequences, on the slots of a pool, in place."""
-    # Gates per channel are slower with it; few sequences have no state so far ahead.
-    ahead = states_ahead(call)
-    if call.gate == "channel" or ahead >= call.N * call.HV:
-        ahead = 0
-    macros = products_tile(call) | dict(AHEAD=ahead)
+    # Gates per channel are slower with it.
+    macros = products_tile(call) | dict(AHEAD=0 if call.gate == "channel" else states_ahead(call))
     tiles, warps = macros["TILES"], macros["WARPS"]
     channels = ROWS * tiles * (warps if call.state_layout == "vk" else 1)
     return Launch(

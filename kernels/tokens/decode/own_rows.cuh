@@ -57,8 +57,9 @@ struct Token {
 // What a gate does to the state: nothing, a factor, or one for each key, in which case `all` is 1.
 struct Decay {
   real all = 1, each[PER_CHANNEL ? KEYS : 1];
+  Decay() = default;
   PRIM Decay(const Token& token, const Inputs& x) {
-    if constexpr (HAS_GATE == 1) all = token.numbers.decay(x);
+    if constexpr (HAS_GATE == 1) all = early(token.numbers.decay(x));
 #pragma unroll
     for (int i = 0; i < (PER_CHANNEL ? KEYS : 1); i++) each[i] = PER_CHANNEL ? power(token.gates[i]) : (real)1;
   }
@@ -71,36 +72,70 @@ struct PassedRows : Passed {
   real k_q[WARPS], k_k[WARPS], q_q[WARPS];
 };
 
-// Of a token's rows: 1 / norm in the unit that they are taken in, a smaller one for rows whose squares overflow.
-struct Norms {
-  real k = 1, q = 1;
+// Of a token's rows, over all keys: k . q if it is EARLY, and squares where they are to be normalised.
+struct RowSums {
+  real k_q = 0, k_k = 0, q_q = 0;
 };
-PRIM Norms norms(Token& token, const Place& p, PassedRows* passed) {
+PRIM RowSums sums_of_rows(const Token& token, const Place& p, PassedRows* passed) {
+  RowSums s;
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    if constexpr (EARLY) s.k_q = fused(token.k[i], token.q[i], s.k_q);
+    if constexpr (L2NORM) {
+      s.k_k = fused(token.k[i], token.k[i], s.k_k);
+      s.q_q = fused(token.q[i], token.q[i], s.q_q);
+    }
+  }
+  if constexpr (EARLY) s.k_q = sum_over_parts(s.k_q);
+  if constexpr (L2NORM) s.k_k = sum_over_parts(s.k_k), s.q_q = sum_over_parts(s.q_q);
+  if constexpr (WARPS == 1) return s;
+  const uint32_t warp = p.thread / 32;
+  if (p.thread % 32 == 0) {
+    if constexpr (EARLY) passed->k_q[warp] = s.k_q;
+    if constexpr (L2NORM) passed->k_k[warp] = s.k_k, passed->q_q[warp] = s.q_q;
+  }
+  __syncthreads();
+  s = {};
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    if constexpr (EARLY) s.k_q += passed->k_q[w];
+    if constexpr (L2NORM) s.k_k += passed->k_k[w], s.q_q += passed->q_q[w];
+  }
+  return s;
+}
+
+// k . q, and 1 / norm in the unit that rows are taken in, a smaller one for rows whose squares overflow.
+struct RowNumbers {
+  real k_q = 0, k_norm = 1, q_norm = 1;
+};
+PRIM RowNumbers numbers_of_rows(Token& token, const Place& p, PassedRows* passed) {
   if constexpr (!L2NORM) return {};
   bool k_small = false, q_small = false;
 #pragma unroll 1
   for (;;) {
-    real k_k = 0, q_q = 0;
-#pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-      k_k = fused(token.k[i], token.k[i], k_k);
-      q_q = fused(token.q[i], token.q[i], q_q);
-    }
-    k_k = sum_over_parts(k_k), q_q = sum_over_parts(q_q);
-    if constexpr (WARPS > 1) {
-      if (p.thread % 32 == 0) passed->k_k[p.thread / 32] = k_k, passed->q_q[p.thread / 32] = q_q;
-      __syncthreads();
-      k_k = 0, q_q = 0;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) k_k += passed->k_k[w], q_q += passed->q_q[w];
-    }
+    const RowSums s = sums_of_rows(token, p, passed);
     // The same for the whole block, which has one row of q and one of k.
-    const bool k_large = !k_small && overflowed<DTYPE>(k_k), q_large = !q_small && overflowed<DTYPE>(q_q);
-    if (!k_large && !q_large) return {root(k_k + (k_small ? 0 : eps(k_k))), root(q_q + (q_small ? 0 : eps(q_q)))};
+    const bool k_large = !k_small && overflowed<DTYPE>(s.k_k), q_large = !q_small && overflowed<DTYPE>(s.q_q);
+    if (!k_large && !q_large)
+      return {s.k_q, root(s.k_k + (k_small ? 0 : eps(s.k_k))), root(s.q_q + (q_small ? 0 : eps(s.q_q)))};
     if (k_large) token.k.shrink(), k_small = true;
     if (q_large) token.q.shrink(), q_small = true;
     if constexpr (WARPS > 1) __syncthreads();
   }
+}
+// The same, for which the compiler makes fewer instructions, but slower steps of many states with more than 16 bits.
+PRIM RowNumbers numbers_of_early_rows(Token& token, const Place& p, PassedRows* passed) {
+  RowSums s = sums_of_rows(token, p, passed);
+  if constexpr (!L2NORM) return {s.k_q};
+  const bool k_large = overflowed<DTYPE>(s.k_k), q_large = overflowed<DTYPE>(s.q_q);
+  // A shuffle tells the compiler that all lanes go the same way.
+  if (__shfl_sync(~0u, (int)(k_large || q_large), 0)) {
+    if (k_large) token.k.shrink();
+    if (q_large) token.q.shrink();
+    if constexpr (WARPS > 1) __syncthreads();
+    s = sums_of_rows(token, p, passed);
+  }
+  return {s.k_q, root(s.k_k + (k_large ? 0 : eps(s.k_k))), root(s.q_q + (q_large ? 0 : eps(s.q_q)))};
 }
 
 template <class Tile>
@@ -110,20 +145,20 @@ PRIM Sums sums_over_keys(const Tile& S, const Token& token, const Decay& decay, 
   for (int i = 0; i < KEYS; i++) {
     const real k_i = token.k[i], q_i = token.q[i];
     const real k_d = k_i * decay.of_key(i), q_d = q_i * decay.of_key(i);
-    k_q = fused(k_i, q_i, k_q);
+    if constexpr (!EARLY) k_q = fused(k_i, q_i, k_q);
 #pragma unroll
     for (int j = 0; j < VALUES; j++) {
       k_sums[j] = fused(S(i, j), k_d, k_sums[j]);
       q_sums[j] = fused(S(i, j), q_d, q_sums[j]);
     }
   }
-  k_q = sum_over_parts(k_q);
+  if constexpr (!EARLY) k_q = sum_over_parts(k_q);
   scatter_sums(k_sums, p.part);
   scatter_sums(q_sums, p.part);
   if constexpr (WARPS == 1) return {k_sums[0], q_sums[0], k_q};
   const uint32_t warp = p.thread / 32, lane = p.thread % 32;
   pass_sums(k_sums, q_sums, p, warp, lane, *passed);
-  if (lane == 0) passed->k_q[warp] = k_q;
+  if (!EARLY && lane == 0) passed->k_q[warp] = k_q;
   __syncthreads();
   Sums s = {};
   if (p.thread < CHANNELS) {
@@ -131,15 +166,18 @@ PRIM Sums sums_over_keys(const Tile& S, const Token& token, const Decay& decay, 
     for (int w = 0; w < WARPS; w++) {
       s.k_S += passed->k_S[w][p.thread];
       s.q_S += passed->q_S[w][p.thread];
-      s.k_q += passed->k_q[w];
+      if constexpr (!EARLY) s.k_q += passed->k_q[w];
     }
   }
   return s;
 }
 
-// The only token of a sequence.
+// The only token of a sequence. If it is EARLY, what needs no state is made while the state is on its way.
 struct NewTokens {
   Token token;
+  Decay decay;
+  RowNumbers rows;
+  real strength;
   PassedRows* passed = nullptr;
 
   PRIM explicit NewTokens(DynSmem& smem) {
@@ -147,7 +185,11 @@ struct NewTokens {
     smem.all_taken(SHARED_BYTES);
   }
   PRIM void ask(const Inputs& x, int64_t first, int, const Place& p, uint32_t) { token.load(x, first, p); }
-  PRIM void take(const Inputs&, int64_t, int, const Place&, uint32_t) {}
+  PRIM void take(const Inputs& x, int64_t, int, const Place& p, uint32_t) {
+    if constexpr (!EARLY) return;
+    strength = early(token.numbers.strength(x)), decay = Decay(token, x);
+    rows = numbers_of_early_rows(token, p, passed);
+  }
 
   struct Update {
     const Token& token;
@@ -160,10 +202,12 @@ struct NewTokens {
   };
   template <class Tile>
   PRIM Update advance(const Tile& S, int, const Inputs& x, const Place& p) {
-    const Norms r = norms(token, p, passed);
-    Update update = {token, Decay(token, x)};
-    const Sums s = sums_over_keys(S, token, update.decay, p, passed);
-    const Numbers<DTYPE> numbers = {token.numbers.strength(x), update.decay.all, r.k, r.q, token.v};
+    const RowNumbers r = EARLY ? rows : numbers_of_rows(token, p, passed);
+    Update update = {token, EARLY ? decay : Decay(token, x)};
+    Sums s = sums_over_keys(S, token, update.decay, p, passed);
+    if constexpr (EARLY) s.k_q = r.k_q;
+    const real beta = EARLY ? strength : token.numbers.strength(x);
+    const Numbers<DTYPE> numbers = {beta, update.decay.all, r.k_norm, r.q_norm, token.v};
     const real n = numbers.written(s);
     update.o = numbers.output(s, n, x.scale);
     share(n, update.n, p, passed);

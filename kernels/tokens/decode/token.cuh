@@ -5,6 +5,13 @@
 #include "tokens/decode/inputs.cuh"
 #include "tokens/decode/tile.cuh"
 
+// x, which is made where this stands if what needs no state is to be made early.
+template <class T>
+PRIM T early(T x) {
+  if constexpr (EARLY) return made(x);
+  return x;
+}
+
 // What warps that share keys pass to each other: sums over the keys of each, and n, to be times k.
 struct Passed {
   real k_S[WARPS][CHANNELS], q_S[WARPS][CHANNELS], written[CHANNELS];

@@ -32,6 +32,7 @@ def test_the_next_state_is_asked_for(emulated, monkeypatch, entry, layout, dtype
     slots, one = np.array([2, -1, -9, 5, 0]), 128 * 64 * 2 if dtype == BF16 else 40 * 72 * 4
     results = []
     # With another size of the pool, for a plan of its own.
+    monkeypatch.setattr(decode, "FEW_STATES", 0)
     for ahead, more in ((decode.AHEAD_BYTES, 0), (one, 1)):
         monkeypatch.setattr(decode, "AHEAD_BYTES", ahead)
         state = kw["initial_state"].astype(dtype)
@@ -46,10 +47,8 @@ def test_the_next_state_is_asked_for(emulated, monkeypatch, entry, layout, dtype
         if emulated.devices is not None:
             (launch,) = emulated.devices[-1].launches
             assert launch.entry == entry
-            states = ahead // one
-            if entry == "decode_products" and states >= 5 * 2:  # so far ahead there is none
-                states = 0
-            assert dict(launch.defines)["AHEAD"] == states
+            states = ahead // one  # so far ahead there may be none
+            assert dict(launch.defines)["AHEAD"] == (states if states < 5 * 2 else 0)
     assert results[0] == results[1]
 
 
@@ -59,23 +58,26 @@ def test_the_next_state_is_asked_for(emulated, monkeypatch, entry, layout, dtype
         (dict(), 132),
         (dict(state_layout="vk"), 132),
         (dict(raw="softplus"), 132),
-        (dict(K=64, V=64), 528),
+        (dict(K=64, V=64), 0),
+        (dict(K=64, V=64, B=529), 528),
         (dict(K=256, V=256), 33),
         (dict(pool_dtype="float32"), 66),
         (dict(pool_dtype="float32", T=4), 66),
-        (dict(B=1), 132),
+        (dict(pool_dtype="float32", B=128), 0),
+        (dict(pool_dtype="float32", B=129), 66),
+        (dict(B=132), 0),
         (dict(gate="channel"), 132),
         (dict(pool_dtype="float32", gate="channel", state_layout="vk"), 66),
         (dict(gate="channel", state_layout="vk"), 0),
         (dict(pool_dtype="float32", T=4, accepting=True), 0),
-        (dict(T=2, B=256), 132),
-        (dict(T=4, B=256, state_layout="vk"), 132),
+        (dict(T=2), 132),
+        (dict(T=4, state_layout="vk"), 132),
         (dict(T=4, B=1), 0),
-        (dict(T=4, B=256, gate="channel"), 0),
-        (dict(T=4, B=256, accepting=True), 0),
+        (dict(T=4, gate="channel"), 0),
+        (dict(T=4, accepting=True), 0),
     ],
 )
 def test_how_far_ahead(differs, states):
-    sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
+    sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", B=256, K=128, V=128, T=1, gate="scalar")
     (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
     assert dict(launch.defines)["AHEAD"] == states

@@ -86,6 +86,42 @@ def test_gates_per_channel(emulated, on_reference, dtype, layout, T):
     assert deviation(*states) < bound
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_one_token_whose_squares_overflow(emulated, on_reference, dtype, layout):
+    """k of one sequence, q of another, both of a third: sums of rows are made again."""
+    args, kw = make_inputs(
+        1, B=4, H=1, K=128, V=64, gate="scalar", dtype=dtype, layout=layout, initial=True
+    )
+    args[1][[0, 2]] *= dtype.type(1e30)
+    args[0][[1, 2]] *= dtype.type(1e30)
+    states = [kw["initial_state"].astype(dtype) for _ in range(2)]
+    options = dict(state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=states[0], **options)
+    expected = on_reference(cd.delta_rule_step, *args, state=states[1], **options)
+    bound = 1e-2 if dtype == BF16 else 1e-6
+    assert deviation(o, expected) < bound
+    assert deviation(*states) < bound
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_one_token_to_other_slots(emulated, on_reference, dtype, layout):
+    """To another slot, to the same, to none, and of padding."""
+    args, _ = make_inputs(1, B=4, H=1, G=2, K=40, V=24, gate="scalar", dtype=dtype)
+    shape = (6, 2, 40, 24) if layout == "kv" else (6, 2, 24, 40)
+    pool = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    slots = dict(
+        state_indices=np.array([3, 1, 0, -1]), output_state_indices=np.array([2, 1, -1, 4])
+    )
+    pools = [pool.copy() for _ in range(2)]
+    o = cd.delta_rule_step(*args, state=pools[0], state_layout=layout, **slots)
+    expected = on_reference(cd.delta_rule_step, *args, state=pools[1], state_layout=layout, **slots)
+    bound = 1e-2 if dtype == BF16 else 1e-6
+    assert deviation(o, expected) < bound and deviation(*pools) < bound
+    assert np.array_equal(pools[0][[0, 3, 4, 5]], pool[[0, 3, 4, 5]])
+
+
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 def test_verify_and_commit(emulated, layout):
     """Nothing is written with 0 accepted; the same call with what was accepted is the state."""

@@ -16,3 +16,7 @@ template <class T>
 inline void store_once(T* p, const T& x) {
   *p = x;
 }
+template <class T>
+inline T made(T x) {
+  return x;
+}
