@@ -7,20 +7,21 @@
 //   dPqk = tril(dO N^T . D)      E = -tril(dR N^T . D, -1)
 //   dQ = scale (r dO S^T + dPqk K)      dK = scale dPqk^T Q + w N dS'^T - r dR S^T + (E + E^T) K
 //
-// and the gradient of the gates as sums of what holds them, backward_chunk/gates.cuh.
+// and the gradient of the gates as sums of what holds them, backward_chunk/gates.cuh. With LEAVES_DV dV is there already,
+// in place of dY (sm90/value_gradient.cuh).
 //
 // Memory bounds this, so loads never pause: each block goes through every gridDim-th pair of chunk and key head, and
 // its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, dY, S, dS'), from one head or pair
 // to the next. b and decays multiply rows and columns of sums, never a tile: operands are used as they land.
 //
-// Warpgroup 0: a warp loads with TMA, the other three make dV. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
+// Warpgroup 0: a warp loads with TMA, the other three make dV, if it is to be made. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
 // from what both sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
 //
 // Numbers: operands of products in DTYPE, sums in float, results rounded once; dbeta and dg in float. dQ and dK are
 // summed over the value heads of a key head in registers, in their order: the same bits every time.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN,
-// SLICE_STAGES, KEY_STAGES.
+// LEAVES_DV, SLICE_STAGES, KEY_STAGES.
 // Grid: blocks of 384 threads, any number up to `pairs`.
 // Shared memory: the ring; one of Q and K; scale dPqk and E + E^T; beta; sums for dg; see
 // cupy_delta/cuda/sm90/backward.py and, for the first warpgroup, sm90/backward_chunk/load.cuh.
@@ -33,7 +34,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const __grid_constant__ TensorMap n_map, const __grid_constant__ TensorMap dy_map,
                           const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap states_map,
                           const __grid_constant__ TensorMap dstates_map, const float* beta, const float* decays,
-                          const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg,
+                          const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk,
+#if LEAVES_DV
+                          const DTYPE* corrections, const DTYPE* small_dy,
+#endif
+#if !LEAVES_DV
+                          DTYPE* dv,
+#endif
+                          float* dbeta, float* dg,
                           float scale, int pairs, int N, int T, int H, int HV) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = {cu_seqlens, pairs, N, T, H, HV};
@@ -41,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Shared s = take_shared(smem);
   smem.all_taken(SHARED_BYTES);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < SLICE_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + VALUE_WARPS);
+    for (int i = 0; i < SLICE_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + !LEAVES_DV * VALUE_WARPS);
     for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 8);
     mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4);
 #if HAS_GATE
@@ -57,7 +65,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp == 0)
       load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
     else
+#if LEAVES_DV
+      sum_small(work, beta, corrections, small_dy, dbeta, warp - 1, lane);
+#else
       make_values(s, work, beta, dv, warp - 1, lane);
+#endif
   } else if (warpgroup == 1) {
     more_registers<QUERY_REGISTERS>();
     make_queries(s, work, beta, decays, dq, scale, thread);

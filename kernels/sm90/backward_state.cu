@@ -6,7 +6,7 @@
 //
 // with K r, Q r and K w for K and Q, and c per channel, where the gate has one value per key channel.
 //
-// dS' of every chunk, (V, K), and dY are written for the gradients of the chunks.
+// dS' of every chunk, (V, K), and dY are written for the gradients of the chunks; with LEAVES_DV b dY for dY, which is dV.
 //
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
 // the identity: what is left is H and P of dS' -> P dS' + H. The walk with JOINS goes through all of them at once and
@@ -21,8 +21,8 @@
 // Numbers: dS in float, never rounded between chunks; operands of products are rounded to DTYPE, sums are float.
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK
-// (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), MATH (1 or 2),
-// CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH
+// (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), LEAVES_DV
+// (sm90/value_gradient.cuh), MATH (1 or 2), CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH
 // value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see
 // cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
@@ -63,6 +63,7 @@ struct Walker {
   const Work& work;
   const TensorMap* dstates;
   const Rows& dy;
+  DTYPE* small_dy;
   const Part& part;
   const float scale;
   StateSums& dS;
@@ -126,7 +127,12 @@ struct Walker {
       pin(dN);
       // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
       TokenOperand dY;
-      if constexpr (STATES) round_sums<DTYPE>(dY, dN);
+      if constexpr (STATES && LEAVES_DV) {
+        round_columns<DTYPE>(dY, dN, at.b, lane);
+        if (s.small[ring.stage]) leave_small(dN, at.b, c, work.sent(i));
+      } else if constexpr (STATES) {
+        round_sums<DTYPE>(dY, dN);
+      }
       if constexpr (PER_TOKEN)
         round_columns<DTYPE>(a, dN, at.b, at.reads, lane);
       else
@@ -198,6 +204,19 @@ struct Walker {
     wgmma_commit();
   }
 
+  // dY of tokens that dV does not tell it of.
+  PRIM void leave_small(const TokenSums& dY, const float* b, int c, int tokens) const {
+    const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * part.HV + work.hv;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int t = sum_column(lane, j, i), channel = value + sum_row(lane, i);
+        if (t < tokens && channel < HEAD_V && is_small(b[t]))
+          small_dy[(row + (int64_t)t * part.HV) * HEAD_V + channel] = narrow<DTYPE>(dY[j][i]);
+      }
+  }
+
   // dS' of chunk c, for the gradients of it.
   PRIM void send_gradient(const StateOperand& state, int c, bool leaves) const {
     stage_state(state_boxes, state, lane);
@@ -221,9 +240,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const int* starts,
 #endif
 #endif
-                          const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
-                          DTYPE* dy, float* dinitial_state, float scale, int T, int H, int HV, int segments,
-                          int transferred) {
+                          const float* beta, const float* decays,
+                          const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dy,
+#if LEAVES_DV && STATES
+                          DTYPE* small_dy,
+#endif
+                          float* dinitial_state, float scale, int T, int H, int HV, int segments, int transferred) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   Work work = find_work(cu_seqlens, T, H, HV, segments, transferred);
 #if HAS_GATE == 1 && TRANSFER
@@ -261,7 +283,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
   if constexpr (JOINS) join(dS, joins, work.n * (int64_t)transferred, work.joined, part);
   const Rows rows = {&dy_map, dy};
-  const Carried over_chunks = Walker{s, work, &dstates_map, rows, part, scale, dS}.walk();
+#if LEAVES_DV && STATES
+  DTYPE* small = small_dy;
+#else
+  DTYPE* small = nullptr;
+#endif
+  const Carried over_chunks = Walker{s, work, &dstates_map, rows, small, part, scale, dS}.walk();
   if constexpr (TRANSFER) {
     leave_transfer(s, work, dS, transfers, over_chunks, part);
   } else if (work.last) {

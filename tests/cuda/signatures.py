@@ -61,6 +61,9 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         decays=("decays", "channel_decays"),
         do_map=DO,
         dfinal_state=DFINAL,
+        dy_map=("dy", "dv"),
+        dy=("dy", "dv"),
+        small_dy=("dy",),
         transfer_map=("segment_p",),
         h=("segment_h",),
     ),
@@ -70,7 +73,9 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         p=("p", "told_p"),
         h=("h", "told_h"),
     ),
-    "backward_chunk_hopper": dict(do_map=DO, n_map=("corrections",)),
+    "backward_chunk_hopper": dict(
+        do_map=DO, n_map=("corrections",), dy_map=("dy", "dv"), small_dy=("dy",)
+    ),
     "pool_states": dict(states=("initial_state", "final_state")),
     "segment_starts": dict(gates_of_chunks=("token_factors", "decays")),
     "token_factors": dict(beta=("beta", "logits"), g=("g", "a")),

@@ -21,7 +21,7 @@ from ..tokens.l2norm import through_norm
 from . import cost
 from .segments import segment_arrays
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
-from .training import chunk_decays, early_starts, given_walk_launch
+from .training import chunk_decays, early_starts, given_walk_launch, leaves_dv
 
 # Chunks that the reverse walk loads ahead, by tiles of value channels per block.
 WALK_STAGES, CHANNEL_WALK_STAGES = {1: 3, 2: 3}, {1: 2, 2: 2}
@@ -71,13 +71,17 @@ def backward_state_hopper_launch(
     """The reverse walk: the gradient of the state leaving each chunk, and G."""
     tiles = choice.transfer_tiles if transfer else choice.value_tiles
     start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
+    # Of tokens with a small beta dY, too.
+    rows, small = ("dv", ("dy",)) if leaves_dv(call) else ("dy", ())
+    if transfer:
+        small = ()
     return given_walk_launch(
         call,
         "sm90/backward_state.cu",
         "backward_state_hopper",
         "do",
-        ("dstates", "dy"),
-        (start, "cu_seqlens", "dy", end),
+        ("dstates", rows),
+        (start, "cu_seqlens", rows, *small, end),
         tiles=tiles,
         stages=(CHANNEL_WALK_STAGES if call.gate == "channel" else WALK_STAGES)[tiles],
         segments=choice.segments,
@@ -114,6 +118,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     p = call
     gated = p.gate is not None
     slices, key_stages = ring_stages(p.K, gated)
+    leaving = dict(LEAVES_DV=1) if leaves_dv(p) else {}
     count = slots(p, CHUNK)
     pairs = count * p.H if p.T else 0
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
@@ -125,7 +130,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
         box(normal(p, "q"), keys),
         box(normal(p, "k"), keys),
         box("corrections", values),
-        box("dy", values),
+        box("dv" if leaves_dv(p) else "dy", values),
         box("do", values),
         states("states"),
         states("dstates"),
@@ -134,7 +139,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
         "cu_seqlens",
         "dq",
         "dk",
-        "dv",
+        *(("corrections", "dy") if leaves_dv(p) else ("dv",)),
         "dbeta",
         "dg" if gated else None,
         np.float32(p.scale),
@@ -147,7 +152,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     return Launch(
         "sm90/backward_chunk.cu",
         "backward_chunk_hopper",
-        variant(p, CHUNK, SLICE_STAGES=slices, KEY_STAGES=key_stages),
+        variant(p, CHUNK, SLICE_STAGES=slices, KEY_STAGES=key_stages, **leaving),
         min(pairs, facts.sm_count),
         THREADS,
         backward_chunk_shared(p.K, gated),

@@ -97,6 +97,11 @@ def early_starts(call: Call, choice: cost.Choice, *, backward: bool = False) -> 
     return Begins("starts", start_arrays(call, choice.segments), (launch,))
 
 
+def leaves_dv(call: Call) -> bool:
+    """Whether the reverse walk leaves dV in place of dY; float16 has no room for a small beta."""
+    return call.gate == "scalar" and call.dtype.name == "bfloat16"
+
+
 def core_arrays(call: Call) -> dict:
     """What factors leave: core, P, and with a gate its decays.
 
@@ -165,6 +170,7 @@ def given_walk_shared(
     states: bool = True,
     output: bool = False,
     joins: bool = False,
+    marks: bool = False,
 ) -> int:
     """Return the bytes of shared memory of either walk, as sm90/training/shared.cuh carves them."""
     count, size = TILE
@@ -174,7 +180,8 @@ def given_walk_shared(
     tiles += value_tiles * (states * boxes + output)
     columns = {None: CHUNK, "scalar": 3 * CHUNK, "channel": CHUNK + BOX * boxes}[gate]
     barriers = [(count, BARRIER) for count in (stages, stages, 1)]
-    end = carve((stages * columns, 4), *barriers, start=tiles * count * size)
+    rows = [(stages * columns, 4)] + [(stages, 4)] * marks
+    end = carve(*rows, *barriers, start=tiles * count * size)
     return end + joins * JOIN_BARRIERS * BARRIER
 
 
@@ -224,6 +231,7 @@ def given_walk_launch(
         STATES=int(bool(states) and not transfer),
         MATH=tiles,
         CHUNK_STAGES=stages,
+        **(dict(LEAVES_DV=1) if "dv" in results else {}),
     )
     sizes = (np.float32(p.scale), i32(p.T), i32(p.H), i32(p.HV), i32(segments), i32(transferred))
     return Launch(
@@ -241,6 +249,7 @@ def given_walk_launch(
             states=bool(states) or transfer,
             output=output and bool(states),
             joins=joins,
+            marks="dv" in results and not transfer,
         ),
         (*maps, "beta", chunk_decays(p), *arguments, *sizes),
         arch="sm_90a",

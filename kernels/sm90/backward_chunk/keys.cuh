@@ -26,14 +26,14 @@ struct Keys {
     if constexpr (HAS_GATE) {
       load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
       load_rows_of(writes.factor, decay_rows + WRITES * CHUNK, warp, lane);
-      reads.factor[0] *= -b[0], reads.factor[1] *= -b[1];
+      reads.factor[0] *= LEAVES_DV ? -1.0f : -b[0], reads.factor[1] *= LEAVES_DV ? -1.0f : -b[1];
       writes.factor[0] *= b[0], writes.factor[1] *= b[1];
       clear(E);
       add_slices_decayed(E, dK, reads, writes);
     } else {
       add_slices(E, dK, b);
     }
-    write_dbeta(E, first, tokens);
+    write_dbeta(E, b, first, tokens);
     add_pairs(E, dK);
     if constexpr (HAS_GATE) sum_gates(E, reads, writes, first, tokens);
     pairs.advance();
@@ -96,13 +96,15 @@ struct Keys {
   }
 
   // dbeta, which is on the diagonal of dY N^^T.
-  PRIM void write_dbeta(const float (&E)[8][4], int64_t first, int tokens) const {
+  PRIM void write_dbeta(const float (&E)[8][4], const float (&b)[2], int64_t first, int tokens) const {
     float diagonal[2];
     const bool has_it = take_diagonal(diagonal, E, warp, lane);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int t = warp * 16 + half * 8 + lane / 4;
-      if (has_it && t < tokens) dbeta[first + (int64_t)t * work.HV] = diagonal[half];
+      if (LEAVES_DV && is_small(b[half])) continue;
+      if (has_it && t < tokens)
+        dbeta[first + (int64_t)t * work.HV] = LEAVES_DV ? diagonal[half] / b[half] : diagonal[half];
     }
   }
 
@@ -118,8 +120,8 @@ struct Keys {
     mbarrier_wait(s.pairs_full, pairs.parity);
     load_rows<true>(d_pqk, s.pairs, warp, lane);
     const float* columns = s.columns + pairs.parity * COLUMNS;
-    float minus_b[2];
-    load_rows_of(minus_b, columns, warp, lane);
+    float minus_b[2] = {1.0f, 1.0f};
+    if constexpr (!LEAVES_DV) load_rows_of(minus_b, columns, warp, lane);
     minus_b[0] *= -1.0f, minus_b[1] *= -1.0f;
     weigh_pairs<true>(E, minus_b, columns, warp, lane);
 #pragma unroll

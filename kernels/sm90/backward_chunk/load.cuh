@@ -1,4 +1,4 @@
-// The first warpgroup of sm90/backward_chunk.cu: one warp loads, the other three make dV.
+// The first warpgroup of sm90/backward_chunk.cu: one warp loads, the other three make dV, or have little to do.
 #pragma once
 #include "sm90/backward_chunk/shared.cuh"
 #include "tiles/store.cuh"
@@ -106,6 +106,28 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, DTYP
         __syncwarp();
         if (lane == 0) mbarrier_arrive(s.free + ring.stage);
         ring.advance();
+      }
+    }
+  });
+}
+
+// With LEAVES_DV, dbeta of tokens whose b is_small: eight lanes per token, eight channels each.
+PRIM void sum_small(const Work& work, const float* beta, const DTYPE* n, const DTYPE* small_dy, float* dbeta, int warp,
+                    int lane) {
+  for_each_pair(work, [&](const Chunk& chunk, int, int h) {
+    const int groups = work.HV / work.H;
+    for (int group = 0; group < groups; group++) {
+#pragma unroll 1
+      for (int tokens = warp * 4; tokens < chunk.tokens; tokens += VALUE_WARPS * 4) {
+        const int t = tokens + lane / 8;
+        const int64_t row = (chunk.first + t) * work.HV + h * groups + group;
+        const bool small = t < chunk.tokens && is_small(beta[row]);
+        float sum = 0.0f;
+        for (int channel = lane % 8 * 8; small && channel < HEAD_V; channel += BOX)
+          sum += dot_eight<DTYPE>(n + row * HEAD_V + channel, small_dy + row * HEAD_V + channel);
+#pragma unroll
+        for (int bits = 1; bits < 8; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
+        if (small && lane % 8 == 0) dbeta[row] = sum;
       }
     }
   });

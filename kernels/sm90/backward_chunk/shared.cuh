@@ -1,6 +1,7 @@
 // What the roles of sm90/backward_chunk.cu share: sizes, registers, shared memory and what a block works on.
 #pragma once
 #include "sm90/decays.cuh"
+#include "sm90/value_gradient.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
 
@@ -17,7 +18,7 @@ static_assert(VALUE_REGISTERS + QUERY_REGISTERS + KEY_REGISTERS <= 3 * 168,
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
 constexpr int QUERY_BARRIER = 1, KEY_BARRIER = 2;
 constexpr int COLUMNS = (1 + 2 * HAS_GATE) * CHUNK;  // b, and HIGH and LOW of decays
-// A stage: boxes of dO, N^ and dY, then 64 rows of S and of dS'.
+// A stage: boxes of dO, N^ and dY, or dV, then 64 rows of S and of dS'.
 constexpr int N_AT = TILE, DY_AT = 2 * TILE, S_AT = 3 * TILE, DS_AT = (3 + K_BOXES) * TILE;
 constexpr int STAGE = (3 + 2 * K_BOXES) * TILE;
 

@@ -32,7 +32,7 @@ PRIM void ask(NextBeta& b, NextDecays& decays, const Inputs& in, const Work& wor
     for (int j = 0; j < KP / 32; j++) decays[j] = j * 32 + lane < HEAD_K ? row[j * 32 + lane] : 0.0f;
   }
 }
-PRIM void keep(const Shared& s, const NextBeta& b, const NextDecays& decays, int stage, int lane) {
+PRIM void keep(const Shared& s, const NextBeta& b, const NextDecays& decays, int stage, int tokens, int lane) {
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     const int at = stage * CHUNK + j * 32 + lane;
@@ -42,6 +42,12 @@ PRIM void keep(const Shared& s, const NextBeta& b, const NextDecays& decays, int
   if constexpr (PER_CHANNEL) {
 #pragma unroll
     for (int j = 0; j < KP / 32; j++) s.carried[stage * KP + j * 32 + lane] = decays[j];
+  }
+  if constexpr (LEAVES_DV && STATES) {
+    int small = (lane < tokens && is_small(b[0])) || (lane + 32 < tokens && is_small(b[1]));
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) small |= __shfl_xor_sync(~0u, small, bits);
+    if (lane == 0) s.small[stage] = small;
   }
 }
 
@@ -101,7 +107,7 @@ PRIM void load(const Shared& s, const Inputs& in, const Work& work, uint64_t* jo
     uint64_t* landed = clears ? s.landed : s.full + stage;
     if (JOINS && i == JOIN_STAGE) mbarrier_wait(joined, 0);
     mbarrier_wait(s.free + stage, ring.parity ^ 1);
-    keep(s, b, decays, stage, lane);
+    keep(s, b, decays, stage, tokens, lane);
     __syncwarp();
     if (lane == 0) copy(tiles, in, work, landed, h, token);
     if (clears) {

@@ -9,6 +9,7 @@
 // and decays, up to CHUNK_STAGES chunks ahead. One barrier says that a stage is full; every warp says for itself that
 // it is done with one.
 #pragma once
+#include "sm90/value_gradient.cuh"
 #include "tiles/sequence.cuh"
 #include "tiles/swizzled.cuh"
 
@@ -36,6 +37,7 @@ constexpr int MATH_BARRIER = 1;  // and next: named barriers, one per math warpg
 struct Shared {
   DTYPE *k, *q, *writing, *core, *p, *rows, *states, *o;
   float *beta, *reads, *writes, *carried;
+  int* small;  // whether a chunk has tokens of a b that is_small
   uint64_t *full, *free, *landed;
 };
 
@@ -54,6 +56,7 @@ PRIM Shared take_shared(DynSmem& smem) {
     s.reads = smem.take<float>(CHUNK_STAGES * CHUNK, "reads");
     s.writes = smem.take<float>(CHUNK_STAGES * CHUNK, "writes");
   }
+  if constexpr (LEAVES_DV && STATES) s.small = smem.take<int>(CHUNK_STAGES, "small beta");
   if constexpr (PER_CHANNEL) s.carried = smem.take<float>(CHUNK_STAGES * KP, "decays of the state");
   s.full = smem.take<uint64_t>(CHUNK_STAGES, "full");
   s.free = smem.take<uint64_t>(CHUNK_STAGES, "free");

@@ -14,7 +14,7 @@ import cupy_delta as cd
 from cupy_delta.cuda.runtime.execute import execute
 from cupy_delta.cuda.sm90 import backward
 from cupy_delta.cuda.sm90.tiles import CHUNK
-from cupy_delta.cuda.sm90.training import DECAY_ROWS
+from cupy_delta.cuda.sm90.training import DECAY_ROWS, leaves_dv
 from cupy_delta.cuda.spec import DeviceFacts, Plan
 from cupy_delta.cuda.variants import launches_of
 from cupy_delta.problem import Problem
@@ -22,13 +22,16 @@ from cupy_delta.problem import Problem
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 # Empty and one-token sequences, ends within, at and right after a chunk.
 VARLEN = [0, 0, 1, 64, 128, 193, 200]
+# Below, dY does not follow from b dY.
+SMALL = 2.0**-24
 LEGS = ["source", "ptx"]
 GRADIENTS = ("dq", "dk", "dv", "dbeta")
 SUMS = ("dbeta", "dg")  # in float32
 
 
 def names(p):
-    return GRADIENTS if p.gate is None else (*GRADIENTS, "dg")
+    gradients = tuple(x for x in GRADIENTS if x != "dv" or not leaves_dv(p))
+    return gradients if p.gate is None else (*gradients, "dg")
 
 
 def make_case(
@@ -79,7 +82,18 @@ def make_case(
         random = -rng.exponential(size=(B, T, HV))
         g = gates * random if np.ndim(gates) == 0 else np.broadcast_to(gates[:, None], (B, T, HV))
         arrays["decays"] = decay_rows(p, g)
+        # By which nothing can be divided.
+        arrays["beta"][:, 5::34], arrays["beta"][:, 22::34] = 0, -1e-9
     return p, arrays
+
+
+def left_by_the_walk(p, arrays):
+    """Of dY, what the reverse walk leaves: b dY, which is dV, and itself where b is too small."""
+    if not leaves_dv(p):
+        return arrays
+    b, dy = arrays["beta"][..., None], arrays["dy"]
+    dv = (b * dy.astype(np.float32)).astype(p.dtype)
+    return arrays | dict(dv=dv, dy=np.where(abs(b) < SMALL, dy, np.nan).astype(p.dtype))
 
 
 def decay_rows(p, g):
@@ -104,7 +118,7 @@ def computed(p, arrays, *, leg="source", blocks=2, run=None):
         name: ((p.B, p.T, *rows[name]), np.dtype(np.float32) if name in SUMS else p.dtype)
         for name in names(p)
     }
-    given = {name: copy_in(x, name) for name, x in arrays.items()}
+    given = {name: copy_in(x, name) for name, x in left_by_the_walk(p, arrays).items()}
     given["cu_seqlens"] = None if p.cu_seqlens is None else copy_in(p.cu_seqlens, "cu_seqlens")
     results = execute(Plan((launch,), outputs), given, device)
     return {name: np.array(results[name]) for name in outputs}
@@ -154,6 +168,9 @@ def definition(p, arrays, rounding):
             out["dk"][b, rows, h] += mul(p.scale * dP.T, Q) + written - of_keys
             out["dk"][b, rows, h] += mul(E + E.T, X)
             out["dv"][b, rows, hv] = dR
+            if leaves_dv(p):
+                divided = np.abs(c) >= SMALL
+                G = np.where(divided, rounding(dR) / np.where(divided, c, 1), G)
             out["dbeta"][b, rows, hv] = np.sum(G * N_hat, 1)
             if p.gate is None:
                 continue
