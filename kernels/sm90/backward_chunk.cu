@@ -14,7 +14,8 @@
 // its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, dY, S, dS'), from one head or pair
 // to the next. b and decays multiply rows and columns of sums, never a tile: operands are used as they land.
 //
-// Warpgroup 0: a warp loads with TMA, the other three make dV, if it is to be made. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
+// Warpgroup 0: a warp loads with TMA, the other three make dV. With LEAVES_DV one of them
+// brings what is known of tokens, one sums up dg, and one has dbeta of a small b. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
 // from what both sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
 //
 // Numbers: operands of products in DTYPE, sums in float, results rounded once; dbeta and dg in float. dQ and dK are
@@ -51,7 +52,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLICE_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + !LEAVES_DV * VALUE_WARPS);
     for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 8);
-    mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4);
+    mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4 + LEAVES_DV);
+#if LEAVES_DV
+    for (int i = 0; i < 2; i++) mbarrier_init(s.columns_full + i, 1), mbarrier_init(s.columns_free + i, 8);
+#endif
 #if HAS_GATE
     mbarrier_init(s.sums.full, 8);
 #endif
@@ -64,10 +68,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fewer_registers<VALUE_REGISTERS>();
     if (warp == 0)
       load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
-    else
 #if LEAVES_DV
-      sum_small(work, beta, corrections, small_dy, dbeta, warp - 1, lane);
+    else if (warp == 1)
+      bring_columns(s, work, beta, decays, lane);
+    else if (warp == 2)
+      write_gate_gradients(s, work, dg, lane);
+    else
+      sum_small(work, beta, corrections, small_dy, dbeta, lane);
 #else
+    else
       make_values(s, work, beta, dv, warp - 1, lane);
 #endif
   } else if (warpgroup == 1) {

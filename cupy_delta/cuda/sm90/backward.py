@@ -97,19 +97,19 @@ def ring_stages(K: int, gated: bool) -> tuple[int, int]:
     return (GATED_STAGES[boxes], GATED_KEY_STAGES) if gated else (STAGES[boxes], 1)
 
 
-def backward_chunk_shared(K: int, gated: bool) -> int:
+def backward_chunk_shared(K: int, gated: bool, leaves: bool) -> int:
     """Return the bytes of shared memory, as sm90/backward_chunk.cu carves them."""
     boxes = -(-K // BOX)
     stages, key_stages = ring_stages(K, gated)
     count, size = TILE
     keys, square = (key_stages * boxes * count, size), (count, size)
     tiles = carve((stages * (3 + 2 * boxes) * count, size), keys, keys, square, square, align=1024)
-    # Two buffers, of beta and with a gate of two rows more.
-    rows = [(2 * CHUNK * (3 if gated else 1), 4)]
+    # Two buffers, of beta and with a gate of two rows more, or four.
+    rows = [(2 * CHUNK * (1 + 2 * gated + 2 * leaves), 4)]
     if gated:
         # Sums for its gradient: of pairs by each math warp, and three more.
         rows += [((MATH_WARPS + 3) * CHUNK, 4), (MATH_WARPS // 2, 4), (1, BARRIER)]
-    barriers = (stages, stages, key_stages, key_stages, 1, 1, 2)
+    barriers = (stages, stages, key_stages, key_stages, 1, 1, 2, *(2, 2) * leaves)
     return carve(*rows, *((count, BARRIER) for count in barriers), start=tiles)
 
 
@@ -155,7 +155,7 @@ def backward_chunk_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
         variant(p, CHUNK, SLICE_STAGES=slices, KEY_STAGES=key_stages, **leaving),
         min(pairs, facts.sm_count),
         THREADS,
-        backward_chunk_shared(p.K, gated),
+        backward_chunk_shared(p.K, gated, leaves_dv(p)),
         arguments,
         arch="sm_90a",
     )

@@ -12,20 +12,31 @@ struct Keys {
   Ring<SLICE_STAGES> ring;
   Ring<KEY_STAGES> keys;
   Ring<1> pairs;
+  Ring<2> tokens_of_heads;
 
   // Adds what a value head has to dK, from row (first token, value head) on.
   PRIM void add_head(float (&dK)[K_TILES][4], int64_t first, int tokens, const float* decay_rows) {
     float b[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int t = warp * 16 + half * 8 + lane / 4;
-      b[half] = t < tokens ? beta[first + (int64_t)t * work.HV] : 0.0f;
-    }
     DecayedRows reads, writes;
+    const float* columns = s.columns + pairs.parity * COLUMNS;
+    if constexpr (LEAVES_DV) {
+      columns = wait_for_columns(s, tokens_of_heads);
+      load_rows_of(b, columns, warp, lane);
+      load_rows_of(reads.factor, columns + READS_AT, warp, lane);
+      load_rows_of(writes.factor, columns + WRITES_AT, warp, lane);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int t = warp * 16 + half * 8 + lane / 4;
+        b[half] = t < tokens ? beta[first + (int64_t)t * work.HV] : 0.0f;
+      }
+      if constexpr (HAS_GATE) {
+        load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
+        load_rows_of(writes.factor, decay_rows + WRITES * CHUNK, warp, lane);
+      }
+    }
     float E[8][4];
     if constexpr (HAS_GATE) {
-      load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
-      load_rows_of(writes.factor, decay_rows + WRITES * CHUNK, warp, lane);
       reads.factor[0] *= LEAVES_DV ? -1.0f : -b[0], reads.factor[1] *= LEAVES_DV ? -1.0f : -b[1];
       writes.factor[0] *= b[0], writes.factor[1] *= b[1];
       clear(E);
@@ -34,7 +45,7 @@ struct Keys {
       add_slices(E, dK, b);
     }
     write_dbeta(E, b, first, tokens);
-    add_pairs(E, dK);
+    add_pairs(E, dK, columns);
     if constexpr (HAS_GATE) sum_gates(E, reads, writes, first, tokens);
     pairs.advance();
   }
@@ -115,22 +126,22 @@ struct Keys {
   }
 
   // E becomes that of the chunk, and dK += scale dPqk^T Q + (E + E^T) K.
-  PRIM void add_pairs(float (&E)[8][4], float (&dK)[K_TILES][4]) {
+  PRIM void add_pairs(float (&E)[8][4], float (&dK)[K_TILES][4], const float* columns) {
     uint32_t d_pqk[STEPS][4], symmetric[STEPS][4];
     mbarrier_wait(s.pairs_full, pairs.parity);
     load_rows<true>(d_pqk, s.pairs, warp, lane);
-    const float* columns = s.columns + pairs.parity * COLUMNS;
     float minus_b[2] = {1.0f, 1.0f};
     if constexpr (!LEAVES_DV) load_rows_of(minus_b, columns, warp, lane);
     minus_b[0] *= -1.0f, minus_b[1] *= -1.0f;
     weigh_pairs<true>(E, minus_b, columns, warp, lane);
+    if constexpr (LEAVES_DV) free_columns(s, tokens_of_heads, lane);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) write_symmetric(s.symmetric, E[j], E[j + 1], warp * 16, j * 8, lane);
     named_barrier(KEY_BARRIER, 128);
     load_rows<false>(symmetric, s.symmetric, warp, lane);
     __syncwarp();
-    // The first warp says so when it has read the sums, too.
-    if (lane == 0 && !(HAS_GATE && warp == 0)) mbarrier_arrive(s.pairs_free);
+    // The first warp says so when it has read the sums, too, unless another one does.
+    if (lane == 0 && !(HAS_GATE && !LEAVES_DV && warp == 0)) mbarrier_arrive(s.pairs_free);
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
     pin(d_pqk), pin(symmetric), pin(dK);
     wgmma_fence();
@@ -143,7 +154,7 @@ struct Keys {
     pin(dK);
   }
 
-  // What keys have part in, and by the first warp all of dg.
+  // What keys have part in, and by the first warp all of dg, if no other one sums it up.
   PRIM void sum_gates(float (&E)[8][4], DecayedRows& reads, DecayedRows& writes, int64_t first, int tokens) {
     multiply_pairs(E, k(), k());
     sum_rectangles(s.sums.pairs + (4 + warp) * CHUNK, E, warp, lane);
@@ -153,7 +164,7 @@ struct Keys {
     write_rows_of(s.sums.writes, writes.sums, warp, lane);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.sums.full);
-    if (warp == 0) {
+    if (!LEAVES_DV && warp == 0) {
       mbarrier_wait(s.sums.full, pairs.parity);
       write_gate_gradient(dg + first, s.sums, tokens, work.HV, lane);
       __syncwarp();

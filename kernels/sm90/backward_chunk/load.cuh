@@ -1,6 +1,7 @@
-// The first warpgroup of sm90/backward_chunk.cu: one warp loads, the other three make dV, or have little to do.
+// The first warpgroup of sm90/backward_chunk.cu: one warp loads, the other three make dV, or have
+// other work.
 #pragma once
-#include "sm90/backward_chunk/shared.cuh"
+#include "sm90/backward_chunk/gates.cuh"
 #include "tiles/store.cuh"
 
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
@@ -111,14 +112,57 @@ PRIM void make_values(const Shared& s, const Work& work, const float* beta, DTYP
   });
 }
 
-// With LEAVES_DV, dbeta of tokens whose b is_small: eight lanes per token, eight channels each.
-PRIM void sum_small(const Work& work, const float* beta, const DTYPE* n, const DTYPE* small_dy, float* dbeta, int warp,
+#if LEAVES_DV
+// Columns of every value head, up to two of them ahead.
+PRIM void bring_columns(const Shared& s, const Work& work, const float* beta, const float* decays, int lane) {
+  Ring<2> ring;
+  for_each_pair(work, [&](const Chunk& chunk, int slot, int h) {
+    const int groups = work.HV / work.H;
+    for (int group = 0; group < groups; group++) {
+      const int hv = h * groups + group;
+      const float* rows = decays_of(decays, slot, hv, work.HV);
+      float x[2][5];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int t = i * 32 + lane;
+        x[i][0] = t < chunk.tokens ? beta[(chunk.first + t) * work.HV + hv] : 0.0f;
+        x[i][1] = rows[HIGH * CHUNK + t], x[i][2] = rows[LOW * CHUNK + t];
+        x[i][3] = rows[READS * CHUNK + t], x[i][4] = rows[WRITES * CHUNK + t];
+      }
+      mbarrier_wait(s.columns_free + ring.stage, ring.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 5; j++) s.columns[ring.stage * COLUMNS + j * CHUNK + i * 32 + lane] = x[i][j];
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(s.columns_full + ring.stage);
+      ring.advance();
+    }
+  });
+}
+
+PRIM void write_gate_gradients(const Shared& s, const Work& work, float* dg, int lane) {
+  Ring<1> ring;
+  for_each_pair(work, [&](const Chunk& chunk, int, int h) {
+    const int groups = work.HV / work.H;
+    for (int group = 0; group < groups; group++) {
+      mbarrier_wait(s.sums.full, ring.parity);
+      write_gate_gradient(dg + chunk.first * work.HV + h * groups + group, s.sums, chunk.tokens, work.HV, lane);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(s.pairs_free);
+      ring.advance();
+    }
+  });
+}
+
+// dbeta of tokens whose b is_small: eight lanes per token, eight channels each.
+PRIM void sum_small(const Work& work, const float* beta, const DTYPE* n, const DTYPE* small_dy, float* dbeta,
                     int lane) {
   for_each_pair(work, [&](const Chunk& chunk, int, int h) {
     const int groups = work.HV / work.H;
     for (int group = 0; group < groups; group++) {
 #pragma unroll 1
-      for (int tokens = warp * 4; tokens < chunk.tokens; tokens += VALUE_WARPS * 4) {
+      for (int tokens = 0; tokens < chunk.tokens; tokens += 4) {
         const int t = tokens + lane / 8;
         const int64_t row = (chunk.first + t) * work.HV + h * groups + group;
         const bool small = t < chunk.tokens && is_small(beta[row]);
@@ -132,3 +176,4 @@ PRIM void sum_small(const Work& work, const float* beta, const DTYPE* n, const D
     }
   });
 }
+#endif

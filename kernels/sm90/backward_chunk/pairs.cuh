@@ -103,3 +103,14 @@ PRIM void free_keys(const Shared& s, Ring<KEY_STAGES>& keys, int lane) {
   if (lane == 0) mbarrier_arrive(s.keys_free + keys.stage);
   keys.advance();
 }
+
+// With LEAVES_DV: waits for what is known of a value head's tokens, and says that a warp needs it no more.
+PRIM const float* wait_for_columns(const Shared& s, const Ring<2>& ring) {
+  mbarrier_wait(s.columns_full + ring.stage, ring.parity);
+  return s.columns + ring.stage * COLUMNS;
+}
+PRIM void free_columns(const Shared& s, Ring<2>& ring, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(s.columns_free + ring.stage);
+  ring.advance();
+}

@@ -10,16 +10,23 @@ struct Queries {
   Ring<SLICE_STAGES> ring;
   Ring<KEY_STAGES> keys;
   Ring<1> pairs;
+  Ring<2> tokens_of_heads;
 
   // Adds what a value head has to dQ.
   PRIM void add_head(float (&dQ)[K_TILES][4], const Column& own, const float* decay_rows) {
     DecayedRows reads;
     float states[8][4], over = 0.0f;  // S dS'^T, whose diagonal counts; the decay over the chunk
-    if constexpr (HAS_GATE) {
+    float* columns = s.columns + pairs.parity * COLUMNS;
+    if constexpr (LEAVES_DV) {
+      const float* rows = wait_for_columns(s, tokens_of_heads) + READS_AT;
+      load_rows_of(reads.factor, rows, warp, lane);
+      over = rows[CHUNK - 1];
+      columns = s.columns + tokens_of_heads.stage * COLUMNS;
+    } else if constexpr (HAS_GATE) {
       load_rows_of(reads.factor, decay_rows + READS * CHUNK, warp, lane);
       over = decay_rows[READS * CHUNK + CHUNK - 1];
-      clear(states);
     }
+    if constexpr (HAS_GATE) clear(states);
     float dPqk[8][4];
     clear(dPqk);
     for (int slice = 0; slice < SLICES; slice++) {
@@ -34,7 +41,7 @@ struct Queries {
       if (lane == 0) mbarrier_arrive(s.free + ring.stage);
       ring.advance();
     }
-    add_pairs(dPqk, dQ, own);
+    add_pairs(dPqk, dQ, own, columns);
     if constexpr (HAS_GATE) sum_gates(dPqk, states, over, reads);
   }
 
@@ -75,11 +82,11 @@ struct Queries {
   }
 
   // dPqk becomes scale times that of the chunk, which keys need too, and dQ += dPqk K.
-  PRIM void add_pairs(float (&dPqk)[8][4], float (&dQ)[K_TILES][4], const Column& own) {
-    float* columns = s.columns + pairs.parity * COLUMNS;
-    share_columns(columns, own, QUERY_BARRIER, thread);
+  PRIM void add_pairs(float (&dPqk)[8][4], float (&dQ)[K_TILES][4], const Column& own, float* columns) {
+    if constexpr (!LEAVES_DV) share_columns(columns, own, QUERY_BARRIER, thread);
     const float ones[2] = {1.0f, 1.0f};
     weigh_pairs<false>(dPqk, ones, columns, warp, lane);
+    if constexpr (LEAVES_DV) free_columns(s, tokens_of_heads, lane);
     uint32_t a[STEPS][4];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -132,8 +139,10 @@ PRIM void make_queries(const Shared& s, const Work& work, const float* beta, con
     for (int group = 0; group < groups; group++) {
       const int hv = h * groups + group;
       const float* decay_rows = HAS_GATE ? decays_of(decays, slot, hv, work.HV) : nullptr;
-      role.add_head(dQ, load_column(beta + chunk.first * work.HV + hv, decay_rows, chunk.tokens, work.HV, thread),
-                    decay_rows);
+      Column own = {};
+      if constexpr (!LEAVES_DV)
+        own = load_column(beta + chunk.first * work.HV + hv, decay_rows, chunk.tokens, work.HV, thread);
+      role.add_head(dQ, own, decay_rows);
     }
     free_keys(s, role.keys, role.lane);
     write_gradient(dq, dQ, scale, chunk, work.H, h, thread);

@@ -17,7 +17,9 @@ static_assert(VALUE_REGISTERS + QUERY_REGISTERS + KEY_REGISTERS <= 3 * 168,
               "a warpgroup would wait for registers for ever");
 constexpr int TILE = CHUNK * BOX, STEPS = CHUNK / 16;
 constexpr int QUERY_BARRIER = 1, KEY_BARRIER = 2;
-constexpr int COLUMNS = (1 + 2 * HAS_GATE) * CHUNK;  // b, and HIGH and LOW of decays
+// What is known of tokens: b, and HIGH and LOW of decays; with LEAVES_DV, whose third warp brings them, reads and
+// writes, too.
+constexpr int COLUMNS = (1 + 2 * HAS_GATE + 2 * LEAVES_DV) * CHUNK, READS_AT = 3 * CHUNK, WRITES_AT = 4 * CHUNK;
 // A stage: boxes of dO, N^ and dY, or dV, then 64 rows of S and of dS'.
 constexpr int N_AT = TILE, DY_AT = 2 * TILE, S_AT = 3 * TILE, DS_AT = (3 + K_BOXES) * TILE;
 constexpr int STAGE = (3 + 2 * K_BOXES) * TILE;
@@ -38,7 +40,7 @@ struct Shared {
   DTYPE *stages, *q, *k, *pairs, *symmetric;  // pairs: scale dPqk; symmetric: E + E^T
   float* columns;
   Sums sums;
-  uint64_t *full, *free, *keys_full, *keys_free, *pairs_full, *pairs_free, *landed;
+  uint64_t *full, *free, *keys_full, *keys_free, *pairs_full, *pairs_free, *landed, *columns_full, *columns_free;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -64,6 +66,10 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.pairs_full = smem.take<uint64_t>(1, "pairs full");
   s.pairs_free = smem.take<uint64_t>(1, "pairs free");
   s.landed = smem.take<uint64_t>(2, "ragged chunk landed");
+#if LEAVES_DV
+  s.columns_full = smem.take<uint64_t>(2, "columns full");
+  s.columns_free = smem.take<uint64_t>(2, "columns free");
+#endif
   return s;
 }
 
