@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 8);
     mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4 + LEAVES_DV);
 #if LEAVES_DV
-    for (int i = 0; i < 2; i++) mbarrier_init(s.columns_full + i, 1), mbarrier_init(s.columns_free + i, 8);
+    for (int i = 0; i < 2; i++) mbarrier_init(s.columns_full + i, 1), mbarrier_init(s.columns_free + i, 9);
 #endif
 #if HAS_GATE
     mbarrier_init(s.sums.full, 8);
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     else if (warp == 2)
       write_gate_gradients(s, work, dg, lane);
     else
-      sum_small(work, beta, corrections, small_dy, dbeta, lane);
+      sum_small(s, work, corrections, small_dy, dbeta, lane);
 #else
     else
       make_values(s, work, beta, dv, warp - 1, lane);

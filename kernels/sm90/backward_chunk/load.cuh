@@ -2,6 +2,7 @@
 // other work.
 #pragma once
 #include "sm90/backward_chunk/gates.cuh"
+#include "sm90/backward_chunk/pairs.cuh"
 #include "tiles/store.cuh"
 
 PRIM void load(const Shared& s, const Maps& maps, const Work& work, int lane) {
@@ -156,23 +157,27 @@ PRIM void write_gate_gradients(const Shared& s, const Work& work, float* dg, int
 }
 
 // dbeta of tokens whose b is_small: eight lanes per token, eight channels each.
-PRIM void sum_small(const Work& work, const float* beta, const DTYPE* n, const DTYPE* small_dy, float* dbeta,
-                    int lane) {
+PRIM void sum_small(const Shared& s, const Work& work, const DTYPE* n, const DTYPE* small_dy, float* dbeta, int lane) {
+  Ring<2> ring;
   for_each_pair(work, [&](const Chunk& chunk, int, int h) {
     const int groups = work.HV / work.H;
     for (int group = 0; group < groups; group++) {
-#pragma unroll 1
-      for (int tokens = 0; tokens < chunk.tokens; tokens += 4) {
+      const float* b = wait_for_columns(s, ring);
+      int small = is_small(b[lane]) || is_small(b[lane + 32]);
+#pragma unroll
+      for (int bits = 16; bits > 0; bits /= 2) small |= __shfl_xor_sync(~0u, small, bits);
+      for (int tokens = small ? 0 : CHUNK; tokens < chunk.tokens; tokens += 4) {
         const int t = tokens + lane / 8;
         const int64_t row = (chunk.first + t) * work.HV + h * groups + group;
-        const bool small = t < chunk.tokens && is_small(beta[row]);
+        const bool asked = t < chunk.tokens && is_small(b[t]);
         float sum = 0.0f;
-        for (int channel = lane % 8 * 8; small && channel < HEAD_V; channel += BOX)
+        for (int channel = lane % 8 * 8; asked && channel < HEAD_V; channel += BOX)
           sum += dot_eight<DTYPE>(n + row * HEAD_V + channel, small_dy + row * HEAD_V + channel);
 #pragma unroll
         for (int bits = 1; bits < 8; bits *= 2) sum += __shfl_xor_sync(~0u, sum, bits);
-        if (small && lane % 8 == 0) dbeta[row] = sum;
+        if (asked && lane % 8 == 0) dbeta[row] = sum;
       }
+      free_columns(s, ring, lane);
     }
   });
 }
