@@ -72,9 +72,7 @@ def backward_state_hopper_launch(
     tiles = choice.transfer_tiles if transfer else choice.value_tiles
     start, end = (None, None) if transfer else ("dfinal_state", "dinitial_state")
     # Of tokens with a small beta dY, too.
-    rows, small = ("dv", ("dy",)) if leaves_dv(call) else ("dy", ())
-    if transfer:
-        small = ()
+    rows, small = ("dv", ("dy",)) if leaves_dv(call) and not transfer else ("dy", ())
     return given_walk_launch(
         call,
         "sm90/backward_state.cu",

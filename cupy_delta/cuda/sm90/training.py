@@ -249,7 +249,7 @@ def given_walk_launch(
             states=bool(states) or transfer,
             output=output and bool(states),
             joins=joins,
-            marks="dv" in results and not transfer,
+            marks="dv" in results,
         ),
         (*maps, "beta", chunk_decays(p), *arguments, *sizes),
         arch="sm_90a",
