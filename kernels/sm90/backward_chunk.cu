@@ -7,16 +7,17 @@
 //   dPqk = tril(dO N^T . D)      E = -tril(dR N^T . D, -1)
 //   dQ = scale (r dO S^T + dPqk K)      dK = scale dPqk^T Q + w N dS'^T - r dR S^T + (E + E^T) K
 //
-// and the gradient of the gates as sums of what holds them, backward_chunk/gates.cuh. With LEAVES_DV dV is there already,
-// in place of dY (sm90/value_gradient.cuh).
+// and the gradient of the gates as sums of what holds them, backward_chunk/gates.cuh. With LEAVES_DV dV is there
+// already, in place of dY (sm90/value_gradient.cuh).
 //
 // Memory bounds this, so loads never pause: each block goes through every gridDim-th pair of chunk and key head, and
 // its loading warp runs ahead through a ring of stages of 64 value channels (dO, N^, dY, S, dS'), from one head or pair
 // to the next. b and decays multiply rows and columns of sums, never a tile: operands are used as they land.
 //
 // Warpgroup 0: a warp loads with TMA, the other three make dV. With LEAVES_DV one of them
-// brings what is known of tokens, one sums up dg, and one has dbeta of a small b. Warpgroup 1: dPqk and dQ. Warpgroup 2: E, dbeta, dK and,
-// from what both sum, dg. mbarriers hand tiles over; every warp says for itself that it is done with one.
+// brings what is known of tokens, one sums up dg, and one has dbeta of a small b. Warpgroup 1: dPqk and dQ. Warpgroup
+// 2: E, dbeta, dK and, from what both sum, dg. mbarriers hand tiles over; every warp says for itself that it is done
+// with one.
 //
 // Numbers: operands of products in DTYPE, sums in float, results rounded once; dbeta and dg in float. dQ and dK are
 // summed over the value heads of a key head in registers, in their order: the same bits every time.
@@ -42,15 +43,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if !LEAVES_DV
                           DTYPE* dv,
 #endif
-                          float* dbeta, float* dg,
-                          float scale, int pairs, int N, int T, int H, int HV) {
+                          float* dbeta, float* dg, float scale, int pairs, int N, int T, int H, int HV) {
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const Work work = {cu_seqlens, pairs, N, T, H, HV};
   DynSmem smem;
   const Shared s = take_shared(smem);
   smem.all_taken(SHARED_BYTES);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < SLICE_STAGES; i++) mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + !LEAVES_DV * VALUE_WARPS);
+    for (int i = 0; i < SLICE_STAGES; i++)
+      mbarrier_init(s.full + i, 1), mbarrier_init(s.free + i, 8 + !LEAVES_DV * VALUE_WARPS);
     for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 8);
     mbarrier_init(s.pairs_full, 4), mbarrier_init(s.pairs_free, 4 + LEAVES_DV);
 #if LEAVES_DV
@@ -66,8 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (warpgroup == 0) {
     fewer_registers<VALUE_REGISTERS>();
-    if (warp == 0)
-      load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
+    if (warp == 0) load(s, {&q_map, &k_map, &n_map, &dy_map, &do_map, &states_map, &dstates_map}, work, lane);
 #if LEAVES_DV
     else if (warp == 1)
       bring_columns(s, work, beta, decays, lane);

@@ -6,7 +6,8 @@
 //
 // with K r, Q r and K w for K and Q, and c per channel, where the gate has one value per key channel.
 //
-// dS' of every chunk, (V, K), and dY are written for the gradients of the chunks; with LEAVES_DV b dY for dY, which is dV.
+// dS' of every chunk, (V, K), and dY are written for the gradients of the chunks; with LEAVES_DV b dY for dY, which is
+// dV.
 //
 // A long sequence of few heads is cut into segments. TRANSFER walks all but the first from zero, and without dO from
 // the identity: what is left is H and P of dS' -> P dS' + H. The walk with JOINS goes through all of them at once and
@@ -22,9 +23,9 @@
 //
 // Macros: DTYPE (bf16 or f16), HEAD_K (up to 128) and HEAD_V, multiples of 8; CHUNK (64), HAS_GATE, VARLEN, STATE_VK
 // (layout of dfinal_state and dinitial_state), JOINS, TRANSFER, STATES (not with TRANSFER), LEAVES_DV
-// (sm90/value_gradient.cuh), MATH (1 or 2), CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 160 threads, 384 with MATH = 2; a slice is 64 MATH
-// value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO, beta and decays; dS' on its way out; see
-// cupy_delta/cuda/sm90/training.py.
+// (sm90/value_gradient.cuh), MATH (1 or 2), CHUNK_STAGES. Grid: N * segments walked * HV * slices blocks of 160
+// threads, 384 with MATH = 2; a slice is 64 MATH value channels. Shared memory: CHUNK_STAGES of K, Q, core, Pqk, dO,
+// beta and decays; dS' on its way out; see cupy_delta/cuda/sm90/training.py.
 #define BACKWARD 1
 #include "sm90/training/late.cuh"
 #include "sm90/training/start.cuh"
@@ -240,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const int* starts,
 #endif
 #endif
-                          const float* beta, const float* decays,
-                          const float* dfinal_state, const int64_t* cu_seqlens, DTYPE* dy,
+                          const float* beta, const float* decays, const float* dfinal_state, const int64_t* cu_seqlens,
+                          DTYPE* dy,
 #if LEAVES_DV && STATES
                           DTYPE* small_dy,
 #endif

@@ -1,6 +1,6 @@
-// With LEAVES_DV the reverse walk leaves dV = b dY where it would leave dY: what gradients of chunks need of it is b dY,
-// but for dbeta = rowsum(dY . N^), which is then divided by b, in float. Of tokens whose b is too small for that the
-// walk leaves dY, too.
+// With LEAVES_DV the reverse walk leaves dV = b dY where it would leave dY: what gradients of chunks need of it is b
+// dY, but for dbeta = rowsum(dY . N^), which is then divided by b, in float. Of tokens whose b is too small for that
+// the walk leaves dY, too.
 #pragma once
 #include "primitives/primitives.cuh"
 

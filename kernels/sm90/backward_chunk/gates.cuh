@@ -29,35 +29,36 @@ PRIM void write_rows_of(float* x, const float (&rows)[2], int warp, int lane) {
   }
 }
 
-// d += f A B, rows times their factors, and sums += rowsum(A B . x): A is a box of rows, B are 64 rows of a state, x
-// the rows of Q or K. In float, for 64 keys at a time: f never goes through DTYPE.
-PRIM void add_decayed(float (&d)[K_TILES][4], DecayedRows& rows, const DTYPE* A, const DTYPE* B, const DTYPE* x,
-                      int warp, int lane) {
+// Products A B for 64 keys: A is a box of rows, B are 64 rows of a state. Two of them are under way at a time: one is
+// added up while the tensor cores make the next.
+typedef float Product[8][4];
+PRIM void start_product(Product& product, const DTYPE* A, const DTYPE* B) {
+  wgmma_fence();
 #pragma unroll
-  for (int box = 0; box < K_BOXES; box++) {
-    float product[8][4];
-    wgmma_fence();
+  for (int step = 0; step < STEPS; step++)
+    wgmma<DTYPE, false, true>(product, step_along_rows(A, step), step_of_rows(B, step), step > 0);
+  wgmma_commit();
+}
+
+// d += f A B for the keys of a box, rows times their factors, and sums += rowsum(A B . x): x are the rows of Q or K. In
+// float: f never goes through DTYPE.
+PRIM void add_decayed(float (&d)[K_TILES][4], DecayedRows& rows, Product& product, const DTYPE* x, int box, int warp,
+                      int lane) {
+  pin(product);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
-      wgmma<DTYPE, false, true>(product, step_along_rows(A, step), step_of_rows(B + box * TILE, step), step > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(product);
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t r[4];
+    ldmatrix_x4(r, x + box * TILE + swizzled(warp * 16 + lane % 16, j * 8 + lane / 16 * 8));
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      uint32_t r[4];
-      ldmatrix_x4(r, x + box * TILE + swizzled(warp * 16 + lane % 16, j * 8 + lane / 16 * 8));
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int tile = j + i / 2, half = i % 2;
-        const float2 y = unpack2<DTYPE>(r[i]);
-        const float low = product[tile][2 * half], high = product[tile][2 * half + 1];
-        d[box * 8 + tile][2 * half] += rows.factor[half] * low;
-        d[box * 8 + tile][2 * half + 1] += rows.factor[half] * high;
-        // One after the other: terms that wait to be added would take registers.
-        rows.sums[half] += y.x * low;
-        rows.sums[half] += y.y * high;
-      }
+    for (int i = 0; i < 4; i++) {
+      const int tile = j + i / 2, half = i % 2;
+      const float2 y = unpack2<DTYPE>(r[i]);
+      const float low = product[tile][2 * half], high = product[tile][2 * half + 1];
+      d[box * 8 + tile][2 * half] += rows.factor[half] * low;
+      d[box * 8 + tile][2 * half + 1] += rows.factor[half] * high;
+      // One after the other: terms that wait to be added would take registers.
+      rows.sums[half] += y.x * low;
+      rows.sums[half] += y.y * high;
     }
   }
 }

@@ -93,14 +93,23 @@ struct Keys {
       const DTYPE* stage = s.stages + ring.stage * STAGE;
       mbarrier_wait(s.full + ring.stage, ring.parity);
       pin(E);
-      wgmma_fence();
+      Product product;
+      start_product(product, stage + N_AT, stage + DS_AT);
 #pragma unroll
       for (int step = 0; step < STEPS; step++)
         wgmma<DTYPE, false, false>(E, step_along_rows(stage + DY_AT, step), step_along_rows(stage + N_AT, step), true);
       wgmma_commit();
       mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-      add_decayed(dK, writes, stage + N_AT, stage + DS_AT, k(), warp, lane);
-      add_decayed(dK, reads, stage + DY_AT, stage + S_AT, k(), warp, lane);
+      // Of the boxes of keys the writes, then the reads.
+      wgmma_wait<1>();
+      add_decayed(dK, writes, product, k(), 0, warp, lane);
+#pragma unroll
+      for (int i = 1; i < 2 * K_BOXES; i++) {
+        const DTYPE* state = stage + (i < K_BOXES ? DS_AT : S_AT) + i % K_BOXES * TILE;
+        start_product(product, stage + (i < K_BOXES ? N_AT : DY_AT), state);
+        wgmma_wait<0>();
+        add_decayed(dK, i < K_BOXES ? writes : reads, product, k(), i % K_BOXES, warp, lane);
+      }
       pin(E);
       free_slice();
     }

@@ -67,7 +67,8 @@ struct Queries {
   PRIM void add_slice_decayed(float (&dPqk)[8][4], float (&dQ)[K_TILES][4], float (&states)[8][4], DecayedRows& reads,
                               const DTYPE* stage) const {
     pin(dPqk), pin(states);
-    wgmma_fence();
+    Product product;
+    start_product(product, stage, stage + S_AT);
 #pragma unroll
     for (int step = 0; step < STEPS; step++)
       wgmma<DTYPE, false, false>(dPqk, step_along_rows(stage, step), step_along_rows(stage + N_AT, step), true);
@@ -77,7 +78,14 @@ struct Queries {
                                  true);
     wgmma_commit();
     mbarrier_wait(s.keys_full + keys.stage, keys.parity);
-    add_decayed(dQ, reads, stage, stage + S_AT, q(), warp, lane);
+    wgmma_wait<1>();
+    add_decayed(dQ, reads, product, q(), 0, warp, lane);
+    if constexpr (K_BOXES > 1) {
+      start_product(product, stage, stage + S_AT + TILE);
+      wgmma_wait<0>();
+      add_decayed(dQ, reads, product, q(), 1, warp, lane);
+    }
+    wgmma_wait<0>();
     pin(states);
   }
 
