@@ -161,14 +161,21 @@ def begins(chunks: int, segments: int, first: int, last: int = 100) -> tuple[int
 
 def choose_training(call: Call, facts: DeviceFacts) -> Choice:
     """Choose for the walk that leaves what the gradients read: states, o and corrections."""
-    rates = GATED_TRAINING if call.gate == "scalar" else TRAINING
+    rates = GATED_TRAINING if has_gated_rates(call) else TRAINING
     return cheapest(call, facts, rates, traffic(call, written_rows=2))
 
 
 def choose_backward(call: Call, facts: DeviceFacts) -> Choice:
     """Choose for the reverse walk, which writes gradients of states and G."""
-    rates = {None: BACKWARD, "scalar": GATED_BACKWARD, "channel": CHANNEL_BACKWARD}[call.gate]
+    rates = CHANNEL_BACKWARD if call.gate == "channel" else BACKWARD
+    if has_gated_rates(call):
+        rates = GATED_BACKWARD
     return cheapest(call, facts, rates, traffic(call, written_rows=1))
+
+
+def has_gated_rates(call: Call) -> bool:
+    """Whether walks of training go by rates with a gate: timed for sequences of so many chunks."""
+    return call.gate == "scalar" and chunks_per_sequence(call) >= 64
 
 
 def choose_channel_forward(call: Call, facts: DeviceFacts) -> Choice:

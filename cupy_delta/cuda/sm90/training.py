@@ -42,7 +42,7 @@ STAGES = {1: 3, 2: 2}
 # Of a transfer, which reads neither queries nor P.
 TRANSFER_STAGES = {1: 4, 2: 4}
 # Chunks before a segment for which it does not pay to look what gates have forgotten.
-FEW = 4
+FEW = 8
 
 
 def plan_training(call: Call, facts: DeviceFacts) -> Plan:

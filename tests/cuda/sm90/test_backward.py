@@ -232,6 +232,16 @@ def test_segments_begin_early_where_the_future_is_forgotten(divided, looks_anywh
     assert spoiled[~met[:, 0]].tobytes() == whole[~met[:, 0]].tobytes()
 
 
+@pytest.mark.parametrize("head", [0, 32, 39])
+def test_all_of_many_value_heads_have_to_forget(divided, looks_anywhere, head):
+    divided(1, 2)
+    args, kw = make_inputs(4 * 64, G=40, K=8, V=8, dtype=BF16, gate="scalar")
+    args[4][:] = -2
+    args[4][:, :, head] = -0.01
+    args[2][:, :64] = np.nan
+    assert np.isnan(cd.chunk_delta_rule_fwd(*args, **kw).final_state).all()
+
+
 def test_transfers_are_made_for_segments_that_join(divided, looks_anywhere, monkeypatch):
     """Both ways, for all value heads where one joins the second segment, else for those that do."""
     divided(1, 3)
@@ -285,7 +295,7 @@ def test_tokens_that_write_nothing(divided, looks_anywhere, on_reference, cu_seq
     options = dict(K=64, V=72, dtype=BF16, gate="scalar", cu_seqlens=cu_seqlens, initial=True)
     args, kw = make_inputs(380, G=2, **options)
     args[3][:, 5::17], args[3][:, 7::17], args[3][:, 192:256] = 0, -1e-9, 0
-    args[4][:, :, 1] = -3
+    args[4][:] = -2
     check(divided, on_reference, args, kw)
     do, dfinal = upstream(args, kw)
     _, _, (_, _, dv, dbeta, *_) = gradients_of(args, kw, do, dfinal)
@@ -435,3 +445,25 @@ def test_division(B, T, H, forward, backward):
     ):
         walk = kernels[entry]
         assert (dict(walk.defines)["MATH"], argument(walk, "segments")) == expected
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "forward", "backward"),
+    [
+        (1, 32768, 32, (2, 3), (2, 3)),
+        (1, 32768, 16, (1, 4), (2, 5)),
+        (1, 32768, 8, (1, 8), (1, 8)),
+        (4, 8192, 32, (2, 1), (2, 1)),
+        (1, 1024, 8, (1, 4), (1, 4)),
+    ],
+)
+def test_division_with_a_gate(B, T, H, forward, backward):
+    kernels = launched(H200, B=B, T=T, H=H, gate=True)
+    for entry, expected in (
+        ("forward_residuals_hopper", forward),
+        ("backward_state_hopper", backward),
+    ):
+        walk = kernels[entry]
+        assert (dict(walk.defines)["MATH"], argument(walk, "segments")) == expected
+    looks = T > 1024 and forward[1] > 1
+    assert ("segment_starts" in kernels) == looks

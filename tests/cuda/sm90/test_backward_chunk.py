@@ -83,7 +83,7 @@ def make_case(
         g = gates * random if np.ndim(gates) == 0 else np.broadcast_to(gates[:, None], (B, T, HV))
         arrays["decays"] = decay_rows(p, g)
         # By which nothing can be divided.
-        arrays["beta"][:, 5::34], arrays["beta"][:, 22::34] = 0, -1e-9
+        arrays["beta"][:, 45::128], arrays["beta"][:, 69::128] = 0, -1e-9
     return p, arrays
 
 
