@@ -88,11 +88,12 @@ def test_gates_per_channel(emulated, on_reference, dtype, layout, T):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("layout", ["kv", "vk"])
-def test_one_token_whose_squares_overflow(emulated, on_reference, dtype, layout):
+@pytest.mark.parametrize("few", [True, False])
+def test_one_token_whose_squares_overflow(emulated, on_reference, monkeypatch, dtype, layout, few):
     """k of one sequence, q of another, both of a third: sums of rows are made again."""
-    args, kw = make_inputs(
-        1, B=4, H=1, K=128, V=64, gate="scalar", dtype=dtype, layout=layout, initial=True
-    )
+    monkeypatch.setattr(decode, "FEW_STATES", decode.FEW_STATES if few else 0)
+    sizes = dict(B=4 if few else 5, H=1, K=128, V=64)  # each a plan of its own
+    args, kw = make_inputs(1, gate="scalar", dtype=dtype, layout=layout, initial=True, **sizes)
     args[1][[0, 2]] *= dtype.type(1e30)
     args[0][[1, 2]] *= dtype.type(1e30)
     states = [kw["initial_state"].astype(dtype) for _ in range(2)]
