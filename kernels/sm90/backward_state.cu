@@ -128,12 +128,7 @@ struct Walker {
       pin(dN);
       // dS -= K^T (r b dY), and the start of the next chunk while dS is rounded; the last one starts in vain.
       TokenOperand dY;
-      if constexpr (STATES && LEAVES_DV) {
-        round_columns<DTYPE>(dY, dN, at.b, lane);
-        if (s.small[ring.stage]) leave_small(dN, at.b, c, work.sent(i));
-      } else if constexpr (STATES) {
-        round_sums<DTYPE>(dY, dN);
-      }
+      if constexpr (STATES) round_result(dY, dN, at, ring.stage, c, work.sent(i));
       if constexpr (PER_TOKEN)
         round_columns<DTYPE>(a, dN, at.b, at.reads, lane);
       else
@@ -203,6 +198,17 @@ struct Walker {
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma<DTYPE, true, true>(dS, a[step], step_of_rows(k, step), true);
     wgmma_commit();
+  }
+
+  // What is left of dY, done: itself, or dV.
+  PRIM void round_result(TokenOperand& result, const TokenSums& dY, const Stage& at, int stage, int c,
+                         int tokens) const {
+    if constexpr (LEAVES_DV) {
+      round_columns<DTYPE>(result, dY, at.b, lane);
+      if (s.small[stage]) leave_small(dY, at.b, c, tokens);
+    } else {
+      round_sums<DTYPE>(result, dY);
+    }
   }
 
   // dY of tokens that dV does not tell it of.
