@@ -9,10 +9,11 @@
 //   S' = e^(G_C) S + (e^(G_C - G) K)^T N
 //
 // A block has a sequence and value head, or with CUT a segment of one that begins from zero, where gates and keys
-// forget what came before (sm90/channel_forward/lead.cuh). Two warps sum gates; four make factors of them, each of a
-// block of 16 tokens, in their place; two load K and Q and solve the core in the place of M; two warpgroups walk, with
-// 64 value channels of S^T each in accumulators. Walkers bring V for themselves, to where O has just left. mbarriers
-// hand stages over. Roles: sm90/channel_forward/.
+// forget what came before (sm90/channel_forward/lead.cuh). Two warps sum gates. Two warpgroups walk, with 64 value
+// channels of S^T each in accumulators; before a chunk they scale the rows of the next one, in the place of K, Q and
+// sums, half of the key channels each. Of what they leave four warps make M, Pqk, K~ and Q~, each of a block of 16
+// tokens; with CUT these scale rows. Two load K and Q and solve the core in the place of M. Walkers bring V for
+// themselves, to where O has just left. mbarriers hand stages over. Roles: sm90/channel_forward/.
 //
 // What leads from block to block and from chunk to chunk are powers of two (sm90/channel_forward/gates.cuh), the state
 // in units of its own, so that rows are rounded once.
@@ -22,8 +23,8 @@
 //
 // Macros: DTYPE (bf16), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2), VARLEN (0), STATE_VK;
 // CUT; IF_DECLINED (leaves at once if segments were walked). Grid: B * HV blocks of 512 threads, with CUT B * segments
-// * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of two; V and O; see
-// cupy_delta/cuda/sm90/channel_whole.py.
+// * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of two; V and O; pairs
+// of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
 #if CUT
@@ -52,12 +53,14 @@ PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap
   }
   in_parts(s, work, [&](const Work& work) {
     Walker walker = {s, work, o, v, part, scale, S};
-    Place place;
     if (part.thread == 0) walker.ask_values(0);
 #if CUT
+    Place place;
     if (work.lead > 0 && !LeadWalker{walker, s, work, part}.walk(place) && lane == 0) atomicAdd(work.declined, 1);
-#endif
     walker.walk(place);
+#else
+    walker.walk_and_scale();
+#endif
     scale_columns(S, s.units, lane);
   });
   if (!work.ends) return;

@@ -14,6 +14,7 @@ HEAD = 128  # of keys and of values
 BLOCKS = 4  # of 16 tokens in a chunk
 KEY_STAGES, STAGES, MATH = 2, 3, 2
 POWER_ROWS = 11
+OWN_PAIRS = 384  # floats of a block and half of the channels
 
 
 def supports_whole(call: Call) -> bool:
@@ -37,8 +38,9 @@ def channel_forward_shared(cut: bool = False) -> int:
     boxes = HEAD // BOX
     tiles = (2 * KEY_STAGES + 2 * STAGES) * boxes + STAGES + MATH
     rows = (STAGES * POWER_ROWS * HEAD, 2), (STAGES * BLOCKS * HEAD, 4), (STAGES * HEAD, 4)
-    tokens = (HEAD, 4), (STAGES * CHUNK, 4), (STAGES * 2 * BLOCKS, 4), (cut, 4)
-    barriers = 2 * KEY_STAGES + 5 * STAGES + MATH
+    own = 0 if cut else 2 * (BLOCKS - 1) * OWN_PAIRS  # where walkers scale rows
+    tokens = (HEAD, 4), (STAGES * CHUNK, 4), (own, 4), (STAGES * 2 * BLOCKS, 4), (cut, 4)
+    barriers = 2 * KEY_STAGES + 5 * STAGES + MATH + (0 if cut else STAGES + 2)
     end = carve(*rows, *tokens, start=tiles * count * size)
     return -(-end // BARRIER) * BARRIER + barriers * BARRIER
 

@@ -15,6 +15,7 @@
 // Numbers: sums of a block from zero, in float, a gate below 2^-150 as that. NaN stays, and spoils its own token and
 // later ones.
 #pragma once
+#include "primitives/prefetch.cuh"
 #include "sm90/channel_forward/shared.cuh"
 
 constexpr float HALF_RANGE = 58.0f, LOWEST = -104.0f;  // of a gate, of which float has no exponential
@@ -79,6 +80,17 @@ struct GateWarp {
     }
   }
 
+  // Gates of a whole chunk, so that they are in the second-level cache when they are asked for.
+  PRIM void expect(int c) const {
+    constexpr int LINE = 32;
+    if (HEAD_K != KP || work.tokens(c) < CHUNK) return;
+    const float* row = g + ((int64_t)c * CHUNK + lane) * work.HV * HEAD_K + half * BOX;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 32, row += (int64_t)32 * work.HV * HEAD_K)
+#pragma unroll
+      for (int channel = 0; channel < BOX; channel += LINE) prefetch_line(row + channel);
+  }
+
   // Block b: from what its start is of F and u to what its end is.
   PRIM void sum_block(const Stage& at, int b, Two& F, Two& u) const {
     Two x = {};
@@ -131,11 +143,22 @@ struct GateWarp {
 
   PRIM void sum_chunk(const Stage& at, Two& u) const {
     Two F[COUNT + 1] = {};
+    if constexpr (WALKERS_SCALE) {
+      Two sum = {};
+#pragma unroll 1  // instructions of all roles have little room in their cache
+      for (int b = 0; b < COUNT; b++) {
+        sum_block(at, b, sum, u);
+        store_two(at.exponents + b * KP + channel(), sum);
+      }
 #pragma unroll
-    for (int b = 0; b < COUNT; b++) {
-      F[b + 1][0] = F[b][0], F[b + 1][1] = F[b][1];
-      sum_block(at, b, F[b + 1], u);
-      store_two(at.exponents + b * KP + channel(), F[b + 1]);
+      for (int b = 0; b < COUNT; b++) load_two(F[b + 1], at.exponents + b * KP + channel());
+    } else {
+#pragma unroll
+      for (int b = 0; b < COUNT; b++) {
+        F[b + 1][0] = F[b][0], F[b + 1][1] = F[b][1];
+        sum_block(at, b, F[b + 1], u);
+        store_two(at.exponents + b * KP + channel(), F[b + 1]);
+      }
     }
 #pragma unroll
     for (int b = 0; b < COUNT; b++) {
@@ -155,6 +178,7 @@ struct GateWarp {
       const Stage at(s, 0, ring.stage);
       mbarrier_wait(s.stage_free + ring.stage, ring.parity ^ 1);
       ask(at, c);
+      if constexpr (WALKERS_SCALE) expect(c + 1);
       cp_async_wait<0>();
       __syncwarp();
       sum_chunk(at, u);

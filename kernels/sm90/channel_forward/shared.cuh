@@ -5,6 +5,9 @@
 #include "tiles/swizzled.cuh"
 #include "tiles/unit_inverse.cuh"
 
+#ifndef CUT
+#define CUT 0
+#endif
 static_assert(CHUNK == 64 && VARLEN == 0, "whole sequences of one length, in chunks of wgmma's 64 rows");
 static_assert(HEAD_K > 64 && HEAD_K <= 128 && HEAD_V > 64 && HEAD_V <= 128, "two tiles of either");
 static_assert(!IsHalf<DTYPE>::value, "keys within a block need the exponents of a float");
@@ -15,10 +18,15 @@ constexpr int KEY_STAGES = 2, STAGES = 3;
 
 // Two warpgroups walk, one makes factors, and of the last one two warps sum gates and two solve.
 constexpr int MATH = 2, THREADS = 128 * (MATH + 2);
-constexpr int MATH_REGISTERS = 176, FACTOR_REGISTERS = 88, OTHER_REGISTERS = 72;
+// Those that walk scale rows, too, where they have the registers: not beside leads, which take theirs.
+constexpr bool WALKERS_SCALE = !CUT;
+constexpr int MATH_REGISTERS = WALKERS_SCALE ? 184 : 176, FACTOR_REGISTERS = WALKERS_SCALE ? 72 : 88,
+              OTHER_REGISTERS = 72;
 static_assert(MATH * MATH_REGISTERS + FACTOR_REGISTERS + OTHER_REGISTERS <= 512, "or one would wait for ever");
 constexpr int MATH_BARRIER = 1, FACTOR_BARRIER = 3, SOLVER_BARRIER = 4;
 
+// Floats of a block's own pairs over half of the channels.
+constexpr int OWN_PAIRS = 2 * BLOCK * BLOCK * 3 / 4;
 // Rows of powers of two, per key channel: see sm90/channel_forward/gates.cuh.
 constexpr int UNTIL = 0, WRITES = 3, READS = 7, POWER_ROWS = 11;
 
@@ -32,9 +40,11 @@ struct Shared {
   float* carried;    // what is left of the state per key channel
   float* units;      // of the state that leaves, in its units
   float* beta;
-  int* within;    // of each half of the channels and block, the first token that is out of range
-  int* declined;  // whether the call is, as those that walk have seen it
-  uint64_t *keys_full, *keys_free, *sums_full, *pairs_full, *factors_full, *core_full, *stage_free, *values_full;
+  float* own_pairs;  // one: of each half of the channels and block but the last; then of M, then of core
+  int* within;       // of each half of the channels and block, the first token that is out of range
+  int* declined;     // whether the call is, as those that walk have seen it
+  uint64_t *keys_full, *keys_free, *sums_full, *scaled_full, *pairs_full, *factors_full, *core_full, *stage_free;
+  uint64_t *values_full, *own_full, *own_free;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -50,6 +60,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.carried = smem.take<float>(STAGES * KP, "decays of the state");
   s.units = smem.take<float>(KP, "units of the state");
   s.beta = smem.take<float>(STAGES * CHUNK, "beta");
+  if constexpr (WALKERS_SCALE) s.own_pairs = smem.take<float>(2 * (COUNT - 1) * OWN_PAIRS, "own pairs");
   s.within = smem.take<int>(STAGES * 2 * COUNT, "tokens within range");
 #if CUT
   s.declined = smem.take<int>(1, "declined");
@@ -58,11 +69,16 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.keys_full = barriers(KEY_STAGES, "keys full");
   s.keys_free = barriers(KEY_STAGES, "keys free");
   s.sums_full = barriers(STAGES, "sums full");
+  if constexpr (WALKERS_SCALE) s.scaled_full = barriers(STAGES, "scaled full");
   s.pairs_full = barriers(STAGES, "pairs full");
   s.factors_full = barriers(STAGES, "factors full");
   s.core_full = barriers(STAGES, "core full");
   s.stage_free = barriers(STAGES, "stage free");
   s.values_full = barriers(MATH, "values full");
+  if constexpr (WALKERS_SCALE) {
+    s.own_full = barriers(1, "own pairs of m full");
+    s.own_free = barriers(1, "own pairs free");
+  }
   return s;
 }
 
@@ -70,9 +86,11 @@ PRIM void init_barriers(const Shared& s) {
   for (int i = 0; i < KEY_STAGES; i++) mbarrier_init(s.keys_full + i, 1), mbarrier_init(s.keys_free + i, 4 * MATH);
   for (int i = 0; i < STAGES; i++) {
     mbarrier_init(s.sums_full + i, 2), mbarrier_init(s.stage_free + i, 4 * MATH);
+    if constexpr (WALKERS_SCALE) mbarrier_init(s.scaled_full + i, 4 * MATH);
     mbarrier_init(s.pairs_full + i, 4), mbarrier_init(s.factors_full + i, 4), mbarrier_init(s.core_full + i, 2);
   }
   for (int i = 0; i < MATH; i++) mbarrier_init(s.values_full + i, 1);
+  if constexpr (WALKERS_SCALE) mbarrier_init(s.own_full, 4), mbarrier_init(s.own_free, 2);
   mbarrier_init_fence();
 }
 
@@ -85,7 +103,7 @@ constexpr int OTHER = 4 * 8;
 // What of a chunk lies in its stages.
 struct Stage {
   DTYPE *k, *q, *writes, *others, *p, *powers;
-  float *exponents, *carried, *beta;
+  float *exponents, *carried, *beta, *own;
   int* within;
 
   PRIM Stage(const Shared& s, int key_stage, int stage)
@@ -98,7 +116,15 @@ struct Stage {
         exponents(s.exponents + stage * COUNT * KP),
         carried(s.carried + stage * KP),
         beta(s.beta + stage * CHUNK),
+        own(s.own_pairs),
         within(s.within + stage * 2 * COUNT) {}
+
+  PRIM uint4 eight_powers(int row, int piece) const { return *(const uint4*)&powers[row * KP + piece * 8]; }
+  // Where a block's own pairs wait, as of half of the channels: the last block has no keys for blocks that follow.
+  PRIM float* own_pairs(int half, int block) const {
+    return block + 1 == COUNT ? (float*)&others[half * TILE + block * BLOCK * BOX]
+                              : own + (half * (COUNT - 1) + block) * OWN_PAIRS;
+  }
 
   // Where the sums of gates lie of four channels side by side, which have their place in one of two halves.
   PRIM float* sums(int half, int place) const {
@@ -137,4 +163,11 @@ struct Place {
   Ring<KEY_STAGES> key;
   Ring<STAGES> stage;
   PRIM void advance() { key.advance(), stage.advance(); }
+  // Of the chunk before.
+  PRIM Place before() const {
+    static_assert(KEY_STAGES == 2, "the other one");
+    const bool wraps = stage.stage == 0;
+    return {{key.stage ^ 1, key.parity ^ (key.stage == 0)},
+            {wraps ? STAGES - 1 : stage.stage - 1, stage.parity ^ wraps}};
+  }
 };

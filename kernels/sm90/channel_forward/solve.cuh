@@ -3,17 +3,34 @@
 #include "sm90/channel_forward/gates.cuh"
 #include "sm90/core.cuh"
 
-PRIM void solve(const Stage& at, int warp, int lane) {
+// `pairs_full`, in this phase, are pairs of blocks that meet. Where walkers scale, M's blocks of 16 on the diagonal are
+// there before, in a place of their own.
+PRIM void solve(const Stage& at, uint64_t* pairs_full, int parity, uint64_t* own_free, int warp, int lane) {
   float* m = (float*)at.others;
-  float* own = m + warp * TRIANGLE;
-  const CoreWarp solver = {m, own, m + 2 * TRIANGLE, at.beta, warp, SOLVER_BARRIER, lane};
+  float *diagonal_blocks = WALKERS_SCALE ? at.own : m, *own = diagonal_blocks + warp * TRIANGLE;
   float below[4][4];
-  solver.template invert<DTYPE>(own);
+  if constexpr (WALKERS_SCALE) {
+    const Weights weights = {at.beta + warp * HALF};
+    float corner[2][4];
+    invert_diagonal_blocks<float>(own, own, weights, lane);
+    mbarrier_wait(pairs_full, parity);
+    merge_diagonal_blocks<DTYPE>(corner, own, m + warp * TRIANGLE, weights, lane);
+    store_block(own + HALF / 2 * INVERSE_PITCH, corner, lane);
+  } else {
+    mbarrier_wait(pairs_full, parity);
+    const CoreWarp solver = {m, own, m + 2 * TRIANGLE, at.beta, warp, SOLVER_BARRIER, lane};
+    solver.template invert<DTYPE>(own);
+  }
   named_barrier(SOLVER_BARRIER, 64);
-  merge_blocks<DTYPE, HALF>(below, m + 2 * TRIANGLE, m + TRIANGLE, m, Weights{at.beta}, warp * 16, lane);
+  merge_blocks<DTYPE, HALF>(below, m + 2 * TRIANGLE, diagonal_blocks + TRIANGLE, diagonal_blocks, Weights{at.beta},
+                            warp * 16, lane);
   uint4 diagonal[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) diagonal[i] = diagonal_piece(own, i * 8, lane);
+  if constexpr (WALKERS_SCALE) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(own_free);
+  }
   named_barrier(SOLVER_BARRIER, 64);  // M is read
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -33,8 +50,8 @@ PRIM void solve_chunks(const Shared& s, const Work& work, const TensorMap* q, co
   for (int c = 0; c < work.chunks; c++, ring.advance()) {
     if (loads && c + 1 < work.chunks) load_keys(s, work, q, k, c + 1);
     __syncwarp();
-    mbarrier_wait(s.pairs_full + ring.stage, ring.parity);
-    solve(Stage(s, 0, ring.stage), warp, opaque(lane));
+    if constexpr (WALKERS_SCALE) mbarrier_wait(s.own_full, c % 2);
+    solve(Stage(s, 0, ring.stage), s.pairs_full + ring.stage, ring.parity, s.own_free, warp, opaque(lane));
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(s.core_full + ring.stage);

@@ -1,6 +1,6 @@
 // The walk of sm90/channel_forward.cu: a math warpgroup holds 64 value channels of S^T in accumulators.
 #pragma once
-#include "sm90/channel_forward/shared.cuh"
+#include "sm90/channel_forward/scale.cuh"
 // With the sizes that it has:
 #include "sm90/sums.cuh"
 #include "tiles/store.cuh"
@@ -50,6 +50,51 @@ struct Walker {
     if (part.lane() == 0) tma_store_wait_read<0>();
   }
 
+  // The same where walkers scale rows: a chunk ahead, whose place is `next`.
+  PRIM void walk_and_scale() {
+    Place next;
+    for (int c = -1; c < work.chunks; c++, next.advance()) {
+      if (c + 1 < work.chunks) prepare(next, c + 1);
+      if (c < 0) continue;
+      const Place place = next.before();
+      const int stage = place.stage.stage;
+      const Stage at(s, place.key.stage, stage);
+      float R[8][4], O[8][4];
+      uint32_t N[4][4];
+      mbarrier_wait(s.factors_full + stage, place.stage.parity);
+      read_halves(R, O, at, s.keys_free + place.key.stage);
+      mbarrier_wait(s.values_full + part.warpgroup, c % 2);
+      add_values(R);
+      mbarrier_wait(s.core_full + stage, place.stage.parity);
+      correct(R, at);
+      round_columns<DTYPE>(N, R, at.beta, part.lane());
+      add_chunk(O, N, at);
+      say(s.stage_free + stage);
+      send(O, c);
+    }
+    if (part.lane() == 0) tma_store_wait_read<0>();
+  }
+
+  // Rows of chunk c, half of the channels by each warpgroup.
+  PRIM void prepare(const Place& place, int c) const {
+    const int stage = place.stage.stage, lane = opaque(part.lane()) & 31;
+    const Stage at(s, place.key.stage, stage);
+    const int block = part.warp() & 3, half = part.warpgroup & 1;
+    mbarrier_wait(s.keys_full + place.key.stage, place.key.parity);
+    mbarrier_wait(s.sums_full + stage, place.stage.parity);
+    const ScaleWarp<2> rows = {at, block, half, lane};
+    const int within = min(at.within[block], at.within[COUNT + block]);
+    Pairs own = {}, beyond = {};
+    rows.run(own, beyond, within);
+    own.make_up();
+    if (within < BLOCK) own.replace(beyond, within, lane);
+    mbarrier_wait(s.own_free, (c & 1) ^ 1);
+    __syncwarp();  // of the last block, sums are read
+    own.store(at.own_pairs(half, block), lane);
+    async_proxy_fence();
+    say(s.scaled_full + stage);
+  }
+
   // R = -K S on its way.
   PRIM void read(float (&R)[8][4], uint32_t (&state)[K_STEPS][4], const Stage& at) const {
     pin(state);
@@ -66,6 +111,35 @@ struct Walker {
     wgmma_wait<0>();
     pin(R);
     pin(state);
+  }
+  // R = -K S and O = Q S, by halves of the key channels, and what is left of S. `read`: K and Q were.
+  PRIM void read_halves(float (&R)[8][4], float (&O)[8][4], const Stage& at, uint64_t* read) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      typedef const float (&Half)[K_TILES / 2][4];
+      uint32_t state[K_STEPS / 2][4];
+      round_sums<DTYPE>(state, (Half)S[half * K_TILES / 2]);
+      pin(state);
+      if (half > 0) pin(R), pin(O);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < K_STEPS / 2; i++) {
+        const int step = half * K_STEPS / 2 + i;
+        wgmma<DTYPE, false, true>(R, state[i], step_along_rows(at.k, step), step > 0);
+      }
+#pragma unroll
+      for (int i = 0; i < K_STEPS / 2; i++) {
+        const int step = half * K_STEPS / 2 + i;
+        wgmma<DTYPE, false>(O, state[i], step_along_rows(at.q, step), step > 0);
+      }
+      wgmma_commit();
+      if (half > 0) scale_columns(S, at.carried, part.lane());
+      wgmma_wait<0>();
+      pin(R);
+      pin(O);
+      pin(state);
+    }
+    say(read);
   }
   PRIM void add_values(float (&R)[8][4]) const {
 #pragma unroll
@@ -119,6 +193,21 @@ struct Walker {
     wgmma_commit();
     wgmma_wait<1>();
     say(read);
+    wgmma_wait<0>();
+    pin(S);
+    pin(O);
+  }
+  // O += Pqk N and S += K^T N.
+  PRIM void add_chunk(float (&O)[8][4], uint32_t (&N)[4][4], const Stage& at) {
+    pin(N);
+    pin(O);
+    pin(S);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, false>(O, N[step], step_along_rows(at.p, step), true);
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma<DTYPE, true>(S, N[step], step_of_rows(at.writes, step), true);
+    wgmma_commit();
     wgmma_wait<0>();
     pin(S);
     pin(O);
