@@ -117,8 +117,11 @@ def test_x_is_kept_by_clusters_for_walks_of_one_slice(K, V):
 
 @pytest.mark.parametrize(("heads", "math"), [(64, 2), (16, 1)])
 def test_gates_take_as_many_slices_as_fill_the_multiprocessors(heads, math):
-    _, walk, *_ = launched(H200, dtype="bfloat16", B=4, T=8192, H=heads, gate=True)
-    assert dict(walk.defines)["MATH"] == math
+    launches = launched(H200, dtype="bfloat16", B=4, T=8192, H=heads, gate=True)
+    walks = [dict(x.defines) for x in launches if x.file == "sm90/forward.cu"]
+    # That of sequences which gates do not make forget.
+    (walk,) = (x for x in walks if x.get("STARTS", 0) < 2)
+    assert walk["MATH"] == math
 
 
 def check(divided, args, kw):
