@@ -53,3 +53,24 @@ def test_few_states_in_smaller_tiles(emulated):
     if tiles:
         tiles.append(emulated.devices[-1].launches)
         assert [dict(x[0].defines)["TILES"] for x in tiles] == [4, 2]
+
+
+@pytest.mark.ptx_leg(dtype=["bfloat16"], gate=["scalar"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_one_token_of_few_states_and_of_many(emulated, dtype, layout, gate):
+    """With few states it is made early, in smaller tiles of (K, V) states: the same sums."""
+    options = dict(K=64, V=32, gate=gate, dtype=np.dtype(dtype), initial=True, layout=layout)
+    args, kw = make_inputs(1, B=129, **options)
+    many, few = (kw["initial_state"][:n].astype(dtype) for n in (129, 2))
+    how = dict(state_layout=layout, qk_l2norm=True)
+    o = cd.delta_rule_step(*args, state=many, **how)
+    launches = [emulated.devices[-1].launches] if emulated.devices is not None else []
+    some = cd.delta_rule_step(*(x[:2] for x in args), state=few, **how)
+    assert same(some, o[:2])
+    assert same(few, many[:2])
+    if launches:
+        launches.append(emulated.devices[-1].launches)
+        of_many, of_few = (dict(x[0].defines) for x in launches)
+        assert of_many != of_few or dtype == "bfloat16"
