@@ -11,6 +11,7 @@
 #pragma once
 #include "sm90/channel_forward/gates.cuh"
 #include "sm90/gate_powers.cuh"
+#include "sm90/pair_by_pair.cuh"
 
 // x times y, both of it pairs of 16 bits.
 PRIM uint4 times(const uint4& x, const uint4& y) {
@@ -216,16 +217,7 @@ struct ScaleWarp {
           const float decayed = exp2f(x[n] - before[n]) * earlier[n];
           sums[0] += k[n] * decayed, sums[1] += q[n] * decayed;
         }
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) {
-          sums[0] += __shfl_xor_sync(~0u, sums[0], distance);
-          sums[1] += __shfl_xor_sync(~0u, sums[1], distance);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            if (sum_row(lane, e) == i && sum_column(lane, h, e) == j) own.m[h][e] = sums[0], own.p[h][e] = sums[1];
+        put_pair(own, sums, i, j, lane);
       }
     }
     __syncwarp();  // the rows are about to be overwritten
