@@ -43,14 +43,16 @@ def remembered(check):
 class Passed:
     """A call that has passed every check: its problem, without arrays but with this.
 
-    `again` is what the backend may keep of it: a launch on the same memory.
+    `again` is what the backend may keep of it: a launch on the same memory. `missed` counts the
+    times that it was found by memory and not by arrays (repeated.py).
     """
 
-    __slots__ = ("again", "problem")
+    __slots__ = ("again", "missed", "problem")
 
     def __init__(self, problem):
         self.problem = problem.of({"passed": self})
         self.again: Callable[[], None] | None = None
+        self.missed = 0
 
 
 class PassedCalls:

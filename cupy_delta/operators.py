@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import problem as checks
+from . import repeated
 from .dispatch import backend_for
 from .raw import Gate, SigmoidBeta
 from .results import DeltaRuleForward, DeltaRuleGradients, DeltaRuleOutput, Residuals
@@ -328,6 +331,27 @@ def delta_rule_step(
     >>> state[2, 0, 0]
     array([7., 8.], dtype=float32)
     """
+    arguments = (
+        q,
+        k,
+        v,
+        beta,
+        g,
+        out,
+        state,
+        state_indices,
+        output_state_indices,
+        cu_seqlens,
+        accepted,
+        scale,
+        qk_l2norm,
+        state_layout,
+    )
+    again = repeated.find(*arguments)
+    written: Any = out
+    if again is not None:
+        again()
+        return written
     problem = checks.step_problem(
         q,
         k,
@@ -345,9 +369,10 @@ def delta_rule_step(
         out=out,
     )
     o = backend_for(problem.kind).delta_rule_step(problem)
-    if out is not None:
-        o = out
-    return o
+    if out is None:
+        return o
+    repeated.keep(problem, arguments)
+    return written
 
 
 def chunk_delta_rule_fwd(

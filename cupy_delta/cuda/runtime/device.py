@@ -20,6 +20,7 @@ from .tensor_maps import tensor_map
 # takes arrays with one element as well, should the class ever be gone.
 by_value = getattr(cupy.cuda.function, "CNumpyArray", np.asarray)
 NULL = by_value(np.zeros(1, np.uint64))
+current_device, current_stream = cupy.cuda.runtime.getDevice, cupy.cuda.get_current_stream
 
 
 class CupyDevice:
@@ -125,21 +126,7 @@ class CupyDevice:
 
         It may be called with any device as the current one.
         """
-        loaded = _loaded(self.index, launch)
-        arguments = loaded.arguments.copy()
-        for i, name in launch.pointers:
-            x = arrays[name]
-            if x is not None:
-                arguments[i] = by_value(np.array([x.data.ptr], np.uint64))
-        start = partial(loaded.kernel, loaded.grid, loaded.block, arguments, launch.shared)
-
-        def again() -> None:
-            if cupy.cuda.runtime.getDevice() == self.index:  # quicker than to make it current
-                return start()
-            with self:
-                start()
-
-        return again
+        return Again(self, launch, arrays).start
 
     def launch(self, launch: Launch, arrays: dict) -> None:
         """Launch a kernel; a pointer to no array is null."""
@@ -163,6 +150,44 @@ class CupyDevice:
         end = _beside.ends.pop(self.index, None)
         if end is not None:
             cupy.cuda.get_current_stream().wait_event(end)
+
+
+class Again:
+    """A launch on the same memory, with its arguments as CUDA takes them.
+
+    CuPy would put them together anew every time.
+    """
+
+    def __init__(self, device: CupyDevice, launch: Launch, arrays: dict):
+        self.device, self.index = device, device.index
+        self.loaded, self.shared = _loaded(device.index, launch), launch.shared
+        # Memory of every argument, and the address of each.
+        self.arguments = [
+            a.reshape(1) if isinstance(a, np.generic) else np.zeros(1, np.uint64)
+            for a in launch.arguments
+        ]
+        for i, name in launch.pointers:
+            if arrays[name] is not None:
+                self.arguments[i][0] = arrays[name].data.ptr
+        self.addresses = np.array([x.ctypes.data for x in self.arguments], np.uintp)
+        self.at = self.addresses.ctypes.data
+        sizes = *self.loaded.grid, 1, 1, *self.loaded.block, 1, 1, self.shared
+        self.launch_kernel = partial(cupy.cuda.driver.launchKernel, self.loaded.kernel.ptr, *sizes)
+
+    def start(self) -> None:
+        """Launch it on the current stream of its device."""
+        index = self.index
+        if current_device() != index:  # quicker than to make it current
+            with self.device:
+                return self._start_by_cupy()
+        try:
+            self.launch_kernel(current_stream(index).ptr, self.at, 0)
+        except cupy.cuda.driver.CUDADriverError:  # of a thread that has not used CUDA, for example
+            self._start_by_cupy()
+
+    def _start_by_cupy(self) -> None:
+        arguments = [by_value(x) for x in self.arguments]
+        self.loaded.kernel(self.loaded.grid, self.loaded.block, arguments, self.shared)
 
 
 class Borrowed(NamedTuple):

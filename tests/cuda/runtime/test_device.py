@@ -1,7 +1,9 @@
 """How a device compiles, with a CuPy that compiles nothing; no GPU needed."""
 
+import ctypes
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -83,6 +85,10 @@ class Device:
         self.before.use()
 
 
+class DriverError(RuntimeError):
+    """What CuPy raises where CUDA's driver refuses."""
+
+
 @pytest.fixture
 def on_device(monkeypatch):
     """Return the module of the device, imported with a CuPy of which it needs no more than this."""
@@ -91,7 +97,14 @@ def on_device(monkeypatch):
     monkeypatch.setattr(Device, "set_in_threads", [])
     monkeypatch.setattr(Module, "meeting", threading.Barrier(1))
     runtime = SimpleNamespace(getDevice=lambda: device_in_use.index)
-    cuda = SimpleNamespace(function=None, Device=Device, runtime=runtime)
+    streams = SimpleNamespace(ptr=7000), SimpleNamespace(ptr=7001)
+    cuda = SimpleNamespace(
+        function=None,
+        Device=Device,
+        runtime=runtime,
+        driver=SimpleNamespace(launchKernel=None, CUDADriverError=DriverError),
+        get_current_stream=lambda index: streams[index],
+    )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, RawModule=Module))
     # Setting it first has it as it was afterwards.
     monkeypatch.setattr(cupy_delta.cuda.runtime, "device", None, raising=False)
@@ -233,29 +246,66 @@ def test_kernels_compiled_ahead_are_prepared_several_at_a_time():
     assert [x for some in device.asked for x in some] == launches and len(device.asked) == 2
 
 
-def test_a_repeated_launch_holds_addresses_and_no_array(on_device, monkeypatch):
-    calls = []
-    loaded = on_device.Loaded(lambda *call: calls.append(call), (5,), (32,), [None, "kept", None])
-    monkeypatch.setattr(on_device, "_loaded", lambda *which: loaded)
-    x = SimpleNamespace(data=SimpleNamespace(ptr=1 << 40))
-    one = replace(launch("l2norm"), arguments=("x", np.int32(3), "y"))
-    on_device.CupyDevice(0).repeated(one, dict(x=x, y=None))()
-    ((grid, block, arguments, shared),) = calls
-    assert (grid, block, shared) == ((5,), (32,), 0)
-    assert arguments[1:] == ["kept", None] and arguments[0].dtype == np.uint64
-    assert arguments[0] == [1 << 40]
-    assert loaded.arguments == [None, "kept", None]
+@pytest.fixture
+def repeat(on_device, monkeypatch):
+    """Return what repeats a launch on a device; its `launched` and `by_cupy` say what it asks for.
+
+    `by_cupy`: of CuPy's own launch, with the device that is the current one then.
+    """
+
+    def of(index, one, arrays):
+        by_cupy = lambda *call: of.by_cupy.append((device_in_use.index, call))  # noqa: E731
+        kernel = type("Kernel", (), {"ptr": 99, "__call__": lambda self, *call: by_cupy(*call)})()
+        loaded = on_device.Loaded(kernel, (5,), (32,), [])
+        monkeypatch.setattr(on_device, "_loaded", lambda *which: loaded)
+        return on_device.CupyDevice(index).repeated(one, arrays)
+
+    of.launched, of.by_cupy = [], []
+    driver = sys.modules["cupy"].cuda.driver
+    driver.launchKernel = lambda *call: of.launched.append(call)
+    return of
+
+
+def test_a_repeated_launch_holds_addresses_and_no_array(repeat):
+    x = Array((2, 3), np.float32)
+    one = replace(launch("l2norm"), arguments=("x", np.int32(3), "y", np.float64(0.5)), shared=48)
+    again, gone = repeat(0, one, dict(x=x, y=None)), weakref.ref(x)
+    del x
+    assert gone() is None
+    again()
+    ((*sizes, at, extra),) = repeat.launched
+    assert sizes == [99, 5, 1, 1, 32, 1, 1, 48, 7000] and extra == 0
+    values = (ctypes.c_void_p * 4).from_address(at)
+    types = ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_double
+    read = [t.from_address(value).value for t, value in zip(types, values, strict=True)]
+    assert read == [1 << 40, 3, 0, 0.5]
 
 
 @pytest.mark.parametrize("current", [0, 1])
-def test_a_repeated_launch_is_on_its_device_whichever_is_current(on_device, monkeypatch, current):
-    devices = []
-    loaded = on_device.Loaded(lambda *call: devices.append(device_in_use.index), (1,), (32,), [])
-    monkeypatch.setattr(on_device, "_loaded", lambda *which: loaded)
-    again = on_device.CupyDevice(1).repeated(replace(launch("l2norm"), arguments=()), {})
+def test_a_repeated_launch_is_on_its_device_whichever_is_current(repeat, monkeypatch, current):
+    again = repeat(1, replace(launch("l2norm"), arguments=(np.int32(3),)), {})
     monkeypatch.setattr(device_in_use, "index", current)
     again()
-    assert devices == [1] and device_in_use.index == current
+    assert device_in_use.index == current
+    if current == 1:
+        ((*_, stream, _, _),) = repeat.launched
+        assert stream == 7001 and not repeat.by_cupy
+    else:
+        ((index, (grid, block, arguments, shared)),) = repeat.by_cupy
+        assert (index, grid, block, shared) == (1, (5,), (32,), 0) and not repeat.launched
+        assert [x.tolist() for x in arguments] == [[3]]
+
+
+def test_a_repeated_launch_that_the_driver_refuses_is_left_to_cupy(repeat):
+    """Such as one of a thread that has not used CUDA, for which CuPy makes a context first."""
+
+    def refuse(*call):
+        raise DriverError("invalid device context")
+
+    sys.modules["cupy"].cuda.driver.launchKernel = refuse
+    again = repeat(0, replace(launch("l2norm"), arguments=()), {})
+    again()
+    assert len(repeat.by_cupy) == 1
 
 
 class Array:
