@@ -368,10 +368,14 @@ def delta_rule_step(
         state_layout=state_layout,
         out=out,
     )
-    o = backend_for(problem.kind).delta_rule_step(problem)
-    if out is None:
-        return o
-    repeated.keep(problem, arguments)
+    passed = problem.passed
+    if passed is not None and passed.again is not None:
+        passed.again()
+    else:
+        o = backend_for(problem.kind).delta_rule_step(problem)
+        if out is None:
+            return o
+    repeated.keep(passed, arguments)
     return written
 
 

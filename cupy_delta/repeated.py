@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import ref
 
-from .checker import KEPT_PLACES
-from .problem import Problem
+from .checker import KEPT_PLACES, Passed
 from .raw import by_name
 
 _nothing = type(None)  # called, it returns None, as the reference to an array that is gone does
@@ -70,14 +69,13 @@ def find(
     return None
 
 
-def keep(problem: Problem, arguments: tuple) -> None:
+def keep(passed: Passed | None, arguments: tuple) -> None:
     """Keep the launch of a step that has passed and is not found yet, if the backend has kept one.
 
     `arguments` are those of `find`; of arrays there are only weak references here. Where callers
     make new arrays of the same memory for every step it would be in vain: of the steps on one
     memory that were not found, it is the first, the second, the fourth and so on that is kept.
     """
-    passed = problem.passed
     if passed is None or passed.again is None:
         return
     passed.missed += 1

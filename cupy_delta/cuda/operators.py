@@ -137,18 +137,13 @@ def recurrent_delta_rule(problem: Problem):
 def delta_rule_step(problem: Problem):
     """Return o; `problem.state` is updated.
 
-    Calls with `out` on the same memory are the same launch: the second one is made of it alone, and
-    has no arrays.
+    Calls with `out` on the same memory are the same launch, which is kept.
     """
-    passed = problem.passed
-    if passed is not None and passed.again is not None:
-        passed.again()
-        return problem.out
     with device_of(problem.v) as device:
         plan = plans.plan("step", problem, device.facts)
         targets = {"o": problem.out, "state": problem.state}
         results = execute(plan, vars(problem), device, targets)
-        if passed is not None and problem.out is not None:
+        if problem.passed is not None and problem.out is not None:
             _keep_launch(problem, plan, results, device)
     return results["o"] if problem.out is None else problem.out
 
