@@ -272,13 +272,16 @@ def test_a_repeated_launch_holds_addresses_and_no_array(repeat):
     again, gone = repeat(0, one, dict(x=x, y=None)), weakref.ref(x)
     del x
     assert gone() is None
+    others = [
+        np.full(n, -1, np.intp) for n in range(5) for _ in range(100)
+    ]  # in memory that is free
     again()
     ((*sizes, at, extra),) = repeat.launched
     assert sizes == [99, 5, 1, 1, 32, 1, 1, 48, 7000] and extra == 0
     values = (ctypes.c_void_p * 4).from_address(at)
     types = ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_double
     read = [t.from_address(value).value for t, value in zip(types, values, strict=True)]
-    assert read == [1 << 40, 3, 0, 0.5]
+    assert read == [1 << 40, 3, 0, 0.5] and others
 
 
 @pytest.mark.parametrize("current", [0, 1])
