@@ -241,8 +241,11 @@ def gradient_arrays(call: Call, chunk: int) -> tuple[dict, dict]:
     return outputs, between
 
 
-def gradient_arguments(call: Call) -> tuple[Argument, ...]:
-    """Return what kernels of chunk-parallel gradients are given, up to the number of key heads."""
+def gradient_arguments(call: Call, *more: Argument) -> tuple[Argument, ...]:
+    """Return what kernels of chunk-parallel gradients are given, up to the number of key heads.
+
+    One that is given `more` has it after the gradients.
+    """
     return (
         normal(call, "q"),
         normal(call, "k"),
@@ -259,6 +262,7 @@ def gradient_arguments(call: Call) -> tuple[Argument, ...]:
         "dv",
         "dbeta",
         None if call.gate is None else "dg",
+        *more,
         np.float32(call.scale),
         i32(call.N),
         i32(call.T),

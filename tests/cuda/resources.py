@@ -138,6 +138,7 @@ HOPPER_CALLS = (
         for sizes in (dict(B=4, H=32, T=8192), dict(B=5, H=32, T=8192), dict(H=8, T=32768))
     ),
     dict(dtype="float16", K=96, V=200, gate="channel", B=2, HV=2, passes=("backward",)),
+    dict(dtype="bfloat16", K=128, V=128, gate="channel", HV=32, passes=("backward",)),
 )
 
 
@@ -204,12 +205,16 @@ def must_not_spill(name: str) -> bool:
     Steps by products spare registers for more warps: some words that spill cost less. So do two
     slices per block where float16 has a gate: a warp that inverts has up to two words too few. The
     forward with a gate per key channel in one kernel gives its warps what 65536 registers have.
+    Its gradients go from value head to value head, for which ragged sequences and K up to 64 have
+    some words too few.
     """
     if name.split()[0] in ("decode_products", "channel_forward_hopper"):
         return False
     if {"forward_hopper", "DTYPE=f16", "HAS_GATE=1", "MATH=2", "TRANSFER=0"} <= {*name.split()}:
         return False
     sizes = dict(re.findall(r"(HEAD_K|HEAD_V|CHUNK)=(\d+)", name))
+    if {"backward_channel_hopper", "GROUPED=1"} <= {*name.split()}:
+        return "VARLEN=0" in name and int(sizes["HEAD_K"]) > 64
     heads = max(int(sizes.get("HEAD_K", 0)), int(sizes.get("HEAD_V", 0)))
     default = 64 if name.split()[0].endswith("_hopper") else 32
     return heads <= 128 and int(sizes.get("CHUNK", 0)) <= default

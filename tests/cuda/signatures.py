@@ -17,6 +17,7 @@ DTYPES = {
     "uint32_t": "uint32",
     "int64_t": "int64",
     "float2": "float32",
+    "float4": "float32",
     "bool": "bool",
 } | {c: name for name, c in C_TYPES.items()}
 # What enters a backward, as it is given or in units.
@@ -97,7 +98,7 @@ COUNTS = {
     *Part._fields,
     *Cut._fields,
 }
-COUNTS |= {"counted"}
+COUNTS |= {"counted", "items"}
 # Numbers of what beta and g are formed of.
 COUNTS |= {"bound", "factor", *(f"other_{name}" for name in Part._fields)}
 

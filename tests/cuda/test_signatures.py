@@ -56,7 +56,8 @@ def cases():
         for one in (few, replace(few, **gated), replace(few, gate="scalar")):
             yield "step", one, A100
     for dtype in (bf16, FLOAT_DTYPES["float16"]):
-        yield "backward", replace(call, HV=2, gate="channel", dtype=dtype), H200
+        for HV in (2, 6):
+            yield "backward", replace(call, HV=HV, gate="channel", dtype=dtype), H200
     yield "forward", replace(call, dtype=f32), A100
     yield "recurrent", replace(call, dtype=FLOAT_DTYPES["float64"]), A100
 

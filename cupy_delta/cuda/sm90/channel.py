@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ...call import Call
-from ..portable.backward_channel import backward_channel_launch
 from ..portable.decays import channel_arrays
 from ..spec import (
     C_TYPES,
+    SUMS,
+    ArraySpecs,
     DeviceFacts,
     Launch,
     Plan,
@@ -33,6 +34,9 @@ STAGES = {1: 2, 2: 2}
 OUTPUT_STAGES, TRANSFER_STAGES = {1: 3, 2: 2}, {1: 3, 2: 2}
 # Key channels of a block of the gradients, and value channels at a time.
 KEYS, SLICE = 64, 64
+# Blocks of the gradients that share a multiprocessor, where each goes through many items; dq and dk
+# of one, which wait for those of other value heads.
+RESIDENT, WAITING = 2, (2, CHUNK, KEYS)
 
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
@@ -77,10 +81,8 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     outputs, workspace = gradient_arrays(call, CHUNK)
     if choice.segments > 1:
         workspace |= segment_arrays(call, choice.segments - 1)
-    if call.groups == 1:
-        gradients = backward_channel_hopper_launch(call)
-    else:
-        gradients = backward_channel_launch(call, CHUNK, facts)
+    gradients = backward_channel_hopper_launch(call, facts)
+    workspace |= waiting_arrays(gradients)
     launches = (*walk_launches(call, choice), gradients, *through_norm(call))
     return Plan(launches, outputs, workspace)
 
@@ -166,9 +168,20 @@ def backward_channel_shared(itemsize: int) -> int:
     return carve(*rows, units, through, units, units, units, *own, (CHUNK, 4), (place, 1))
 
 
-def backward_channel_hopper_launch(call: Call) -> Launch:
-    """The chunk-parallel gradients, a block per chunk, head and 64 key channels."""
+def waiting_arrays(gradients: Launch) -> ArraySpecs:
+    """Return where dq and dk wait, of grouped heads, for those of other value heads."""
+    if "waiting" not in gradients.arrays():
+        return {}
+    return {"waiting": ((gradients.grid, *WAITING), SUMS)}
+
+
+def backward_channel_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
+    """The chunk-parallel gradients: an item is a chunk, key head and 64 key channels.
+
+    A block has one or, of grouped heads, several one after the other.
+    """
     p = call
+    grouped = p.groups > 1
     defines = dict(
         DTYPE=C_TYPES[p.dtype.name],
         HEAD_K=p.K,
@@ -177,14 +190,16 @@ def backward_channel_hopper_launch(call: Call) -> Launch:
         VARLEN=int(p.varlen),
         KEYS=KEYS,
         SLICE=SLICE,
+        GROUPED=int(grouped),
     )
+    items = slots(p, CHUNK) * p.H * -(-p.K // KEYS)
     return Launch(
         "sm90/backward_channel.cu",
         "backward_channel_hopper",
         tuple(defines.items()),
-        slots(p, CHUNK) * p.H * -(-p.K // KEYS),
+        min(items, RESIDENT * facts.sm_count) if grouped else items,
         256,
         backward_channel_shared(p.dtype.itemsize),
-        gradient_arguments(p),
+        gradient_arguments(p, *("waiting", i32(p.groups), i32(items)) * grouped),
         arch="sm_90a",
     )

@@ -132,8 +132,28 @@ struct Levels {
   }
 };
 
-// The gradients of a warp's tokens and channels, in place of what they are of.
-PRIM void finish_gradients(const Coming (&from)[TILES], const Shared& s, const Warp& warp) {
+// dq and dk of the value heads before, in float, which wait in global memory where a lane finds its own.
+struct Earlier {
+  float4* waiting;
+  bool none, last;  // of the value heads: none before, none to come
+
+  PRIM void add_to(Levels& y, int u) const {
+    each(y, u, [](float (&d)[4], float4& x) { d[0] += x.x, d[1] += x.y, d[2] += x.z, d[3] += x.w; });
+  }
+  PRIM void replace_by(Levels& y, int u) const {
+    each(y, u, [](const float (&d)[4], float4& x) { x = make_float4(d[0], d[1], d[2], d[3]); });
+  }
+  template <class F>
+  PRIM void each(Levels& y, int u, F f) const {
+    const unsigned thread = (unsigned)opaque(threadIdx.x) % THREADS;
+    float4* const at = waiting + ((int64_t)blockIdx.x * TILES + u) * 4 * THREADS + thread;
+#pragma unroll
+    for (int n = 0; n < 2; n++) f(y.dq[n], at[n * THREADS]), f(y.dk[n], at[(2 + n) * THREADS]);
+  }
+};
+
+// The gradients of a warp's tokens and channels, in place of what they are of, where no heads are to come.
+PRIM void finish_gradients(const Coming (&from)[TILES], const Shared& s, const Earlier& heads, const Warp& warp) {
   const float4 *late = s.to_late + warp.block * OPERANDS, *early = s.to_early + warp.block * OPERANDS;
   sum_passing(s, warp);
   float4* place = (float4*)s.place + (warp.part * COUNT + warp.block) * 32 + warp.lane;
@@ -154,9 +174,14 @@ PRIM void finish_gradients(const Coming (&from)[TILES], const Shared& s, const W
       y.add_neighbours(n, rows, (const float*)late, warp);
     }
     const float* passing = s.passing + warp.block * KEYS + warp.channel() + u * 16 + warp.eighth();
+    if (GROUPED && !heads.none) heads.add_to(y, u);
     __syncwarp();  // everyone has read
-    write_tile(s.q, y.dq, warp, u);
-    write_tile(s.k, y.dk, warp, u);
+    if (GROUPED && !heads.last) {
+      heads.replace_by(y, u);
+    } else {
+      write_tile(s.q, y.dq, warp, u);
+      write_tile(s.k, y.dk, warp, u);
+    }
     float* dg = s.x + warp.first();
 #pragma unroll
     for (int n = 0; n < 2; n++)
@@ -166,21 +191,23 @@ PRIM void finish_gradients(const Coming (&from)[TILES], const Shared& s, const W
   __syncwarp();
 }
 
-// Where the gradients of a chunk and its channels begin, and how many of each there are.
+// Where the gradients of a chunk and its channels go, those of keys and of a value head, and how many there are.
 struct Gradients {
   DTYPE *dq, *dk;
   float* dg;
-  int64_t first, stride;
+  int64_t key, key_stride, gate, gate_stride;
   int tokens, channels;
 
-  PRIM void write_all(const Shared& s, const Warp& warp) const {
-    write<DTYPE, K_PITCH>(dq, s.q, warp);
-    write<DTYPE, K_PITCH>(dk, s.k, warp);
-    write<float, X_PITCH>(dg, s.x, warp);
+  PRIM void write_all(const Shared& s, bool keys, const Warp& warp) const {
+    if (keys) {
+      write<DTYPE, K_PITCH>(dq, key, key_stride, s.q, warp);
+      write<DTYPE, K_PITCH>(dk, key, key_stride, s.k, warp);
+    }
+    write<float, X_PITCH>(dg, gate, gate_stride, s.x, warp);
   }
   // A warp's tile, 16 bytes of a lane.
   template <class T, int PITCH>
-  PRIM void write(T* out, const T* tile, const Warp& warp) const {
+  PRIM void write(T* out, int64_t first, int64_t stride, const T* tile, const Warp& warp) const {
     constexpr int EACH = 16 / sizeof(T), ACROSS = PART / EACH, DOWN = 32 / ACROSS;
     const int row = warp.row() + (unsigned)warp.lane / ACROSS;
     const int column = warp.channel() + (unsigned)warp.lane % ACROSS * EACH;
