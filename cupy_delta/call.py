@@ -21,9 +21,10 @@ class Call:
     """Sizes, dtypes and options of a call; hashable, and equal to any call that is alike.
 
     `dtype` is that of q, k and v. `gate` is that of g: None, "scalar" (B, T, HV) or "channel"
-    (B, T, HV, K); with `beta_per_value`, beta is (B, T, HV, V). `raw_gate` and `raw_beta` tell how
-    these are formed where parameters were given in their place. With `varlen`, N sequences lie end
-    to end along T, and B = 1. `chunks` is the length of the chunk axis of states that were given.
+    (B, T, HV, K), with `narrow_gate` of 16 bits as `dtype`; with `beta_per_value`, beta is
+    (B, T, HV, V). `raw_gate` and `raw_beta` tell how these are formed where parameters were given
+    in their place. With `varlen`, N sequences lie end to end along T, and B = 1. `chunks` is the
+    length of the chunk axis of states that were given.
     A pool has `pool_slots` states of `pool_dtype`, `pool_stride` elements from one to the next, at
     addresses that are multiples of `pool_alignment` bytes; without a pool `pool_dtype` is None.
     `accepting`: the states of a step take up only the tokens that are accepted. `kept` holds what
@@ -39,6 +40,7 @@ class Call:
     K: int = 0
     V: int = 0
     gate: Gate | None = None
+    narrow_gate: bool = False
     beta_per_value: bool = False
     raw_gate: RawGate | None = None
     raw_beta: RawBeta | None = None

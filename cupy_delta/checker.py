@@ -93,6 +93,7 @@ class Checker:
         self.sizes: dict[str, int] = {}
         self.source: dict[str, str] = {}
         self.axes: dict[str, tuple[str, ...]] = {}  # symbols of each array that was checked
+        self.narrow_gate = False
         self.raw_gate: RawGate | None = None
         self.raw_beta: RawBeta | None = None
         name = dtype_name(first.dtype)
@@ -253,6 +254,7 @@ class Checker:
             self.raw_gate = RawGate(g.cls.formula, _float_dtype(a), bias, g.number)
         elif g is not None:
             self.parameter("g", g, GATE_SHAPES)
+            self.narrow_gate = len(self.axes["g"]) == 4 and _float_dtype(g).itemsize == 2
 
     def parameter(self, name: str, x: AnyLook, shapes: str | tuple[str, ...]) -> None:
         """Check an array that may also be float32."""

@@ -394,6 +394,7 @@ def _problem(check: Checker, **options: Any) -> Problem:
     described["chunks"] = check.sizes.get("chunks")
     rank = {name: len(axes) for name, axes in check.axes.items()}
     described["gate"] = {3: "scalar", 4: "channel"}.get(rank.get("g", 0))
+    described["narrow_gate"] = check.narrow_gate
     described["beta_per_value"] = rank.get("beta") == 4
     described["varlen"] = "cu_seqlens" in rank
     described |= dict(raw_gate=check.raw_gate, raw_beta=check.raw_beta)

@@ -75,6 +75,11 @@ def add_arguments(parser) -> None:
         help="with a gate, one per head, or per key channel with --gate channel",
     )
     parser.add_argument(
+        "--narrow-gate",
+        action="store_true",
+        help="with --gate channel, g in the dtype of q (default: in float32)",
+    )
+    parser.add_argument(
         "--raw",
         choices=("softplus", "sigmoid"),
         help="with a SoftplusGate or SigmoidGate and a SigmoidBeta, their logits in the dtype of q,"
@@ -108,6 +113,8 @@ def run_command(args) -> int:
                 f"--{option.replace('_', '-')}: expected with --passes {' or '.join(some)},"
                 f" got {' '.join(args.passes)}"
             )
+    if args.narrow_gate and (args.gate != "channel" or args.raw):
+        raise CommandError("--narrow-gate: expected with --gate channel and without --raw")
     device = device_for(args)
     distinct: dict[tuple, Launch] = {}
     passes = [(name, T, False) for name in args.passes if name != "step" for T in args.tokens]
@@ -128,6 +135,7 @@ def run_command(args) -> int:
             HV=args.value_heads,
             chunk_size=args.chunk_size,
             gate=args.gate,
+            narrow_gate=args.narrow_gate,
             raw=args.raw,
             varlen=args.varlen,
             qk_l2norm=args.qk_l2norm,

@@ -90,7 +90,8 @@ class Launch:
 class Plan:
     """Launches in order, and the arrays to make for them: name -> (shape, dtype).
 
-    `sums` is the dtype in which kernels read beta and g, and the parameters of a gate.
+    `sums` is the dtype in which kernels read beta and g, and the parameters of a gate, but for
+    what they read `as_given`.
     """
 
     launches: tuple[Launch, ...]
@@ -98,6 +99,7 @@ class Plan:
     workspace: ArraySpecs = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
     sums: np.dtype = SUMS
+    as_given: tuple[str, ...] = ()
 
     @cached_property
     def working(self) -> tuple[Launch, ...]:
@@ -117,8 +119,9 @@ class Plan:
     def read(self) -> tuple[tuple[str, np.dtype | None], ...]:
         """The arrays that have to be there: name, and dtype to read it in if not its own."""
         names = set().union(*(launch.arrays() for launch in self.launches))
-        dtypes = dict.fromkeys(INTEGERS, np.dtype(np.int64))
+        dtypes: dict[str, np.dtype | None] = dict.fromkeys(INTEGERS, np.dtype(np.int64))
         dtypes |= dict.fromkeys(("beta", "g", "A_log", "dt_bias", "initial_state"), self.sums)
+        dtypes |= dict.fromkeys(self.as_given)
         made = self.workspace.keys() | self.outputs.keys()
         return tuple((name, dtypes.get(name)) for name in sorted(names - made))
 
@@ -198,6 +201,16 @@ def variant(call: Call, chunk: int, **more) -> tuple:
         VARLEN=int(call.varlen),
     )
     return tuple((common | more).items())
+
+
+def gate_type(call: Call) -> str:
+    """Return the C type of g where kernels read it `as_given`."""
+    return C_TYPES[call.dtype.name] if call.narrow_gate else "float"
+
+
+def gates_as_given(call: Call) -> tuple[str, ...]:
+    """Return what such kernels read so: g of 16 bits; any other becomes float32."""
+    return ("g",) if call.narrow_gate else ()
 
 
 def raw_macros(raw: RawGate | None) -> dict[str, Any]:

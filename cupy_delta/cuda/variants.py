@@ -41,6 +41,7 @@ def launches_of(
     HV: int | None = None,
     chunk_size: int | None = None,
     gate: bool | Gate = False,
+    narrow_gate: bool = False,
     raw: Formula | None = None,
     varlen: bool = False,
     qk_l2norm: bool = False,
@@ -57,11 +58,13 @@ def launches_of(
     passes : tuple of {"forward", "prefill", "backward", "recurrent", "step", "blocks"}
         "prefill" is the forward on a pool of states, "blocks" are the WY building blocks.
     dtype : str
-        Of q, k and v; beta and g count as float32 (or float64).
+        Of q, k and v; beta and g count as float32 (or float64), but for `narrow_gate`.
     K, V, B, T, H, HV
         Sizes as in `chunk_delta_rule`; with `varlen`, B is the number of sequences.
     gate : bool or {"scalar", "channel"}
         With one gate per value head, as True also means, or one per key channel.
+    narrow_gate : bool
+        Whether g per key channel is of `dtype`, where that has 16 bits.
     raw : {"softplus", "sigmoid"}, optional
         With a `SoftplusGate` or `SigmoidGate` whose bias is as its logits are, and a `SigmoidBeta`;
         the logits of `dtype`.
@@ -101,6 +104,7 @@ def launches_of(
         K=K,
         V=V,
         gate=kind,
+        narrow_gate=narrow_gate and kind == "channel" and raw is None and real.itemsize == 2,
         raw_gate=raw_gate,
         raw_beta=raw_beta,
         varlen=varlen,

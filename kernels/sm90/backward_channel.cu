@@ -23,11 +23,11 @@
 // once, after all value heads; dbeta and dg in float. Sums of at most 16 gates in float, gates as in
 // sm90/gate_powers.cuh.
 //
-// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128, a multiple of 8), HEAD_V, CHUNK (64), VARLEN, KEYS (64), SLICE (value
-// channels at a time); GROUPED (several value heads per key head).
-// Grid: slots * H * slices of key channels blocks of 256 threads, with GROUPED as many as there is room for, which take
-// all of these in turns. Shared memory: Q, K and sums of gates, then their gradients; sums over blocks; pairs within
-// blocks; beta; and in one place slices of S, dS', dO, N^ and dY, then scaled keys and queries and pairs of blocks; see
+// Macros: DTYPE (bf16 or f16), GATE (float or DTYPE), HEAD_K (up to 128, a multiple of 8), HEAD_V, CHUNK (64), VARLEN,
+// KEYS (64), SLICE (value channels at a time); GROUPED (several value heads per key head). Grid: slots * H * slices of
+// key channels blocks of 256 threads, with GROUPED as many as there is room for, which take all of these in turns.
+// Shared memory: Q, K and sums of gates, then their gradients; sums over blocks; pairs within blocks; beta; and in one
+// place slices of S, dS', dO, N^ and dY, then scaled keys and queries and pairs of blocks; see
 // cupy_delta/cuda/sm90/channel.py.
 #include "sm90/backward_channel/within.cuh"
 #include "tiles/sequence.cuh"
@@ -37,7 +37,8 @@ constexpr int SLICES = (padded(HEAD_V) + SLICE - 1) / SLICE;
 // What is given, and where gradients go.
 struct Arrays {
   const DTYPE *q, *k;
-  const float *beta, *g;
+  const float* beta;
+  const GATE* g;
   const DTYPE *corrections, *dy, *d_o, *states, *dstates;
   const int64_t* cu_seqlens;
   DTYPE *dq, *dk, *dv;
@@ -61,7 +62,7 @@ PRIM void add_gradients(const Arrays& of, const Shared& s, unsigned thread, unsi
   const int64_t key_stride = (int64_t)of.H * HEAD_K, value_stride = (int64_t)HV * HEAD_V;
   const int64_t value = row * HEAD_V, state = (slot * HV + hv) * HEAD_K * HEAD_V + first_key;
 
-  load_tile<float, CHUNK, KEYS, HEAD_K, THREADS>(s.x, of.g + gate, gate_stride, tokens, keys, thread);
+  load_gates(s.x, of.g + gate, gate_stride, tokens, keys, thread);
   if (head == 0) {
     load_tile<DTYPE, CHUNK, KEYS, HEAD_K, THREADS>(s.q, of.q + key, key_stride, tokens, keys, thread);
     load_tile<DTYPE, CHUNK, KEYS, HEAD_K, THREADS>(s.k, of.k + key, key_stride, tokens, keys, thread);
@@ -104,7 +105,7 @@ PRIM void add_gradients(const Arrays& of, const Shared& s, unsigned thread, unsi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    backward_channel_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const DTYPE* corrections,
+    backward_channel_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const GATE* g, const DTYPE* corrections,
                             const DTYPE* dy, const DTYPE* d_o, const DTYPE* states, const DTYPE* dstates,
                             const int64_t* cu_seqlens, DTYPE* dq, DTYPE* dk, DTYPE* dv, float* dbeta, float* dg,
 #if GROUPED

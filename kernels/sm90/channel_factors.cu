@@ -19,15 +19,16 @@
 // stays, and spoils its own token and later ones. Products within a block in TF32, between blocks of DTYPE operands;
 // sums in float, the core as in sm90/factors.cu; results rounded once.
 //
-// Macros: DTYPE (bf16 or f16), HEAD_K (up to 128, a multiple of 8), CHUNK (64), HAS_GATE (2), VARLEN; IF_DECLINED, as
-// in sm90/channel_forward.cu. Grid: slots * HV blocks of 128 threads. Shared memory: x, then scaled keys, then M and
-// the core in its place; K and Q, then what is read; decays over blocks; beta; see cupy_delta/cuda/sm90/channel.py.
+// Macros: DTYPE (bf16 or f16), GATE (float or DTYPE), HEAD_K (up to 128, a multiple of 8), CHUNK (64), HAS_GATE (2),
+// VARLEN; IF_DECLINED, as in sm90/channel_forward.cu. Grid: slots * HV blocks of 128 threads. Shared memory: x, then
+// scaled keys, then M and the core in its place; K and Q, then what is read; decays over blocks; beta; see
+// cupy_delta/cuda/sm90/channel.py.
 #include "sm90/channel_factors/pairs.cuh"
 #include "sm90/core.cuh"
 #include "tiles/sequence.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    channel_factors_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const float* g, const int64_t* cu_seqlens,
+    channel_factors_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const GATE* g, const int64_t* cu_seqlens,
                            DTYPE* core, DTYPE* p, DTYPE* k_read, DTYPE* q_read, DTYPE* k_write, float* channel_decays,
 #if IF_DECLINED
                            const int* declined,

@@ -21,10 +21,10 @@
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, those of pairs within
 // blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term.
 //
-// Macros: DTYPE (bf16), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2), VARLEN (0), STATE_VK;
-// CUT; IF_DECLINED (leaves at once if segments were walked). Grid: B * HV blocks of 512 threads, with CUT B * segments
-// * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of two; V and O; pairs
-// of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
+// Macros: DTYPE (bf16), GATE (float or DTYPE), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2),
+// VARLEN (0), STATE_VK; CUT; IF_DECLINED (leaves at once if segments were walked). Grid: B * HV blocks of 512 threads,
+// with CUT B * segments * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of
+// two; V and O; pairs of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
 #if CUT
@@ -69,7 +69,7 @@ PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap
 }
 
 // The last warpgroup.
-PRIM void supply(const Shared& s, const Work& work, const TensorMap* q, const TensorMap* k, const float* g,
+PRIM void supply(const Shared& s, const Work& work, const TensorMap* q, const TensorMap* k, const GATE* g,
                  const float* beta) {
   fewer_registers<OTHER_REGISTERS>();
   const int warp = uniform(threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
@@ -85,7 +85,7 @@ PRIM void supply(const Shared& s, const Work& work, const TensorMap* q, const Te
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     channel_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap o_map,
-                           const float* beta, const float* g, const float* initial_state, float* final_state,
+                           const float* beta, const GATE* g, const float* initial_state, float* final_state,
 #if IF_DECLINED
                            const int* declined,
 #endif

@@ -7,8 +7,8 @@
 // long as no channel lags behind its share of LOST; of a chunk each thread sums 16 gates of one channel. NaN forgets
 // nothing.
 //
-// Macros: HEAD_K (a multiple of 32), CHUNK (64). Grid: N * (segments - 1) * HV blocks of 4 HEAD_K threads.
-// Shared memory: sums of gates; the largest.
+// Macros: GATE (the type of g), HEAD_K (a multiple of 32), CHUNK (64). Grid: N * (segments - 1) * HV blocks of 4 HEAD_K
+// threads. Shared memory: sums of gates; the largest.
 #include "primitives/primitives.cuh"
 
 constexpr int PARTS = 4, THREADS = PARTS * HEAD_K, TOKENS = CHUNK / PARTS, WARPS = HEAD_K / 32;
@@ -20,14 +20,13 @@ constexpr float LOST = 170.0f;
 
 // What the thread has of a chunk, on its way.
 typedef float Gates[TOKENS];
-PRIM void load_gates(Gates& y, const float* g, int64_t stride) {
+PRIM void load_gates(Gates& y, const GATE* g, int64_t stride) {
 #pragma unroll
-  for (int i = 0; i < TOKENS; i++) y[i] = g[i * stride];
+  for (int i = 0; i < TOKENS; i++) y[i] = widen(g[i * stride]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    channel_leads_hopper(const float* g, int* leads, int* declined, int T, int HV, int segments, int first,
-                         int length) {
+    channel_leads_hopper(const GATE* g, int* leads, int* declined, int T, int HV, int segments, int first, int length) {
   DynSmem smem;
   float* const sums = smem.take<float>(THREADS, "sums of gates");
   float* const largest = smem.take<float>(WARPS, "the largest sums");

@@ -364,6 +364,14 @@ def test_compile_refuses_options_of_other_passes(capsys, passes, option, value):
     assert f", got {' '.join(passes)}\n" in error
 
 
+@pytest.mark.parametrize(
+    "options", [[], ["--gate"], ["--gate", "channel", "--raw", "softplus"]], ids=" ".join
+)
+def test_compile_refuses_narrow_gates_that_no_call_has(capsys, options):
+    error = one_line_error(capsys, "compile", "--narrow-gate", *options)
+    assert "--narrow-gate: expected with --gate channel and without --raw" in error
+
+
 @pytest.mark.slow
 def test_traceback_on_request(tmp_path):
     argv = ["-m", "cupy_delta", "run", str(tmp_path / "none.npz"), "-o", "x.npz"]

@@ -135,7 +135,13 @@ HOPPER_CALLS = (
     dict(dtype="float16", K=128, V=64, gate=True, varlen=True, B=3, passes=("backward",)),
     *(
         dict(dtype="bfloat16", K=128, V=128, gate="channel", passes=("forward", "backward")) | sizes
-        for sizes in (dict(B=4, H=32, T=8192), dict(B=5, H=32, T=8192), dict(H=8, T=32768))
+        for sizes in (
+            dict(B=4, H=32, T=8192),
+            dict(B=5, H=32, T=8192),
+            dict(H=8, T=32768),
+            dict(B=4, H=32, T=8192, narrow_gate=True),
+            dict(H=8, T=32768, narrow_gate=True),
+        )
     ),
     dict(dtype="float16", K=96, V=200, gate="channel", B=2, HV=2, passes=("backward",)),
     dict(dtype="bfloat16", K=128, V=128, gate="channel", HV=32, passes=("backward",)),

@@ -42,8 +42,11 @@ def cases():
                         yield operation, replace(one, gate=gate, pool_dtype=None), facts
         yield "forward", replace(call, checkpoint_every=64), facts
     filling = dict(B=22, N=22, T=7000, K=128, varlen=False, pool_dtype=None, gate="channel")
-    yield "forward", replace(call, **filling), H200
-    yield "forward", replace(call, **filling | dict(B=1, N=1, T=70000)), H200
+    for narrow in (False, True):
+        one = replace(call, **filling, narrow_gate=narrow)
+        yield "forward", one, H200
+        yield "forward", replace(one, B=1, N=1, T=70000), H200
+        yield "backward", one, H200
     for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):
@@ -69,6 +72,7 @@ def dtypes_of(call, plan):
     given |= dict(state=call.pool_dtype, states=None)
     given |= dict(a=getattr(call.raw_gate, "dtype", None))
     given |= dict(logits=getattr(call.raw_beta, "dtype", None))
+    given |= dict.fromkeys(plan.as_given, call.dtype)
     return given | {name: dtype for name, dtype in plan.read if dtype is not None}
 
 

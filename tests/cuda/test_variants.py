@@ -67,6 +67,7 @@ CASES = [
     dict(dtype=F32, T=20000, G=2),
     dict(dtype=BF16, T=100, pool="bfloat16", every=64, initial=True),
     dict(dtype=BF16, T=100, pool="float16", gate="channel", initial=True),
+    dict(dtype=BF16, T=9000, K=128, V=128, G=8, gate="channel"),
 ]
 
 
@@ -102,13 +103,14 @@ def test_calls_launch_what_was_planned_ahead(recorder, architecture, case, qk_l2
     cu = sizes.get("cu_seqlens")
     options = dict(
         dtype=sizes["dtype"].name,
-        K=64,
-        V=64,
+        K=sizes["K"],
+        V=sizes["V"],
         B=1 if cu is None else len(cu) - 1,
         T=sizes["T"],
         H=2,
         HV=2 * sizes["G"],
         gate=sizes.get("gate", False),
+        narrow_gate=sizes["dtype"] == BF16,
         raw=formula,
         varlen=cu is not None,
         qk_l2norm=qk_l2norm,

@@ -12,6 +12,8 @@ from ..spec import (
     Launch,
     Plan,
     carve,
+    gate_type,
+    gates_as_given,
     gradient_arguments,
     gradient_arrays,
     i32,
@@ -72,7 +74,7 @@ def channel_walked(call: Call, choice: cost.Choice, *kept: str) -> Plan:
         workspace |= segment_arrays(call, choice.segments - 1)
     launches.append(channel_factors_hopper_launch(call))
     launches += channel_walk_launches(call, choice, *kept)
-    return Plan(tuple(launches), outputs, workspace)
+    return Plan(tuple(launches), outputs, workspace, as_given=gates_as_given(call))
 
 
 def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
@@ -84,7 +86,7 @@ def plan_backward(call: Call, facts: DeviceFacts) -> Plan:
     gradients = backward_channel_hopper_launch(call, facts)
     workspace |= waiting_arrays(gradients)
     launches = (*walk_launches(call, choice), gradients, *through_norm(call))
-    return Plan(launches, outputs, workspace)
+    return Plan(launches, outputs, workspace, as_given=gates_as_given(call))
 
 
 def channel_walk_launches(call: Call, choice: cost.Choice, *kept: str) -> list[Launch]:
@@ -130,7 +132,7 @@ def channel_factors_hopper_launch(call: Call) -> Launch:
     return Launch(
         "sm90/channel_factors.cu",
         "channel_factors_hopper",
-        variant(p, CHUNK),
+        variant(p, CHUNK, GATE=gate_type(p)),
         slots(p, CHUNK) * p.HV,
         128,
         channel_factors_shared(p.K, p.dtype.itemsize),
@@ -184,6 +186,7 @@ def backward_channel_hopper_launch(call: Call, facts: DeviceFacts) -> Launch:
     grouped = p.groups > 1
     defines = dict(
         DTYPE=C_TYPES[p.dtype.name],
+        GATE=gate_type(p),
         HEAD_K=p.K,
         HEAD_V=p.V,
         CHUNK=CHUNK,

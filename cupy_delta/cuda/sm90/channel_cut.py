@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...call import Call
-from ..spec import Launch, Plan, carve, i32
+from ..spec import Launch, Plan, carve, gate_type, i32
 from .channel_whole import channel_forward_hopper_launch
 from .cost import Cut
 from .tiles import CHUNK
@@ -57,7 +57,7 @@ def channel_leads_hopper_launch(call: Call, cut: Cut) -> Launch:
     return Launch(
         "sm90/channel_leads.cu",
         "channel_leads_hopper",
-        (("HEAD_K", p.K), ("CHUNK", CHUNK)),
+        (("GATE", gate_type(p)), ("HEAD_K", p.K), ("CHUNK", CHUNK)),
         p.N * (cut.segments - 1) * p.HV,
         PARTS * p.K,
         carve((PARTS * p.K, 4), (p.K // 32, 4)),

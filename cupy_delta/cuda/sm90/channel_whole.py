@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...call import Call
-from ..spec import Launch, Plan, carve, i32, normal, variant
+from ..spec import Launch, Plan, carve, gate_type, gates_as_given, i32, normal, variant
 from ..tokens.l2norm import normalised
 from .cost import Cut
 from .tiles import BARRIER, BOX, CHUNK, TILE, box
@@ -29,7 +29,8 @@ def plan_whole(call: Call) -> Plan:
         "final_state": (call.state_shape, call.state_dtype),
     }
     launches, workspace = normalised(call, "q", "k")
-    return Plan((*launches, channel_forward_hopper_launch(call)), outputs, workspace)
+    launches.append(channel_forward_hopper_launch(call))
+    return Plan(tuple(launches), outputs, workspace, as_given=gates_as_given(call))
 
 
 def channel_forward_shared(cut: bool = False) -> int:
@@ -48,7 +49,7 @@ def channel_forward_shared(cut: bool = False) -> int:
 def channel_forward_hopper_launch(call: Call, cut: Cut | None = None) -> Launch:
     """The walk, factors included, a block per sequence or segment and value head."""
     p = call
-    defines = variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk"))
+    defines = variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk"), GATE=gate_type(p))
     segments: tuple = ()
     if cut is not None:
         defines = (*defines, ("CUT", 1))

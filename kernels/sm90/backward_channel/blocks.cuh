@@ -21,12 +21,32 @@ struct Rows {
   }
 };
 
+// Asks for gates: those of 16 bits where the sums of their warp's channels will be.
+PRIM void load_gates(float* x, const GATE* g, int64_t stride, int tokens, int keys, int thread) {
+  if constexpr (sizeof(GATE) == sizeof(float)) {
+    load_tile<GATE, CHUNK, KEYS, HEAD_K, THREADS>((GATE*)x, g, stride, tokens, keys, thread);
+  } else {
+    constexpr int PITCH = X_PITCH * sizeof(float) / sizeof(GATE);
+#pragma unroll
+    for (int c = 0; c < KEYS; c += PART)
+      load_tile<GATE, CHUNK, PART, HEAD_K, THREADS, PITCH>((GATE*)(x + c), g + c, stride, tokens, keys - c, thread);
+  }
+}
+
+// That of token i of the warp's block and of the lane's channel.
+PRIM float own_gate(const Shared& s, const Warp& warp, int i) {
+  const float* row = s.x + (warp.row() + i) * X_PITCH;
+  if constexpr (sizeof(GATE) == sizeof(float)) return row[warp.channel() + warp.lane];
+  return widen(((const GATE*)(row + warp.channel()))[warp.lane]);
+}
+
 // Sums of gates in place of gates, and the decays over whole blocks.
 PRIM void sum_gates(const Shared& s, const Warp& warp) {
   const int c = warp.channel() + warp.lane;
   float x = 0.0f, gates[BLOCK];
 #pragma unroll
-  for (int i = 0; i < BLOCK; i++) gates[i] = gate_power(s.x[(warp.row() + i) * X_PITCH + c]);
+  for (int i = 0; i < BLOCK; i++) gates[i] = gate_power(own_gate(s, warp, i));
+  if (sizeof(GATE) < sizeof(float)) __syncwarp();
 #pragma unroll
   for (int i = 0; i < BLOCK; i++) s.x[(warp.row() + i) * X_PITCH + c] = x += gates[i];
   s.over[warp.block * KEYS + c] = exp2f(x);

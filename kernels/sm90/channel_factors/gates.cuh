@@ -44,6 +44,20 @@ PRIM void load_wide(Wide& y, const float* at) {
     y[0] = x.x, y[1] = x.y;
   }
 }
+PRIM void load_wide(Wide& y, const DTYPE* at) {  // of 16 bits
+  uint32_t pairs[WIDTH / 2];
+  if constexpr (WIDTH == 4) {
+    const uint2 x = *(const uint2*)at;
+    pairs[0] = x.x, pairs[1] = x.y;
+  } else {
+    pairs[0] = *(const uint32_t*)at;
+  }
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; i++) {
+    const float2 x = unpack2<DTYPE>(pairs[i]);
+    y[2 * i] = x.x, y[2 * i + 1] = x.y;
+  }
+}
 PRIM void store_wide(float* at, const Wide& x) {
   if constexpr (WIDTH == 4)
     *(float4*)at = make_float4(x[0], x[1], x[2], x[3]);
@@ -61,7 +75,7 @@ PRIM int first_beyond(const Shared& s, int block, int channel) {
 
 // The sums of a block's gates, from its first row on, of which `tokens` there are: x, z and 2^z. Returns the first
 // token whose sum is beyond the range in any channel.
-PRIM int sum_gates(const Shared& s, const float* g, int64_t stride, int tokens, int block, int lane) {
+PRIM int sum_gates(const Shared& s, const GATE* g, int64_t stride, int tokens, int block, int lane) {
   const int channel = lane * WIDTH;
   Wide gates[BLOCK] = {}, x = {};
   if (channel < HEAD_K) {  // all are asked for at once

@@ -32,13 +32,18 @@ PRIM void load_two(Two& y, const float* at) {
   const float2 x = *(const float2*)at;
   y[0] = x.x, y[1] = x.y;
 }
+PRIM void load_two(Two& y, const DTYPE* at) {
+  const float2 x = load_pair(at);
+  y[0] = x.x, y[1] = x.y;
+}
 PRIM void store_two(float* at, const Two& x) { *(float2*)at = make_float2(x[0], x[1]); }
 
 // A warp has half of the channels, and a lane two of them side by side.
 struct GateWarp {
   const Shared& s;
   const Work& work;
-  const float *g, *beta;  // of the block's first token
+  const GATE* g;  // of the block's first token
+  const float* beta;
   int half, lane;
 
   // Where the sums of the warp's channels lie, four by four, in bytes: from the first of eight rows on, which begin at
@@ -48,6 +53,8 @@ struct GateWarp {
   }
   static PRIM int offset(int i, int four) { return (piece_place(i, four / 2) ^ four % 2 * OTHER) * (int)sizeof(DTYPE); }
   PRIM int own_offset(int i) const { return offset(i, lane / 2) + lane % 2 * (int)sizeof(Two); }
+  // Its gates: four by four where their sums will be.
+  PRIM int own_gates(int i) const { return offset(i, lane / 2) + lane % 2 * 2 * (int)sizeof(GATE); }
   PRIM int channel() const { return half * BOX + 2 * lane; }
 
   // Gates and beta of a chunk on their way, zero past the end: gates to where their sums will be.
@@ -63,8 +70,9 @@ struct GateWarp {
   }
   // Two rows at a time. ALL: every row is there, and every channel.
   template <bool ALL>
-  PRIM void ask_gates(const Stage& at, const float* from, int tokens) const {
+  PRIM void ask_gates(const Stage& at, const GATE* from, int tokens) const {
     const int64_t stride = (int64_t)work.HV * HEAD_K;
+    constexpr int BYTES = 4 * sizeof(GATE);
     const int four = lane % 16, row = lane / 16, from_channel = half * BOX + 4 * four;
     from += row * stride + from_channel;
     char* to = fours(at, 0, four);
@@ -75,16 +83,16 @@ struct GateWarp {
       for (int i = 0; i < 8; i += 2, from += 2 * stride) {
         const bool inside = ALL || (first + i + row < tokens && from_channel < HEAD_K);
         const int place = (start ^ i * 8 * (int)sizeof(DTYPE)) + i * BOX * (int)sizeof(DTYPE);  // of row i further on
-        cp_async<16>(to + place, inside ? from : g, inside ? 16 : 0);
+        cp_async<BYTES>(to + place, inside ? from : g, inside ? BYTES : 0);
       }
     }
   }
 
   // Gates of a whole chunk, so that they are in the second-level cache when they are asked for.
   PRIM void expect(int c) const {
-    constexpr int LINE = 32;
+    constexpr int LINE = 128 / sizeof(GATE);
     if (HEAD_K != KP || work.tokens(c) < CHUNK) return;
-    const float* row = g + ((int64_t)c * CHUNK + lane) * work.HV * HEAD_K + half * BOX;
+    const GATE* row = g + ((int64_t)c * CHUNK + lane) * work.HV * HEAD_K + half * BOX;
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 32, row += (int64_t)32 * work.HV * HEAD_K)
 #pragma unroll
@@ -100,7 +108,8 @@ struct GateWarp {
       char* const rows = fours(at, first, lane / 2);
       Two gates[8];
 #pragma unroll
-      for (int i = 0; i < 8; i++) load_two(gates[i], (float*)(rows + own_offset(i)));
+      for (int i = 0; i < 8; i++) load_two(gates[i], (GATE*)(rows + own_gates(i)));
+      if (sizeof(GATE) < sizeof(float)) __syncwarp();  // sums take the place of others' gates
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         Two sum;
