@@ -249,6 +249,8 @@ class Session:
 
     def check_errors(self) -> str:
         """Calls that do not fit together are errors on every rank."""
+        if self.size == 1:
+            return "one rank fits itself"
         names = []
         for spoil in ("dtype", "K", "argument"):
             kind, K = np.float32, 64
@@ -396,6 +398,7 @@ class Session:
         residuals = self.cd.chunk_delta_rule_fwd(q, k, v, beta).residuals
         state = self.cupy.zeros((1, VALUE_HEADS, SIZE, SIZE), np.float32)
         told = self.cd.Transfer(state, state)
+        rows = self.cupy.zeros((16, 2 * state.size), np.float32)
         pieces = {"sequence_transfer": lambda: self.cd.sequence_transfer(k, v, beta)}
         for name, training in (("forward", False), ("forward with residuals", True)):
             begin = partial(cuda.begin_forward, call, "transfer", training)
@@ -408,6 +411,9 @@ class Session:
         pieces["forward with residuals"] = lambda: self.cd.chunk_delta_rule_fwd(q, k, v, beta)
         pieces["backward"] = lambda: self.cd.chunk_delta_rule_bwd(residuals, do)
         pieces["apply"] = lambda: told.apply(state)
+        for ranks in (2, 4, 16):
+            joined = partial(cuda.joined, rows, range(ranks), state.shape)
+            pieces[f"{ranks} ranks joined"] = joined
         row = {"T of a rank": T}
         row |= {name: round(self.time(once), 3) for name, once in pieces.items()}
         for size in (2**10, 2**21, 2**22, 2**26):

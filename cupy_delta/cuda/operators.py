@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ..workspace import left_aside
 from . import plan as plans
 from .runtime.execute import execute
 from .spec import Device, Plan, Tells
-from .tokens.affine import plan_affine
+from .tokens.affine import maps_of_rows, plan_affine
 
 
 def device_of(x) -> Device:
@@ -192,3 +193,15 @@ def affine(p, x, h):
     with device_of(p) as device, left_aside():
         plan = plan_affine(p.shape[:3], x.shape[3], x.dtype, h is not None)
         return execute(plan, {"p": p, "x": x, "h": h}, device)["y"]
+
+
+def joined(told, ranks: range, shape: tuple[int, int, int, int]):
+    """Return the state that the transfers in these rows of `told` leave, in the order of `ranks`.
+
+    A row holds P and H, (N, HV, K, V), of a rank; of the first only H counts.
+    """
+    if len(ranks) == 1:
+        return told[ranks[0], -math.prod(shape) :].reshape(shape)
+    with device_of(told) as device, left_aside():
+        plan = plan_affine(shape[:3], shape[3], told.dtype, True, maps_of_rows(ranks, shape))
+        return execute(plan, dict.fromkeys("pxh", told), device)["y"]

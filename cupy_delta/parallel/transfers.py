@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arrays import FLOAT_DTYPES, dtype_name, module_of
+from ..dispatch import backend_for
 from ..operators import chunk_delta_rule
 from ..raw import tokens_of
 from ..results import Transfer
@@ -128,11 +129,12 @@ def _by_gathering(communicator, transfer, through, direction):
     rank, size = communicator.rank, communicator.size
     every = communicator.all_gather(_packed(transfer))
     before = range(rank) if direction > 0 else range(size - 1, rank, -1)
-    state = module_of(transfer.h).zeros_like(transfer.h)
-    for other in before:
-        told = _unpacked(every[other], transfer)
-        state = told.apply(state) if through[other] else told.h
-    return state
+    if not before:
+        return module_of(transfer.h).zeros_like(transfer.h)
+    # What comes before a rank that nothing goes through ends there.
+    last = max(i for i, other in enumerate(before) if not through[other])
+    backend = backend_for(module_of(transfer.h).__name__)
+    return backend.joined(every, before[last:], transfer.h.shape)
 
 
 def _by_scan(communicator, transfer, through, direction):

@@ -125,6 +125,21 @@ def affine(p, x, h):
     return y
 
 
+def joined(told, ranks: range, shape: tuple[int, ...]):
+    """Return the state that the transfers in these rows of `told` leave, in the order of `ranks`.
+
+    A row holds P and H, (N, HV, K, V), of a rank; of the first only H counts.
+    """
+    N, HV, K = shape[:3]
+    maps = N * HV * K * K
+    state = None
+    for rank in ranks:
+        h = told[rank, maps:].reshape(shape)
+        p = told[rank, :maps].reshape(N, HV, K, K)
+        state = h if state is None else affine(p, state, h)
+    return state
+
+
 def _entering(problem: Problem, item: Item):
     if problem.initial_state is not None:
         return item.states(problem.initial_state, problem.state_dtype)

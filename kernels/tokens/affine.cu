@@ -1,20 +1,115 @@
-// Y = P X + H (ADD) or P X, for stacks of small matrices: states met by transfers.
+// Y = P_n (... P_2 (P_1 X + H_1) + H_2 ...) + H_n (ADD), or Y = P X, for stacks of small matrices: states met by
+// transfers, one after the other.
 //
-// Numbers: REAL products and sums, in ascending order of the inner index. Macros: REAL (float or double), ADD.
-// Grid: ceil(elements of Y / 256) blocks of 256 threads, one element each. No shared memory.
+// Numbers: REAL products and sums, in ascending order of the inner index. Macros: REAL (float or double), ADD, VECTOR
+// (elements of P that are read at once; it divides K).
+// Matrices of P, X and H begin so many elements after the arrays do, and those of later maps a step after those before.
+// Grid: matrices times ceil(columns / 16) blocks of 128 threads: 16 columns, of which a thread has two, in eight rows
+// of 128. Shared memory: a tile of P, 128 rows of 128 bytes with gaps, and the rows of X that it meets; the next tile,
+// which depends on nothing, is on its way meanwhile. What a map leaves is read from Y and the spare array in turns.
 #include "primitives/primitives.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
-    affine(const REAL* p, const REAL* x, const REAL* h, REAL* y, int64_t count, int K, int columns) {
-  const int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
-  if (i >= count) return;
-  const int column = (int)(i % columns), row = (int)(i / columns % K);
-  const int64_t matrix = i / ((int64_t)columns * K);
-  const REAL *p_row = p + (matrix * K + row) * K, *x_column = x + matrix * K * columns + column;
-  REAL sum = 0;
-  for (int k = 0; k < K; k++) sum += p_row[k] * x_column[(int64_t)k * columns];
+constexpr int THREADS = 128, COLUMNS = 16, OWN_COLUMNS = 2, OWN_ROWS = 8;
+constexpr int ACROSS = COLUMNS / OWN_COLUMNS, DOWN = THREADS / ACROSS, TILE_ROWS = DOWN * OWN_ROWS,
+              DEPTH = 128 / sizeof(REAL);
+constexpr int VECTORS = DEPTH / VECTOR, LOADS = TILE_ROWS * VECTORS / THREADS;
+constexpr int PITCH = VECTORS + 16 / sizeof(REAL) / VECTOR;  // rows that are read together lie in other banks
+
+struct alignas(VECTOR * sizeof(REAL)) Vector {
+  REAL at[VECTOR];
+};
+
+// The n-th tile of P that a block takes: of which map, from which row and inner index on.
+struct Tile {
+  int map, row, k;
+  PRIM Tile(int n, int K) {
+    const int across = (K + DEPTH - 1) / DEPTH, down = (K + TILE_ROWS - 1) / TILE_ROWS;
+    map = n / across / down, row = n / across % down * TILE_ROWS, k = n % across * DEPTH;
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    affine(const REAL* p, const REAL* x, const REAL* h, REAL* y, REAL* spare, int64_t p_at, int64_t x_at, int64_t h_at,
+           int64_t step, int maps, int K, int columns) {
+  DynSmem smem;
+  Vector* tile = smem.take<Vector>(TILE_ROWS * PITCH, "tile");
+  REAL* rows = smem.take<REAL>(DEPTH * COLUMNS, "rows");
+  smem.all_taken(SHARED_BYTES);
+  const int slices = (columns + COLUMNS - 1) / COLUMNS;
+  const int64_t matrix = blockIdx.x / slices, part = matrix * K * columns + blockIdx.x % slices * COLUMNS;
+  const int width = min(COLUMNS, columns - (int)(blockIdx.x % slices) * COLUMNS);
+  const int own_column = threadIdx.x % ACROSS, own_row = threadIdx.x / ACROSS;
+  p += p_at + matrix * K * K, x += x_at + part, y += part;
 #if ADD
-  sum += h[i];
+  h += h_at + part, spare += part;
 #endif
-  y[i] = sum;
+  // What map `map` leaves.
+  auto state = [&](int map) -> REAL* { return (maps - map) % 2 == 1 ? y : spare; };
+
+  Vector ahead[LOADS];
+  auto fetch = [&](Tile next) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      const int at = i * THREADS + threadIdx.x, row = next.row + at / VECTORS, k = next.k + at % VECTORS * VECTOR;
+      if (row < K && k < K) ahead[i] = *(const Vector*)(p + next.map * step + (int64_t)row * K + k);
+    }
+  };
+  REAL sums[OWN_ROWS][OWN_COLUMNS];
+  const int tiles = maps * ((K + DEPTH - 1) / DEPTH) * ((K + TILE_ROWS - 1) / TILE_ROWS);
+  fetch(Tile(0, K));
+  for (int n = 0; n < tiles; n++) {
+    const Tile now(n, K);
+    const int depth = min(DEPTH, K - now.k);
+    __syncthreads();  // the tile before is read, and what a map left is written
+    const REAL* before = (now.map == 0 ? x : state(now.map - 1)) + (int64_t)now.k * columns;
+#pragma unroll
+    for (int at = threadIdx.x; at < DEPTH * COLUMNS; at += THREADS) {
+      const int k = at / COLUMNS, column = at % COLUMNS;
+      rows[at] = k < depth && column < width ? before[(int64_t)k * columns + column] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      const int at = i * THREADS + threadIdx.x;
+      tile[at / VECTORS * PITCH + at % VECTORS] = ahead[i];
+    }
+    __syncthreads();
+    if (n + 1 < tiles) fetch(Tile(n + 1, K));
+
+    if (now.k == 0)
+#pragma unroll
+      for (int i = 0; i < OWN_ROWS; i++)
+#pragma unroll
+        for (int c = 0; c < OWN_COLUMNS; c++) sums[i][c] = 0;
+#pragma unroll 4
+    for (int k = 0; k < depth; k += VECTOR) {
+      REAL s[VECTOR][OWN_COLUMNS];
+#pragma unroll
+      for (int j = 0; j < VECTOR; j++)
+#pragma unroll
+        for (int c = 0; c < OWN_COLUMNS; c++) s[j][c] = rows[(k + j) * COLUMNS + own_column + c * ACROSS];
+#pragma unroll
+      for (int i = 0; i < OWN_ROWS; i++) {
+        const Vector factors = tile[(own_row + i * DOWN) * PITCH + k / VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+#pragma unroll
+          for (int c = 0; c < OWN_COLUMNS; c++) sums[i][c] += factors.at[j] * s[j][c];
+      }
+    }
+    if (now.k + DEPTH < K) continue;
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++) {
+      const int row = now.row + own_row + i * DOWN;
+#pragma unroll
+      for (int c = 0; c < OWN_COLUMNS; c++) {
+        const int column = own_column + c * ACROSS;
+        if (row >= K || column >= width) continue;
+        const int64_t at = (int64_t)row * columns + column;
+#if ADD
+        sums[i][c] += h[now.map * step + at];
+#endif
+        state(now.map)[at] = sums[i][c];
+      }
+    }
+  }
 }

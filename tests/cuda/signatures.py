@@ -82,7 +82,7 @@ ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "token_factors": dict(beta=("beta", "logits"), g=("g", "a")),
     "decode": dict(g=("g", "a"), beta=("beta", "logits")),
     "decode_products": dict(g=("g", "a"), beta=("beta", "logits")),
-    "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq", "dk")),
+    "l2norm": dict(x=("q", "k"), y_or_dx=("q", "k", "dq"), x2=("k",), y_or_dx2=("k", "dk")),
 }
 KEYWORDS = {"d_o": "do"}
 # Sizes that a call has no name for.

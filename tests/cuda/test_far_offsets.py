@@ -17,6 +17,7 @@ import cupy_delta as cd
 from cupy_delta.call import Call
 from cupy_delta.cuda import plan as plans
 from cupy_delta.cuda.runtime.execute import execute
+from cupy_delta.cuda.tokens.l2norm import rows_of_block
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 BEFORE, TOKENS, HEADS = 2**26, 70, 2
@@ -58,7 +59,10 @@ class FarDevice(EmulatorDevice):
 
 def blocks_of_the_last_sequence(launch):
     if launch.entry == "l2norm":
-        return -(-TOKENS * HEADS // 8)
+        arrays = 1 if launch.arguments[2] is None else 2
+        macros = dict(launch.defines)
+        rows = rows_of_block(macros["HEAD_K"], 4 if macros["DTYPE"] == "float" else 2)
+        return arrays * -(-TOKENS * HEADS // rows)
     if launch.entry == "token_factors":
         return 1  # of four slots: one that no chunk has, then those of the last sequence
     if launch.grid < 2**16:

@@ -13,7 +13,7 @@ from cupy_delta.call import Call
 from cupy_delta.cuda.plan import halves, made
 from cupy_delta.cuda.runtime.sources import kernel_folder
 from cupy_delta.cuda.spec import GATES, DeviceFacts, Launch, Plan
-from cupy_delta.cuda.tokens.affine import plan_affine
+from cupy_delta.cuda.tokens.affine import maps_of_rows, plan_affine
 from cupy_delta.raw import RawBeta, RawGate
 
 pytestmark = pytest.mark.fast
@@ -123,15 +123,36 @@ def test_every_kernel_is_looked_at():
 def test_arguments_of_kernels_that_no_operation_is_planned_with(launch):
     parameters = signature(text_of(launch), launch.entry, dict(launch.defines))
     for p, argument in zip(parameters, launch.arguments, strict=True):
-        assert p.pointer == isinstance(argument, str)
-        assert p.name == argument if p.pointer else argument.dtype == DTYPES[p.type]
+        if p.pointer:
+            assert argument in (p.name, None)
+        else:
+            assert argument.dtype == DTYPES[p.type]
 
 
 def test_the_sizes_of_a_transfer_applied():
     (launch,) = plan_affine((2, 3, 5), 7, np.dtype(np.float32), True).launches
     parameters = signature(text_of(launch), launch.entry, dict(launch.defines))
-    assert [p.name for p in parameters] == ["p", "x", "h", "y", "count", "K", "columns"]
-    assert launch.arguments == ("p", "x", "h", "y", 2 * 3 * 5 * 7, 5, 7)
+    assert [p.name for p in parameters[5:]] == [
+        "p_at",
+        "x_at",
+        "h_at",
+        "step",
+        "maps",
+        "K",
+        "columns",
+    ]
+    assert launch.arguments == ("p", "x", "h", "y", None, 0, 0, 0, 0, 1, 5, 7)
+
+
+def test_where_transfers_of_ranks_begin():
+    shape = 2, 3, 5, 7
+    P, row = 2 * 3 * 5 * 5, 2 * 3 * 5 * (5 + 7)
+    for ranks, step in ((range(1, 4), row), (range(5, 2, -1), -row)):
+        maps = maps_of_rows(ranks, shape)
+        (launch,) = plan_affine(shape[:3], 7, np.dtype(np.float32), True, maps).launches
+        first, second = ranks[0] * row, ranks[1] * row
+        begin = second, first + P, second + P
+        assert launch.arguments == ("p", "x", "h", "y", "spare", *begin, step, 2, 5, 7)
 
 
 def test_every_alias_is_needed():
