@@ -115,7 +115,7 @@ struct GateWarp {
         Two sum;
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          x[c] += 1.44269504f * (gates[i][c] < LOWEST ? LOWEST : gates[i][c]);  // NaN stays
+          x[c] = fmaf(1.44269504f, gates[i][c] < LOWEST ? LOWEST : gates[i][c], x[c]);  // NaN stays
           sum[c] = x[c] + base[c];
         }
         store_two((float*)(rows + own_offset(i)), sum);
