@@ -36,19 +36,21 @@ def find(
     A CuPy array keeps its memory, its device and its dtype as long as it lives. Only its shape can
     be assigned, and its strides follow. So the same objects with the shapes that they had are the
     same call, which has passed every check. A gate or strength of raw parameters is frozen.
+    Of what is gone a reference gives None, as of what was never given, so None is told by itself.
     """
     kept = _kept.get(id(state))
-    if kept is None:
+    if kept is None or q is None or k is None or v is None or beta is None or out is None:
         return None
     given, shapes, others, options, again = kept
     q_, k_, v_, beta_, g_, out_, state_, read_, written_, ends_, accepted_ = given
-    scale_, type_, qk_l2norm_, state_layout_ = options
+    ungated, scale_, type_, qk_l2norm_, state_layout_ = options
     if (
         q_() is q
         and k_() is k
         and v_() is v
         and beta_() is beta
         and g_() is g
+        and (g is None) is ungated
         and out_() is out
         and state_() is state
         and read_() is state_indices
@@ -90,6 +92,6 @@ def keep(passed: Passed | None, arguments: tuple) -> None:
         tuple(_nothing if x is None else ref(x) for x in arrays),
         tuple(x.shape for x in (q, k, v, out, state)),
         tuple((ref(x), x.shape) for x in others if x is not None),
-        (scale, type(scale), qk_l2norm, state_layout),
+        (g is None, scale, type(scale), qk_l2norm, state_layout),
         passed.again,
     )

@@ -149,6 +149,24 @@ def test_an_array_at_the_address_of_one_that_is_gone_is_another(device, monkeypa
         call("delta_rule_step", other)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "g", "out", "state_indices", "accepted"])
+@pytest.mark.parametrize("arguments", [step, raw_step])
+def test_none_is_not_what_is_gone(device, arguments, name):
+    """Nor is a gate that is gone none, while its parameters are there."""
+    given = arguments()
+    given |= {x: FakeArray(np.zeros(2, np.int64)) for x in ("state_indices", "accepted")}
+    kept = [vars(given[x]) for x in ("beta", "g") if not isinstance(given[x], FakeArray)]
+    call("delta_rule_step", given)
+    device.asked.clear()
+    given[name] = None
+    if name in ("q", "k", "v", "beta"):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            call("delta_rule_step", given)
+    else:
+        call("delta_rule_step", given)
+    assert AGAIN not in device.asked and len(kept) in (0, 2)
+
+
 def test_new_arrays_of_the_same_memory_are_not_kept_every_time(device, monkeypatch):
     kept, keep = [], repeated._kept.__class__.__setitem__
 
