@@ -75,10 +75,10 @@ class Caller:
         """Return what may be given beside arrays that are always there."""
         logits, per_head = (self.random.choice(self.arrays[n]) for n in ("logits", "per_head"))
         number, indices = self.random.choice([1.0, 2.0]), np.arange(B)
+        bounded = cd.SigmoidGate(logits, per_head, None, -number)
         return dict(
             beta=[fake("logits"), cd.SigmoidBeta(logits), cd.SigmoidBeta(logits, number)],
-            g=[None, logits, cd.SoftplusGate(logits, per_head, per_head)]
-            + [cd.SigmoidGate(logits, per_head, None, -number)],
+            g=[None, logits, cd.SoftplusGate(logits, per_head, per_head), bounded],
             state_indices=[FakeArray(indices), FakeArray(indices.astype(np.int32)), indices],
         )[name]
 
