@@ -10,9 +10,10 @@ from .raw import by_name
 
 _nothing = type(None)  # called, it returns None, as the reference to an array that is gone does
 
-# By the pool's identity: references to the arguments, shapes of those that are always arrays, the
-# other arrays with their shapes, options, and the launch.
-_kept: dict[int, tuple] = {}
+# By the identities of the pool and of what steps that take turns on one differ in, `out` and
+# `accepted`: references to the arguments, shapes of those that are always arrays, the other arrays
+# with their shapes, options, and the launch.
+_kept: dict[tuple[int, int, int], tuple] = {}
 
 
 def find(
@@ -38,8 +39,8 @@ def find(
     same call, which has passed every check. A gate or strength of raw parameters is frozen.
     Of what is gone a reference gives None, as of what was never given, so None is told by itself.
     """
-    kept = _kept.get(id(state))
-    if kept is None or q is None or k is None or v is None or beta is None or out is None:
+    kept = _kept.get((id(state), id(out), id(accepted)))
+    if kept is None or q is None or k is None or v is None or beta is None:
         return None
     given, shapes, others, options, again = kept
     q_, k_, v_, beta_, g_, out_, state_, read_, written_, ends_, accepted_ = given
@@ -84,11 +85,11 @@ def keep(passed: Passed | None, arguments: tuple) -> None:
     if passed.missed & (passed.missed - 1):
         return
     *arrays, scale, qk_l2norm, state_layout = arguments
-    q, k, v, beta, g, out, state, *named = arrays
-    others = (*by_name(beta, g).values(), *named)
+    q, k, v, beta, g, out, state, *named, accepted = arrays
+    others = (*by_name(beta, g).values(), *named, accepted)
     if len(_kept) >= KEPT_PLACES:
         _kept.clear()
-    _kept[id(state)] = (
+    _kept[id(state), id(out), id(accepted)] = (
         tuple(_nothing if x is None else ref(x) for x in arrays),
         tuple(x.shape for x in (q, k, v, out, state)),
         tuple((ref(x), x.shape) for x in others if x is not None),

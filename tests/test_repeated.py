@@ -43,6 +43,11 @@ def raw_step():
     return arguments | dict(beta=cupy_delta.SigmoidBeta(logits), g=gate)
 
 
+def place(given):
+    """Return by what a step is kept."""
+    return tuple(id(given.get(name)) for name in ("state", "out", "accepted"))
+
+
 def unlooked(monkeypatch):
     """Let nothing but `find` look at a call."""
     monkeypatch.setattr(operators.checks, "step_problem", None)
@@ -57,6 +62,21 @@ def test_the_same_arrays_are_the_same_launch(device, monkeypatch, arguments):
     for _ in range(3):
         assert call("delta_rule_step", given) is given["out"]
     assert device.asked == [AGAIN] * 3
+
+
+@pytest.mark.parametrize("name", ["accepted", "out"])
+def test_steps_that_take_turns_on_a_pool_are_each_found(device, monkeypatch, name):
+    """As those that verify drafts and commit them do, and those with two arrays for outputs."""
+    given = step() | dict(accepted=FakeArray(np.zeros(2, np.int64)))
+    turns = [given, given | {name: copy.copy(given[name])}]
+    turns[1][name].address += 1 << 10
+    for one in turns:
+        call("delta_rule_step", one)
+    unlooked(monkeypatch)
+    device.asked.clear()
+    for one in turns * 3:
+        call("delta_rule_step", one)
+    assert device.asked == [AGAIN] * 6
 
 
 @pytest.mark.parametrize("arguments", [step, raw_step])
@@ -141,9 +161,9 @@ def test_an_array_at_the_address_of_one_that_is_gone_is_another(device, monkeypa
     """Python makes objects where others were: an id is none of an array alone."""
     given = step()
     call("delta_rule_step", given)
-    kept = repeated._kept[id(given["state"])]
+    kept = repeated._kept[place(given)]
     other = step()
-    monkeypatch.setitem(repeated._kept, id(other["state"]), kept)
+    monkeypatch.setitem(repeated._kept, place(other), kept)
     unlooked(monkeypatch)
     with pytest.raises(TypeError, match="not callable"):
         call("delta_rule_step", other)
@@ -180,7 +200,7 @@ def test_new_arrays_of_the_same_memory_are_not_kept_every_time(device, monkeypat
     alike = [{n: copy.copy(x) for n, x in given.items()} for _ in range(20)]
     for one in alike:
         call("delta_rule_step", one)
-    assert kept == [id(alike[i]["state"]) for i in (0, 1, 3, 7, 15)]
+    assert kept == [place(alike[i]) for i in (0, 1, 3, 7, 15)]
     assert device.asked.count(AGAIN) == 19
 
 
@@ -191,7 +211,7 @@ def test_few_launches_are_kept(device, monkeypatch):
     for given in steps:
         call("delta_rule_step", given)
         assert len(repeated._kept) <= 3
-    assert id(steps[-1]["state"]) in repeated._kept
+    assert place(steps[-1]) in repeated._kept
 
 
 def test_what_is_told_by_the_object_is_fixed_in_cupy():
