@@ -135,8 +135,9 @@ class Kernel:
         Macros, placed before the source.
     sm : int
         Architecture the body is specialised for, e.g. 80.
-    leg : {"source", "ptx"}
-        What runs: the source with the primitives' host twins, or what NVRTC makes of it.
+    leg : {"source", "ptx", "fused"}
+        What runs: the source with the primitives' host twins, or what NVRTC makes of it, where the
+        bits are to be the source's or multiplications and sums are fused as on a GPU.
     """
 
     def __init__(
@@ -155,10 +156,10 @@ class Kernel:
         roots = [KERNELS, HERE / "include", *([] if inside else [path.parent])]
         unit = "".join(f"#define {name} {value}\n" for name, value in (defines or {}).items())
         unit += f'#include "{file}"\n'
-        if leg == "ptx":
-            self._interpret(unit, sm, roots)
-        else:
+        if leg == "source":
             self._load(unit, sm, roots, f"{path.stem}-source")
+        else:
+            self._interpret(unit, sm, roots, fused=leg == "fused")
 
     def _load(self, unit: str, sm: int, roots: list[Path], name: str) -> None:
         """Compile the source and look up what it exports."""
@@ -175,11 +176,11 @@ class Kernel:
         self.cluster = getattr(self.library, f"emulator_cluster_{self.entry}")()
         self._program: list = []
 
-    def _interpret(self, unit: str, sm: int, roots: list[Path]) -> None:
+    def _interpret(self, unit: str, sm: int, roots: list[Path], fused: bool) -> None:
         """Read the program that NVRTC makes of it."""
         # What only sm_90a has, kernels for 9.0 may use.
         arch = "compute_90a" if sm == 90 else f"compute_{sm}"
-        program = ptx.compiled(unit, self.entry, arch, roots)
+        program = ptx.compiled(unit, self.entry, arch, roots, fused)
         self.sizes, self.cluster = program.sizes, program.cluster
         self._function = ctypes.cast(runtime().emulator_interpret, ctypes.c_void_p)
         self._program = [interpreted(program.text)]  # the first argument of the interpreter

@@ -186,14 +186,14 @@ def translate(ptx: str, entry: str) -> Program:
     return Entry(m[1], ptx[m.end() : brace.start()], files).program(cluster_size(m[2]))
 
 
-def compiled(unit: str, entry: str, arch: str, roots: list[Path]) -> Program:
+def compiled(unit: str, entry: str, arch: str, roots: list[Path], fused: bool = False) -> Program:
     """Return the program of an entry of a CUDA source.
 
-    It has no fused multiply-adds, as the twins have none. The architecture is a virtual one,
-    ``"compute_80"``, so that no time goes into machine code. The source includes files of kernels/
-    and of `roots`.
+    Unless `fused` it has no fused multiply-adds, as the twins have none. The architecture is a
+    virtual one, ``"compute_80"``, so that no time goes into machine code. The source includes files
+    of kernels/ and of `roots`.
     """
-    options = ("-fmad=false", "-lineinfo")
+    options = (f"-fmad={str(fused).lower()}", "-lineinfo")
     digest = digest_of(unit, [nvrtc.KERNELS, *roots], nvrtc.version(), arch, *options)
 
     def compile_(part: Path) -> None:

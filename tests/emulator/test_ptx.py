@@ -92,6 +92,20 @@ def test_instructions_have_the_values_of_their_definition(monkeypatch, statement
     assert y[1] == STATEMENTS[statements]
 
 
+SUM_OF_A_PRODUCT = """#include "primitives/primitives.cuh"
+extern "C" __global__ void k(float* y, float a, float b) { y[0] = a * a + b; }
+"""
+
+
+@pytest.mark.parametrize(("leg", "sum_"), [("source", 0), ("ptx", 0), ("fused", 2.0**-24)])
+def test_only_one_leg_fuses(tmp_path, leg, sum_):
+    source, y = tmp_path / "k.cu", empty(1, np.float32, "y")
+    source.write_text(SUM_OF_A_PRODUCT)
+    numbers = np.float32(1 + 2.0**-12), np.float32(-1 - 2.0**-11)
+    Kernel(source, "k", leg=leg).launch(1, 1, 0, [y, *numbers])
+    assert y[0] == sum_
+
+
 def test_an_unknown_instruction_stops_the_program():
     entry = ".visible .entry k()\n{\n .reg .b32 %r<2>;\n brev.b32 %r0, %r1;\n ret;\n}\n"
     with pytest.raises(ptx.UnknownInstruction, match=r"brev\.b32"):
