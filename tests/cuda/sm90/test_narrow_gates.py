@@ -1,7 +1,7 @@
 """Gates per key channel of 16 bits, which kernels for compute capability 9.0 read as they are.
 
-Results are those of the same gates in float32, to the bit, also where the compiler has fused what it
-may: in two programs it may fuse one expression in one of them alone.
+Results are those of the same gates in float32, to the bit, also where the compiler has fused what
+it may: of one expression in two programs it may fuse one alone.
 """
 
 import ml_dtypes
