@@ -15,6 +15,11 @@
 // tokens; with CUT these scale rows. Two load K and Q and solve the core in the place of M. Walkers bring V for
 // themselves, to where O has just left. mbarriers hand stages over. Roles: sm90/channel_forward/.
 //
+// Of ragged sequences the last chunk's rows past the end are another's: those who read them first make zeros of K and V
+// there, and O leaves row by row. A call with a sequence of more than `most` chunks, whose block would be walking
+// when all others are done, is declined: every block sees that, one says it to the kernels launched for that, and all
+// leave.
+//
 // What leads from block to block and from chunk to chunk are powers of two (sm90/channel_forward/gates.cuh), the state
 // in units of its own, so that rows are rounded once.
 //
@@ -22,11 +27,12 @@
 // blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term.
 //
 // Macros: DTYPE (bf16), GATE (float or DTYPE), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2),
-// VARLEN (0), STATE_VK; CUT; IF_DECLINED (leaves at once if segments were walked). Grid: B * HV blocks of 512 threads,
-// with CUT B * segments * HV. Shared memory: two stages of K and Q, three of the sums of gates, of Pqk and of powers of
-// two; V and O; pairs of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
+// VARLEN, STATE_VK; CUT, of sequences of one length; IF_DECLINED (leaves at once if segments were walked). Grid: N * HV
+// blocks of 512 threads, with CUT B * segments * HV. Shared memory: two stages of K and Q, three of the sums of gates,
+// of Pqk and of powers of two; V and O; pairs of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
+#include "sm90/channel_forward/ragged.cuh"
 #if CUT
 #include "sm90/channel_forward/lead.cuh"
 #else
@@ -44,7 +50,7 @@ PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap
   const int warpgroup = uniform(threadIdx.x / 128), thread = threadIdx.x % 128;
   const Part part = {warpgroup * 64, work.hv, work.HV, warpgroup, thread};
   const int value = part.column + part.warp() * 16, lane = part.lane();
-  const int64_t state = ((int64_t)work.batch * work.HV + work.hv) * HEAD_K * HEAD_V;
+  const int64_t state = ((int64_t)work.n * work.HV + work.hv) * HEAD_K * HEAD_V;
   float S[K_TILES][4];
   clear(S);
   if (initial != nullptr && work.begins) {
@@ -92,6 +98,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if CUT
                            const int* leads, DTYPE* lead_p, int* declined, int segments, int first, int length,
 #endif
+#if VARLEN
+                           const int64_t* cu_seqlens, DTYPE* o, int* declined, int N, int most,
+#endif
                            float scale, int T, int H, int HV) {
 #if CUT
   const int longest = longest_lead(leads, gridDim.x / segments * (segments - 1));
@@ -102,6 +111,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #elif IF_DECLINED
   if (*declined == 0) return;
 #endif
+#if VARLEN
+  const bool declines = longest_sequence(cu_seqlens, N, T) > most * CHUNK;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *declined = declines;
+  if (declines) return;
+#else
+  const int64_t* const cu_seqlens = nullptr;
+  DTYPE* const o = nullptr;
+#endif
   const int warpgroup = uniform(threadIdx.x / 128);
   DynSmem smem;
   const Shared s = take_shared(smem);
@@ -110,15 +127,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Work work = find_work(T, H, HV, {segments, first, length}, leads, longest, s);
   work.declined = declined, work.p = (uint4*)lead_p + blockIdx.x * K_STEPS * 128 * MATH;
 #else
-  const Work work = find_work(T, H, HV);
+  const Work work = find_work(cu_seqlens, T, H, HV);
 #endif
+  if (VARLEN && work.chunks == 0) return keep_state(initial_state, final_state);
   if (threadIdx.x == 0) init_barriers(s);
   // Zeros of Pqk above its blocks, which stay.
   for (int i = threadIdx.x; i < STAGES * TILE / 8; i += THREADS) *(uint4*)&s.p[i * 8] = {};
   async_proxy_fence();
   __syncthreads();
   if (warpgroup < MATH) {
-    walk(s, work, {&o_map, nullptr}, &v_map, initial_state, final_state, scale);
+    walk(s, work, {&o_map, o}, &v_map, initial_state, final_state, scale);
   } else if (warpgroup == MATH) {
     fewer_registers<FACTOR_REGISTERS>();
     in_parts(s, work,

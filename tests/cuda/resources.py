@@ -140,6 +140,7 @@ HOPPER_CALLS = (
             dict(B=5, H=32, T=8192),
             dict(H=8, T=32768),
             dict(B=4, H=32, T=8192, narrow_gate=True),
+            dict(B=4, H=32, T=32768, varlen=True),
             dict(H=8, T=32768, narrow_gate=True),
         )
     ),

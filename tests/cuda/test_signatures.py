@@ -47,6 +47,7 @@ def cases():
         yield "forward", one, H200
         yield "forward", replace(one, B=1, N=1, T=70000), H200
         yield "backward", one, H200
+        yield "forward", replace(one, B=1, T=154000, varlen=True), H200
     for facts, gate in itertools.product((A100, H200), GATES):
         yield "backward", replace(call, dtype=FLOAT_DTYPES["float16"], gate=gate), facts
     for bias in ("head", "channel", None):

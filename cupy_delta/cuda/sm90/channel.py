@@ -23,7 +23,7 @@ from ..spec import (
     variant,
 )
 from ..tokens.l2norm import normalised, through_norm
-from . import channel_cut, channel_whole, cost
+from . import channel_cut, channel_ragged, channel_whole, cost
 from .backward import walk_launches
 from .segments import segment_arrays
 from .tiles import BOX, CHUNK
@@ -43,15 +43,16 @@ RESIDENT, WAITING = 2, (2, CHUNK, KEYS)
 
 def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
     """Plan `chunk_delta_rule`."""
-    supported = channel_whole.supports_whole(call)
-    if supported and cost.takes_whole(call, facts):
-        plan = channel_whole.plan_whole(call)
-    else:
-        plan = channel_walked(call, cost.choose_channel_forward(call, facts))
-    cut = cost.choose_cut(call, facts) if supported else None
-    if cut is None:
-        return plan
-    return channel_cut.plan_cut(call, cut, plan, common=len(normalised(call, "q", "k")[0]))
+    walked = channel_walked(call, cost.choose_channel_forward(call, facts))
+    common = len(normalised(call, "q", "k")[0])
+    if not channel_whole.supports_whole(call):
+        return walked
+    if call.varlen:
+        most = cost.longest_whole(call, facts)
+        return channel_ragged.plan_ragged(call, most, walked, common) if most else walked
+    plan = channel_whole.plan_whole(call) if cost.takes_whole(call, facts) else walked
+    cut = cost.choose_cut(call, facts)
+    return plan if cut is None else channel_cut.plan_cut(call, cut, plan, common)
 
 
 def plan_training(call: Call, facts: DeviceFacts) -> Plan:

@@ -19,7 +19,7 @@ OWN_PAIRS = 384  # floats of a block and half of the channels
 
 def supports_whole(call: Call) -> bool:
     """Whether one kernel computes a call."""
-    return call.dtype.name == "bfloat16" and not call.varlen and call.K == call.V == HEAD
+    return call.dtype.name == "bfloat16" and call.K == call.V == HEAD
 
 
 def plan_whole(call: Call) -> Plan:
@@ -46,20 +46,26 @@ def channel_forward_shared(cut: bool = False) -> int:
     return -(-end // BARRIER) * BARRIER + barriers * BARRIER
 
 
-def channel_forward_hopper_launch(call: Call, cut: Cut | None = None) -> Launch:
-    """The walk, factors included, a block per sequence or segment and value head."""
+def channel_forward_hopper_launch(call: Call, cut: Cut | None = None, most: int = 0) -> Launch:
+    """The walk, factors included, a block per sequence or segment and value head.
+
+    Of ragged sequences `most` is how many chunks the longest may have.
+    """
     p = call
     defines = variant(p, CHUNK, STATE_VK=int(p.state_layout == "vk"), GATE=gate_type(p))
     segments: tuple = ()
     if cut is not None:
         defines = (*defines, ("CUT", 1))
         segments = ("leads", "lead_p", "declined", *(i32(x) for x in cut))
+    ragged: tuple = ()
+    if p.varlen:
+        ragged = ("cu_seqlens", "o", "declined", i32(p.N), i32(most))
     keys, values = (p.B, p.T, p.H, p.K), (p.B, p.T, p.HV, p.V)
     return Launch(
         "sm90/channel_forward.cu",
         "channel_forward_hopper",
         defines,
-        p.B * (cut.segments if cut else 1) * p.HV,
+        p.N * (cut.segments if cut else 1) * p.HV,
         128 * (MATH + 2),
         channel_forward_shared(cut is not None),
         (
@@ -72,6 +78,7 @@ def channel_forward_hopper_launch(call: Call, cut: Cut | None = None) -> Launch:
             "initial_state",
             "final_state",
             *segments,
+            *ragged,
             np.float32(p.scale),
             i32(p.T),
             i32(p.H),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -53,6 +54,8 @@ GATED_BACKWARD = Rates({1: 1.95, 2: 2.65}, {1: 1.6, 2: 1.9}, looks=8.0)
 # is predicted here, and of the walk that makes them, in one kernel: so that 80 heads of 8192
 # tokens take it, the fewest for which it was timed and is faster. Measured on an H200.
 CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 5.3
+# The latter of ragged sequences.
+CHANNEL_RAGGED = 5.8
 
 # Chunks of the one kernel before a segment's own: of gates of mean -1 the lead, and what its roles
 # are apart. A lead has at most so many, as sm90/channel_leads.cu counts them.
@@ -197,6 +200,23 @@ def whole_cost(call: Call, facts: DeviceFacts) -> float:
     """Return the predicted microseconds of the one kernel."""
     rounds = -(-call.N * call.HV // facts.sm_count)
     return rounds * (chunks_per_sequence(call) + APART) * CHANNEL_WHOLE
+
+
+def longest_whole(call: Call, facts: DeviceFacts) -> int:
+    """Return how many chunks the longest of ragged sequences may have for the one kernel.
+
+    So that it is predicted to take less time than factors and walks; 0 if it does not where all
+    have the same length. Of more blocks than multiprocessors, one of the longest begins when others
+    are done: beside the load of a multiprocessor half of it counts, or as much as with equal ones.
+    """
+    others, chunks, blocks = walked_cost(call, facts), chunks_per_sequence(call), call.N * call.HV
+    if LOSS * others < DECLINED:
+        return 0
+    most = (others - DECLINED) / CHANNEL_RAGGED - APART
+    if blocks > facts.sm_count:
+        turns = blocks / facts.sm_count
+        most = min(most, (most - turns * chunks) / max(0.5, math.ceil(turns) - turns))
+    return int(most) if most > chunks else 0
 
 
 def walked_cost(call: Call, facts: DeviceFacts) -> float:

@@ -35,7 +35,7 @@ static_assert(RINGS % (2 * KEY_STAGES) == 0 && RINGS % (2 * STAGES) == 0, "from 
 PRIM Work find_work(int T, int H, int HV, const Segments& cut, const int* leads, int longest, const Shared& s) {
   Work w;
   const int hv = blockIdx.x % HV, part = blockIdx.x / HV, segment = uniform(part % cut.count);
-  w.hv = uniform(hv), w.batch = uniform(part / cut.count), w.h = uniform(hv / (HV / H)), w.HV = HV;
+  w.hv = uniform(hv), w.n = w.batch = uniform(part / cut.count), w.h = uniform(hv / (HV / H)), w.HV = HV;
   w.begins = segment == 0, w.ends = segment == cut.count - 1;
   if (!w.begins) w.lead = uniform(leads[(w.batch * (cut.count - 1) + segment - 1) * HV + w.hv]);
   const int chunk = w.begins ? 0 : cut.first + (segment - 1) * cut.length - w.lead;

@@ -223,6 +223,15 @@ struct ScaleWarp {
     __syncwarp();  // the rows are about to be overwritten
   }
 
+  // K is zero in rows from `tokens` on, which are another sequence's; those of Q make rows of O that nobody stores.
+  PRIM void clear_past(int tokens) const {
+#pragma unroll 1
+    for (int row = max(tokens, block * BLOCK) + lane / 8; row < (block + 1) * BLOCK; row += 4)
+#pragma unroll
+      for (int n = 0; n < TURNS / 2; n++) eight(at.k, piece_place(row, (box + n) * 8 + lane % 8)) = {};
+    __syncwarp();
+  }
+
   // Own pairs of rows that are within range, and of those that are not.
   PRIM void run(Pairs& own, Pairs& beyond, int within) const {
     if (within == BLOCK) {

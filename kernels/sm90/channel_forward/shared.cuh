@@ -8,7 +8,8 @@
 #ifndef CUT
 #define CUT 0
 #endif
-static_assert(CHUNK == 64 && VARLEN == 0, "whole sequences of one length, in chunks of wgmma's 64 rows");
+static_assert(CHUNK == 64, "chunks of wgmma's 64 rows");
+static_assert(!VARLEN || !CUT, "ragged sequences are walked whole");
 static_assert(HEAD_K > 64 && HEAD_K <= 128 && HEAD_V > 64 && HEAD_V <= 128, "two tiles of either");
 static_assert(!IsHalf<DTYPE>::value, "keys within a block need the exponents of a float");
 constexpr int KP = 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8, TILE = CHUNK * BOX;
@@ -135,7 +136,8 @@ struct Stage {
 // What a block works on: a sequence, or with CUT a segment of it and the chunks of its lead, and a value head.
 struct Work {
   Sequence sequence;
-  int chunks, h, hv, HV, batch;
+  int chunks, h, hv, HV;
+  int batch, n;                     // the row of the tensor maps, and the sequence
   int start = 0;                    // coordinate of its first token in the tensor maps
   bool begins = true, ends = true;  // with the sequence
   // With CUT: how many chunks come before its own; with which of all those that walk look whether the call is declined;
@@ -148,12 +150,17 @@ struct Work {
 };
 // The same in all threads, and said to be: what the compiler believes to differ takes registers that there are not.
 #if !CUT
-PRIM Work find_work(int T, int H, int HV) {
+PRIM Work find_work(const int64_t* cu_seqlens, int T, int H, int HV) {
   Work w;
-  const int hv = blockIdx.x % HV, batch = blockIdx.x / HV;
-  w.hv = uniform(hv), w.batch = uniform(batch), w.h = uniform(hv / (HV / H)), w.HV = HV;
-  w.sequence = find_sequence<CHUNK>(nullptr, w.batch, T);
-  w.chunks = uniform((T + CHUNK - 1) / CHUNK);
+  const int hv = blockIdx.x % HV, n = blockIdx.x / HV;
+  w.hv = uniform(hv), w.n = uniform(n), w.h = uniform(hv / (HV / H)), w.HV = HV;
+  w.batch = VARLEN ? 0 : w.n;
+  w.sequence = find_sequence<CHUNK>(cu_seqlens, w.n, T);
+  if (VARLEN) {
+    w.start = uniform((int)w.sequence.first);
+    w.sequence.first = w.start, w.sequence.tokens = uniform(w.sequence.tokens);
+  }
+  w.chunks = uniform((w.sequence.tokens + CHUNK - 1) / CHUNK);
   return w;
 }
 #endif

@@ -64,6 +64,7 @@ struct Walker {
       mbarrier_wait(s.factors_full + stage, place.stage.parity);
       read_halves(R, O, at, s.keys_free + place.key.stage);
       mbarrier_wait(s.values_full + part.warpgroup, c % 2);
+      if (VARLEN && work.tokens(c) < CHUNK) clear_values(work.tokens(c));
       add_values(R);
       mbarrier_wait(s.core_full + stage, place.stage.parity);
       correct(R, at);
@@ -84,6 +85,7 @@ struct Walker {
     mbarrier_wait(s.sums_full + stage, place.stage.parity);
     const ScaleWarp<2> rows = {at, block, half, lane};
     const int within = min(at.within[block], at.within[COUNT + block]);
+    if (VARLEN && work.tokens(c) < CHUNK) rows.clear_past(work.tokens(c));
     Pairs own = {}, beyond = {};
     rows.run(own, beyond, within);
     own.make_up();
@@ -140,6 +142,13 @@ struct Walker {
       pin(state);
     }
     say(read);
+  }
+  // V is zero in rows from `tokens` on, which are another sequence's.
+  PRIM void clear_values(int tokens) const {
+#pragma unroll 1
+    for (int row = tokens + part.lane() / 2; row < CHUNK; row += 16)
+      eight(box(), swizzled(row, part.warp() * 16 + part.lane() % 2 * 8)) = {};
+    __syncwarp();
   }
   PRIM void add_values(float (&R)[8][4]) const {
 #pragma unroll
