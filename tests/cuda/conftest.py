@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out cases that are not for the ptx leg, by the marker of that name.
+    """Leave out cases that are not for a leg of NVRTC's, by the marker `ptx_leg`.
 
     With --on-gpu, leave out what is about the emulator, the compiler or a stand-in alone.
     """
@@ -57,7 +57,8 @@ def has_its_leg(item):
     """Tell whether a case runs on its leg: sizes and values that legs have in common need one."""
     marker = item.get_closest_marker("ptx_leg")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if marker is None or "ptx" not in (parameters.get("emulated"), parameters.get("leg")):
+    legs = parameters.get("emulated"), parameters.get("leg")
+    if marker is None or not {"ptx", "fused"}.intersection(legs):
         return True
     return all(parameters[name] in values for name, values in marker.kwargs.items())
 

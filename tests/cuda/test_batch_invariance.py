@@ -9,6 +9,8 @@ from helpers import make_inputs
 import cupy_delta as cd
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+# The second with sums fused as on a GPU, since bits of two programs are compared.
+LEGS = ["source", "fused"]
 
 
 def same(x, y):

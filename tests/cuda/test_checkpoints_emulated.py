@@ -15,6 +15,8 @@ from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.spec import DeviceFacts
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+# The second with sums fused as on a GPU, since bits of two programs are compared.
+LEGS = ["source", "fused"]
 ENDS = np.array(
     [0, 0, 200, 265, 328]
 )  # lengths 0, 200, 65, 63: three, one and no whole chunk of 64

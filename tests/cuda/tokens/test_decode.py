@@ -16,6 +16,8 @@ from cupy_delta.cuda.tokens import decode
 from cupy_delta.problem import step_problem
 
 BF16, F32, F64 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)
+# The second with sums fused as on a GPU, since bits of two programs are compared.
+LEGS = ["source", "fused"]
 ENDS = np.array([0, 3, 3, 5, 6])
 OPTIONS = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
 READ, WRITTEN, ACCEPTED = np.array([3, 1, -1, 0]), np.array([3, 2, 4, 0]), np.array([2, 0, 1, 0])

@@ -10,6 +10,8 @@ import cupy_delta as cd
 from cupy_delta.cuda.spec import DeviceFacts
 from cupy_delta.cuda.variants import launches_of
 
+# The second with sums fused as on a GPU, since bits of two programs are compared.
+LEGS = ["source", "fused"]
 FACTS = DeviceFacts(132, 227 * 1024, (9, 0))
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F64 = np.float64
