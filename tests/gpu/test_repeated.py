@@ -114,3 +114,27 @@ def test_a_repeated_step_with_another_device_current(cupy):
         steps.step()
         assert cupy.cuda.runtime.getDevice() == 1
     steps.as_others_do()
+
+
+def test_a_gate_that_is_gone_is_not_taken(cupy):
+    steps, plain = Steps(cupy, True), Steps(cupy, True)
+    steps.step()
+    q, k, v, beta, gate = steps.arrays
+    parameters = vars(gate)  # which go on
+    steps.arrays = plain.arrays = (q, k, v, beta, None)
+    del gate
+    plain.state = steps.state.copy()
+    for one in (steps, plain):
+        one.step()
+    for x, y in ((steps.state, plain.state), (steps.out, plain.out)):
+        assert bool((x.view(np.uint16) == y.view(np.uint16)).all())
+    assert parameters["dt_bias"] is None
+
+
+def test_steps_that_take_turns_on_a_pool(cupy):
+    steps = Steps(cupy, False)
+    outs = [steps.out, cupy.empty_like(steps.out)]
+    for i in range(6):
+        steps.out = outs[i % 2]
+        steps.step()
+        steps.as_others_do()
