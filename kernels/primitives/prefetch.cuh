@@ -49,6 +49,10 @@ PRIM int64_t made(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+PRIM uint32_t made(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // *p = x in global memory, which caches keep something else rather than.
 template <class T>
 PRIM void store_once(T* p, const T& y) {

@@ -30,14 +30,14 @@
 // channel), RAW_GATE and BIAS (tiles/raw.cuh; g is then a), RAW_BETA (beta is then logits), GATE_DTYPE, BETA_DTYPE,
 // VARLEN, STATE_VK, L2NORM, ONE_TOKEN (T is 1, and it is accepted), EARLY (only with ONE_TOKEN), ORDERED (loads stand
 // in the order that they are written in), STREAMED (states are not kept in caches), ROWS_FIRST (with ORDERED: before
-// the state), OWN_ROWS (only with ONE_TOKEN), BATCH, BLOCKS (of a multiprocessor, at least, that registers suffice for,
-// or 0). VECTOR: elements of S per access, along the contiguous axis, whose size it divides. VALUES: value channels per
-// thread; VECTOR unless STATE_VK. PARTS: threads of a warp that share a value channel's keys. BESIDE: neighbouring
-// lanes that take neighbouring value channels, and WARPS: warps that share keys; both 1 with STATE_VK, else BESIDE
-// PARTS = 32. All of them powers of two. CHANNELS: value channels per block, of whole warps; BESIDE VALUES if WARPS is
-// not 1, else PARTS is at least VALUES. AHEAD: states (decode/ahead.cuh), or 0. Grid: N * HV * ceil(HEAD_V / CHANNELS)
-// blocks of CHANNELS / VALUES * PARTS * WARPS threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1,
-// Passed or PassedRows (decode/).
+// the state), OWN_ROWS (only with ONE_TOKEN), PACKED (a state in 16 bits is unpacked twice, in fewer registers), BATCH,
+// BLOCKS (of a multiprocessor, at least, that registers suffice for, or 0). VECTOR: elements of S per access, along the
+// contiguous axis, whose size it divides. VALUES: value channels per thread; VECTOR unless STATE_VK. PARTS: threads of
+// a warp that share a value channel's keys. BESIDE: neighbouring lanes that take neighbouring value channels, and
+// WARPS: warps that share keys; both 1 with STATE_VK, else BESIDE PARTS = 32. All of them powers of two. CHANNELS:
+// value channels per block, of whole warps; BESIDE VALUES if WARPS is not 1, else PARTS is at least VALUES. AHEAD:
+// states (decode/ahead.cuh), or 0. Grid: N * HV * ceil(HEAD_V / CHANNELS) blocks of CHANNELS / VALUES * PARTS * WARPS
+// threads. Shared memory: Tokens unless OWN_ROWS and, if WARPS is not 1, Passed or PassedRows (decode/).
 #if OWN_ROWS
 #include "tokens/decode/own_rows.cuh"
 #else
@@ -86,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int64_t to, to_o;  // made before the state is there, too
     if constexpr (EARLY) to = made(tile_of(work.to)), to_o = made(o_of(0));
     const NewTokens::Update update = tokens.advance(given, 0, inputs, p);
+    if constexpr (PACKED) given.stay_packed();
     if constexpr (!EARLY) {
       if (p.writes_o) o[o_of(0)] = narrow<DTYPE>(update.o);
       to = tile_of(work.to);

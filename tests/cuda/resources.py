@@ -102,6 +102,7 @@ CALLS = (
             dict(T=4, gate=True, state_layout="vk"),
             dict(T=1024),
             dict(T=1, gate="channel"),
+            dict(T=1, raw="softplus"),
         )
     ),
     dict(dtype="float32", K=128, V=128, passes=ALL),

@@ -23,6 +23,7 @@ FEW_STATES = 128
 # Warps of a multiprocessor, at least, for which registers are spared with one token that is early,
 # and with several.
 EARLY_TOGETHER, TOGETHER = {"vk": 28, "kv": 16}, {"vk": 20, "kv": 16}
+PACKED_TOGETHER = 20
 # States that blocks ask the L2 cache for before their own blocks do have so many bytes, which no
 # cache is too small for: 132 states of 128 x 128 in bfloat16, the best of those timed (docs/lab).
 AHEAD_BYTES = 132 * 128 * 128 * 2
@@ -122,6 +123,17 @@ def streamed(call: Call) -> bool:
     return pool_dtype(call).itemsize == 2 and one_token(call)
 
 
+def packed(call: Call) -> bool:
+    """Return whether one token unpacks its state again for what it stores, in fewer registers.
+
+    Of more than a few (K, V) states in pairs of 16 bits. Gates per channel would spill with a block
+    of a multiprocessor more.
+    """
+    pairs = pool_dtype(call).itemsize == 2 and step_tile(call)["VECTOR"] > 1
+    spared = pairs and call.state_layout == "kv" and call.gate != "channel"
+    return spared and early(call) and own_rows(call) and not few(call)
+
+
 def blocks_together(call: Call, threads: int) -> int:
     """Return for how many blocks of a multiprocessor, at least, registers are spared, or 1.
 
@@ -135,7 +147,8 @@ def blocks_together(call: Call, threads: int) -> int:
         return 0
     if call.compute_dtype.itemsize != 4 or not spared:
         return 1
-    return (EARLY_TOGETHER if one else TOGETHER)[layout] * WARP // threads
+    warps = PACKED_TOGETHER if packed(call) else (EARLY_TOGETHER if one else TOGETHER)[layout]
+    return warps * WARP // threads
 
 
 def states_ahead(call: Call) -> int:
@@ -269,6 +282,7 @@ def decode_launch(call: Call) -> Launch:
     tile, batch = step_tile(call), 1 if one_token(call) else BATCH
     rows = dict(OWN_ROWS=int(own_rows(call)), ROWS_FIRST=int(rows_first(call)), BATCH=batch)
     loads = dict(ORDERED=int(ordered(call)), EARLY=int(early(call)), STREAMED=int(streamed(call)))
+    loads |= dict(PACKED=int(packed(call)))
     block = tile["CHANNELS"] // tile["VALUES"] * tile["PARTS"] * tile["WARPS"]
     hints = dict(BLOCKS=blocks_together(call, block), AHEAD=states_ahead(call))
     defines = step_macros(call) | rows | loads | tile | hints

@@ -32,6 +32,7 @@ struct alignas(SIZE * sizeof(T)) Vector {
 #pragma unroll
     for (int i = 0; i < SIZE; i++) element[i] = narrow<T>(f(i));
   }
+  PRIM void stay_packed() {}
 };
 template <class T, int SIZE>
 struct alignas(SIZE * sizeof(T)) Vector<T, SIZE, true> {
@@ -44,6 +45,10 @@ struct alignas(SIZE * sizeof(T)) Vector<T, SIZE, true> {
   PRIM void fill(F f) {
 #pragma unroll
     for (int i = 0; i < SIZE; i += 2) pair[i / 2] = pack2<T>(f(i), f(i + 1));
+  }
+  PRIM void stay_packed() {
+#pragma unroll
+    for (auto& x : pair) x = made(x);
   }
 };
 
@@ -91,6 +96,13 @@ struct Loaded {
   }
   PRIM real operator()(int i, int j) const {
     return vectors[i / KEY_VECTOR][j / VALUE_VECTOR][i % KEY_VECTOR + j % VALUE_VECTOR];
+  }
+  // What was unpacked of it before this is not kept in registers: it is unpacked again.
+  PRIM void stay_packed() {
+#pragma unroll
+    for (auto& row : vectors)
+#pragma unroll
+      for (auto& x : row) x.stay_packed();
   }
 };
 // The tile in the type of sums.

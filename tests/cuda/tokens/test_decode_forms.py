@@ -43,7 +43,8 @@ def test_how_loads_stand(differs, ordered, streamed, rows):
     ("differs", "blocks"),
     [
         (dict(), 4),
-        (MANY, 4),
+        (MANY, 5),
+        (MANY | dict(raw="softplus"), 5),
         (MANY | dict(gate="channel"), 4),
         (MANY | dict(raw="softplus", gate="channel"), 1),
         (VK, 7),
@@ -62,6 +63,26 @@ def test_for_how_many_blocks_registers_are_spared(differs, blocks):
     sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
     (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
     assert dict(launch.defines)["BLOCKS"] == blocks
+
+
+@pytest.mark.parametrize(
+    ("differs", "packed"),
+    [
+        (dict(), 0),
+        (MANY, 1),
+        (MANY | dict(gate=None, pool_dtype="float16"), 1),
+        (MANY | dict(raw="softplus"), 1),
+        (MANY | dict(gate="channel"), 0),
+        (MANY | dict(V=1), 0),
+        (MANY | dict(T=8), 0),
+        (MANY | VK, 0),
+        (MANY | WIDE, 0),
+    ],
+)
+def test_what_is_unpacked_again(differs, packed):
+    sizes = dict(dtype="bfloat16", pool_dtype="bfloat16", K=128, V=128, T=1, gate="scalar")
+    (launch,) = launches_of(FACTS, ("step",), **sizes | differs)
+    assert dict(launch.defines)["PACKED"] == packed
 
 
 @pytest.mark.parametrize(
