@@ -24,12 +24,14 @@
 // in units of its own, so that rows are rounded once.
 //
 // Numbers: S in float, never rounded between chunks; operands of products are rounded to DTYPE, those of pairs within
-// blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term.
+// blocks of 16 tokens included, sums are float; the inverse as in tiles/unit_inverse.cuh, its merges in one term of
+// bf16, in three of f16.
 //
-// Macros: DTYPE (bf16), GATE (float or DTYPE), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64), HAS_GATE (2),
-// VARLEN, STATE_VK; CUT, of sequences of one length; IF_DECLINED (leaves at once if segments were walked). Grid: N * HV
-// blocks of 512 threads, with CUT B * segments * HV. Shared memory: two stages of K and Q, three of the sums of gates,
-// of Pqk and of powers of two; V and O; pairs of blocks with themselves; see cupy_delta/cuda/sm90/channel_whole.py.
+// Macros: DTYPE (bf16 or f16), GATE (float or DTYPE), HEAD_K and HEAD_V (65 to 128, multiples of 8), CHUNK (64),
+// HAS_GATE (2), VARLEN, STATE_VK; CUT, of sequences of one length and bf16; IF_DECLINED (leaves at once if segments
+// were walked). Grid: N * HV blocks of 512 threads, with CUT B * segments * HV. Shared memory: two stages of K and Q,
+// three of the sums of gates, of Pqk and of powers of two; V and O; pairs of blocks with themselves; see
+// cupy_delta/cuda/sm90/channel_whole.py.
 #include "sm90/channel_forward/factors.cuh"
 #include "sm90/channel_forward/solve.cuh"
 #include "sm90/channel_forward/ragged.cuh"

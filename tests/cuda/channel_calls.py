@@ -8,12 +8,12 @@ from rounded import error, rounded_products, twice, wide
 from cupy_delta.call import Call
 from cupy_delta.cuda.sm90.tiles import CHUNK
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 
-def make_case(T, *, B=1, H=1, G=1, K=128, V=128, layout="kv", **options):
+def make_case(T, *, B=1, H=1, G=1, K=128, V=128, layout="kv", dtype=BF16, **options):
     options = dict(gate="channel", decay=0.3, beta=(0, 2), initial=True) | options
-    args, kw = make_inputs(T, B=B, H=H, G=G, K=K, V=V, dtype=BF16, layout=layout, **options)
+    args, kw = make_inputs(T, B=B, H=H, G=G, K=K, V=V, dtype=dtype, layout=layout, **options)
     args[3:] = (x.astype(np.float32) for x in args[3:])
     return args, kw
 
@@ -21,7 +21,7 @@ def make_case(T, *, B=1, H=1, G=1, K=128, V=128, layout="kv", **options):
 def call_of(args, kw, **options):
     (B, T, H, K), (HV, V) = args[0].shape, args[2].shape[2:]
     sizes = dict(B=B, T=T, N=B, H=H, HV=HV, K=K, V=V, gate="channel", scale=K**-0.5)
-    return Call(dtype=BF16, **sizes, state_layout=kw["state_layout"], **options)
+    return Call(dtype=args[0].dtype, **sizes, state_layout=kw["state_layout"], **options)
 
 
 def check(args, kw, results):

@@ -142,6 +142,7 @@ HOPPER_CALLS = (
             dict(H=8, T=32768),
             dict(B=4, H=32, T=8192, narrow_gate=True),
             dict(B=4, H=32, T=32768, varlen=True),
+            dict(B=4, H=32, T=8192, dtype="float16"),
             dict(H=8, T=32768, narrow_gate=True),
         )
     ),

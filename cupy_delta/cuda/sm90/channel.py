@@ -51,7 +51,7 @@ def plan_forward(call: Call, facts: DeviceFacts) -> Plan:
         most = cost.longest_whole(call, facts)
         return channel_ragged.plan_ragged(call, most, walked, common) if most else walked
     plan = channel_whole.plan_whole(call) if cost.takes_whole(call, facts) else walked
-    cut = cost.choose_cut(call, facts)
+    cut = cost.choose_cut(call, facts) if channel_cut.supports_cut(call) else None
     return plan if cut is None else channel_cut.plan_cut(call, cut, plan, common)
 
 

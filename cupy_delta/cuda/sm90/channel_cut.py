@@ -18,6 +18,14 @@ LEADS = np.dtype(np.int32)
 PARTS = 4  # threads of a channel that sum a chunk
 
 
+def supports_cut(call: Call) -> bool:
+    """Whether segments may begin from zero, of a call that one kernel computes.
+
+    What is left of a state is looked at in 16 bits, which need the exponents of a float.
+    """
+    return call.dtype.name == "bfloat16"
+
+
 def plan_cut(call: Call, cut: Cut, otherwise: Plan, common: int) -> Plan:
     """Plan the walk of segments, and `otherwise` for where it is declined.
 

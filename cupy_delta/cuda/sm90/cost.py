@@ -51,11 +51,11 @@ GATED_BACKWARD = Rates({1: 1.95, 2: 2.65}, {1: 1.6, 2: 1.9}, looks=8.0)
 
 
 # Of a chunk and value head on one multiprocessor: of factors with such a gate, beside a walk as it
-# is predicted here, and of the walk that makes them, in one kernel: so that 80 heads of 8192
-# tokens take it, the fewest for which it was timed and is faster. Measured on an H200.
-CHANNEL_FACTORS, CHANNEL_WHOLE = 5.3, 5.3
-# The latter of ragged sequences.
-CHANNEL_RAGGED = 5.8
+# is predicted here; and by dtype of the walk that makes them, in one kernel: so that 80 heads of
+# 8192 tokens take it in bfloat16, the fewest for which it was timed and is faster. Measured on an
+# H200; ragged sequences take it so much longer.
+CHANNEL_FACTORS = 5.3
+CHANNEL_WHOLE, RAGGED = {"bfloat16": 5.3, "float16": 7.0}, 1.1
 
 # Chunks of the one kernel before a segment's own: of gates of mean -1 the lead, and what its roles
 # are apart. A lead has at most so many, as sm90/channel_leads.cu counts them.
@@ -199,7 +199,7 @@ def takes_whole(call: Call, facts: DeviceFacts) -> bool:
 def whole_cost(call: Call, facts: DeviceFacts) -> float:
     """Return the predicted microseconds of the one kernel."""
     rounds = -(-call.N * call.HV // facts.sm_count)
-    return rounds * (chunks_per_sequence(call) + APART) * CHANNEL_WHOLE
+    return rounds * (chunks_per_sequence(call) + APART) * CHANNEL_WHOLE[call.dtype.name]
 
 
 def longest_whole(call: Call, facts: DeviceFacts) -> int:
@@ -212,7 +212,7 @@ def longest_whole(call: Call, facts: DeviceFacts) -> int:
     others, chunks, blocks = walked_cost(call, facts), chunks_per_sequence(call), call.N * call.HV
     if LOSS * others < DECLINED:
         return 0
-    most = (others - DECLINED) / CHANNEL_RAGGED - APART
+    most = (others - DECLINED) / (RAGGED * CHANNEL_WHOLE[call.dtype.name]) - APART
     if blocks > facts.sm_count:
         turns = blocks / facts.sm_count
         most = min(most, (most - turns * chunks) / max(0.5, math.ceil(turns) - turns))
@@ -247,7 +247,7 @@ def cuts_of(chunks: int) -> Iterator[Cut]:
 def cut_cost(cut: Cut, call: Call, facts: DeviceFacts) -> float:
     rounds = -(-call.N * call.HV * cut.segments // facts.sm_count)
     longest = max(cut.first, cut.length + LEAD)
-    return CUT_LAUNCHES + rounds * (longest + APART) * CHANNEL_WHOLE
+    return CUT_LAUNCHES + rounds * (longest + APART) * CHANNEL_WHOLE[call.dtype.name]
 
 
 def cheapest(call: Call, facts: DeviceFacts, rates: Rates, least: float = 0.0) -> Choice:

@@ -44,11 +44,11 @@ struct FactorWarp {
         ldmatrix_x4(early[n], at.others + (soon ^ turn) + box + n * BLOCK * BOX);
       }
       if constexpr (APART) {
-        const DTYPE* f = at.powers + step * 16 + lane % 4 * 2;
+        const Power* f = at.powers + step * 16 + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          early[0][i] = multiply2<DTYPE>(early[0][i], *(const uint32_t*)(f + (UNTIL + 1) * KP + i % 2 * 8));
-          rows[1][i] = multiply2<DTYPE>(rows[1][i], *(const uint32_t*)(f + (UNTIL + 2) * KP + i / 2 * 8));
+          early[0][i] = times<DTYPE>(early[0][i], *(const uint32_t*)(f + (UNTIL + 1) * KP + i % 2 * 8));
+          rows[1][i] = times<DTYPE>(rows[1][i], *(const uint32_t*)(f + (UNTIL + 2) * KP + i / 2 * 8));
         }
       }
 #pragma unroll

@@ -18,7 +18,10 @@
 #include "primitives/prefetch.cuh"
 #include "sm90/channel_forward/shared.cuh"
 
-constexpr float HALF_RANGE = 58.0f, LOWEST = -104.0f;  // of a gate, of which float has no exponential
+// Rows with 2^X are in the middle of the exponents of a float, but for float16, which has not so many. From LEAST on X
+// is in range: 2^-X K is a float, and nothing in float16 times a power that float does not have.
+constexpr float HALF_RANGE = IsHalf<DTYPE>::value ? 0.0f : 58.0f, LEAST = IsHalf<DTYPE>::value ? -100.0f : -HALF_RANGE;
+constexpr float LOWEST = -104.0f;  // of a gate, of which float has no exponential
 
 // Four neighbouring channels, and two.
 typedef float Four[4];
@@ -124,7 +127,7 @@ struct GateWarp {
     bool beyond = false;
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-      beyond |= !(x[c] + base[c] >= -HALF_RANGE);
+      beyond |= !(x[c] + base[c] >= LEAST);
       const float end = x[c] + u[c], whole = floorf(end);
       F[c] += whole, u[c] = end - whole;
     }
@@ -139,7 +142,7 @@ struct GateWarp {
     for (int i = 0; i < BLOCK; i++) {
       Two sum;
       load_two(sum, (float*)(fours(at, b * BLOCK, lane / 2) + own_offset(i)));
-      if (!(sum[0] >= -HALF_RANGE) || !(sum[1] >= -HALF_RANGE)) return i;
+      if (!(sum[0] >= LEAST) || !(sum[1] >= LEAST)) return i;
     }
     return BLOCK;
   }
@@ -147,7 +150,7 @@ struct GateWarp {
   // 2^(to - from + by) per channel.
   PRIM void store_power(const Stage& at, int row, const Two& to, const Two& from, float by) const {
     const float low = exp2f(to[0] - from[0] + by), high = exp2f(to[1] - from[1] + by);
-    *(uint32_t*)&at.powers[row * KP + channel()] = pack2<DTYPE>(low, high);
+    *(uint32_t*)&at.powers[row * KP + channel()] = pack2<Power>(low, high);
   }
 
   PRIM void sum_chunk(const Stage& at, Two& u) const {

@@ -7,20 +7,43 @@
 //   2^-X K times WRITES                written into the state that leaves
 //
 // and the sums over their channels of a block's own pairs of M and Pqk: products of 2^X and 2^-X in TF32. What is out
-// of its range is formed pair by pair. Of these, 16 bits that have the exponents of a float are kept.
+// of its range is formed pair by pair. Of 2^-X K bf16, which has the exponents of a float, is kept, to be multiplied by
+// powers; f16 is kept of the products.
 #pragma once
 #include "sm90/channel_forward/gates.cuh"
 #include "sm90/gate_powers.cuh"
 #include "sm90/pair_by_pair.cuh"
 
-// x times y, both of it pairs of 16 bits.
+// Pairs of 16 bits times powers of two.
+template <class T>
+PRIM uint32_t times(uint32_t x, uint32_t power) {
+  if constexpr (IsHalf<T>::value) {
+    const float2 a = unpack2<T>(x), f = unpack2<Power>(power);
+    return pack2<T>(f.x * a.x, f.y * a.y);
+  } else {
+    return multiply2<T>(x, power);
+  }
+}
 PRIM uint4 times(const uint4& x, const uint4& y) {
-  return make_uint4(multiply2<DTYPE>(x.x, y.x), multiply2<DTYPE>(x.y, y.y), multiply2<DTYPE>(x.z, y.z),
-                    multiply2<DTYPE>(x.w, y.w));
+  return make_uint4(times<DTYPE>(x.x, y.x), times<DTYPE>(x.y, y.y), times<DTYPE>(x.z, y.z), times<DTYPE>(x.w, y.w));
+}
+
+// The same of numbers that were not rounded before.
+PRIM uint4 times(const float (&x)[8], const uint4& powers) {
+  const uint32_t pairs[4] = {powers.x, powers.y, powers.z, powers.w};
+  uint32_t y[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 f = unpack2<Power>(pairs[i]);
+    y[i] = pack2<DTYPE>(f.x * x[2 * i], f.y * x[2 * i + 1]);
+  }
+  return make_uint4(y[0], y[1], y[2], y[3]);
 }
 
 // Eight channels of a row, read and written by one lane.
 PRIM uint4& eight(DTYPE* tile, int place) { return *(uint4*)&tile[place]; }
+// Whether keys for other blocks and for the state are their own rounded rows times powers of two.
+constexpr bool SHARES_ROWS = !IsHalf<DTYPE>::value;
 PRIM void load_some(Four& y, const float* at) { load_four(y, at); }
 PRIM void load_some(Two& y, const float* at) { load_two(y, at); }
 
@@ -95,6 +118,7 @@ struct ScaleWarp {
   struct Rows {
     Four x[2][2];
     uint32_t k[2][4], q[2][4], early[2][4];
+    float unrounded[2][8];  // 2^-X K, where rows are not shared
 
     PRIM void load(const Stage& at, int h, int place) {
       load_four(x[h][0], at.sums(0, place)), load_four(x[h][1], at.sums(1, place));
@@ -115,7 +139,9 @@ struct ScaleWarp {
           const float2 a = unpack2<DTYPE>(k[h][i]), b = unpack2<DTYPE>(q[h][i]);
           k[h][i] = scaled(keys, h, since0 * a.x, since1 * a.y);
           q[h][i] = scaled(queries, h, since0 * b.x, since1 * b.y);
-          early[h][i] = scaled(earlier, h, exp2f(-x0) * a.x, exp2f(-x1) * a.y);
+          const float before0 = exp2f(-x0) * a.x, before1 = exp2f(-x1) * a.y;
+          early[h][i] = scaled(earlier, h, before0, before1);
+          unrounded[h][2 * i] = before0, unrounded[h][2 * i + 1] = before1;
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -158,9 +184,12 @@ struct ScaleWarp {
       for (int h = 0; h < 2; h++) {
         const int place = first + h * 8 * BOX;
         eight(at.k, place) = packed(rows.k[h]), eight(at.q, place) = packed(rows.q[h]);
-        if constexpr (WITHIN) {
+        if constexpr (WITHIN && SHARES_ROWS) {
           *(uint4*)at.sums(0, place) = times(packed(rows.early[h]), writes);
           *(uint4*)at.sums(1, place) = times(packed(rows.early[h]), until);
+        } else if constexpr (WITHIN) {
+          *(uint4*)at.sums(0, place) = times(rows.unrounded[h], writes);
+          *(uint4*)at.sums(1, place) = times(rows.unrounded[h], until);
         }
       }
     }

@@ -11,7 +11,7 @@
 static_assert(CHUNK == 64, "chunks of wgmma's 64 rows");
 static_assert(!VARLEN || !CUT, "ragged sequences are walked whole");
 static_assert(HEAD_K > 64 && HEAD_K <= 128 && HEAD_V > 64 && HEAD_V <= 128, "two tiles of either");
-static_assert(!IsHalf<DTYPE>::value, "keys within a block need the exponents of a float");
+static_assert(!CUT || !IsHalf<DTYPE>::value, "what a lead leaves needs the exponents of a float");
 constexpr int KP = 128, K_BOXES = KP / BOX, K_STEPS = KP / 16, K_TILES = KP / 8, TILE = CHUNK * BOX;
 constexpr int BLOCK = 16, COUNT = CHUNK / BLOCK, SLICE = 128;
 // Of K and Q, and of everything else that is made for a chunk.
@@ -28,7 +28,8 @@ constexpr int MATH_BARRIER = 1, FACTOR_BARRIER = 3, SOLVER_BARRIER = 4;
 
 // Floats of a block's own pairs over half of the channels.
 constexpr int OWN_PAIRS = 2 * BLOCK * BLOCK * 3 / 4;
-// Rows of powers of two, per key channel: see sm90/channel_forward/gates.cuh.
+// Powers of two, for which float16 has no exponents. Rows of them, per key channel: see sm90/channel_forward/gates.cuh.
+typedef bf16 Power;
 constexpr int UNTIL = 0, WRITES = 3, READS = 7, POWER_ROWS = 11;
 
 struct Shared {
@@ -36,7 +37,7 @@ struct Shared {
   DTYPE* writes;     // STAGES: half of the sums of gates, later keys as they are written into the state
   DTYPE* others;     // the other half, later keys for blocks that follow, then M, then core
   DTYPE *p, *rows;   // Pqk; one of V, and O on its way out
-  DTYPE* powers;     // POWER_ROWS
+  Power* powers;     // POWER_ROWS
   float* exponents;  // F of the blocks after the first one, and of the next chunk
   float* carried;    // what is left of the state per key channel
   float* units;      // of the state that leaves, in its units
@@ -56,7 +57,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.others = smem.take<DTYPE>(STAGES * K_BOXES * TILE, "sums, k of pairs, m, core", 1024);
   s.p = smem.take<DTYPE>(STAGES * TILE, "p", 1024);
   s.rows = smem.take<DTYPE>(MATH * TILE, "v and o", 1024);
-  s.powers = smem.take<DTYPE>(STAGES * POWER_ROWS * KP, "powers");
+  s.powers = smem.take<Power>(STAGES * POWER_ROWS * KP, "powers");
   s.exponents = smem.take<float>(STAGES * COUNT * KP, "exponents");
   s.carried = smem.take<float>(STAGES * KP, "decays of the state");
   s.units = smem.take<float>(KP, "units of the state");
@@ -103,7 +104,8 @@ constexpr int OTHER = 4 * 8;
 
 // What of a chunk lies in its stages.
 struct Stage {
-  DTYPE *k, *q, *writes, *others, *p, *powers;
+  DTYPE *k, *q, *writes, *others, *p;
+  Power* powers;
   float *exponents, *carried, *beta, *own;
   int* within;
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from channel_calls import BF16, call_of, check, make_case, same
+from channel_calls import BF16, F16, call_of, check, make_case, same
 from channels import patterns
 from emulator import HOPPER, EmulatorDevice, Run, copy_in
 from helpers import definition
@@ -40,6 +40,9 @@ def computed(args, kw, leg, run=None, **options):
         (dict(T=330, G=3, correlation=0.5), "source"),
         (dict(T=200, B=2), "ptx"),
         (dict(T=63, K=72, V=104, layout="vk"), "ptx"),
+        (dict(T=1, dtype=F16), "source"),
+        (dict(T=130, K=72, V=104, dtype=F16, G=2, layout="vk"), "source"),
+        (dict(T=200, dtype=F16, correlation=0.5), "ptx"),
     ],
 )
 def test_sizes(sizes, leg):
@@ -47,17 +50,19 @@ def test_sizes(sizes, leg):
     check(args, kw, computed(args, kw, leg))
 
 
-def test_gates_of_every_strength():
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gates_of_every_strength(dtype):
     found = patterns(200, 128)
-    args, kw = make_case(200, H=len(found))
+    args, kw = make_case(200, H=len(found), dtype=dtype)
     args[4] = np.stack([*found.values()], axis=1)[None].astype(np.float32)
     check(args, kw, computed(args, kw, "source"))
 
 
 @pytest.mark.parametrize("leg", LEGS)
-def test_single_tokens_out_of_range(leg):
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_single_tokens_out_of_range(leg, dtype):
     """Each block of a chunk, by itself, has tokens that are multiplied one by one."""
-    args, kw = make_case(128, H=4, decay=0.05)
+    args, kw = make_case(128, H=4, decay=0.05, dtype=dtype)
     for block in range(4):
         args[4][:, 16 * block + 5, block, 32 * block + 17 :: 7] = -88
         args[4][:, 64 + 16 * block + 11 :, block, block::9] = -np.inf
@@ -71,9 +76,10 @@ def test_normalised_rows():
     check(args, kw, results)
 
 
-def test_what_tf32_leaves_out_is_made_up_for():
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_what_tf32_leaves_out_is_made_up_for(dtype):
     """Pairs of a block of 16 tokens are as large as they should be, on average."""
-    args, kw = make_case(16, H=16, beta=(0, 1), initial=False)
+    args, kw = make_case(16, H=16, beta=(0, 1), initial=False, dtype=dtype)
     o = computed(args, kw, "source")[0].astype(np.float64)
     more, options = wide(args, kw)
     exact = definition(*more, **options)[0]
@@ -98,8 +104,9 @@ def test_a_row_alone_and_among_others():
 
 
 @pytest.mark.parametrize(("later", "first"), [(-5.0, 32), (-40.0, 57), (-np.inf, 21)])
-def test_no_bit_depends_on_a_later_gate(later, first):
-    args, kw = make_case(64, decay=0.4)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_no_bit_depends_on_a_later_gate(later, first, dtype):
+    args, kw = make_case(64, decay=0.4, dtype=dtype)
     before, _ = computed(args, kw, "source")
     args[4][:, first:] = later
     after, _ = computed(args, kw, "source")
@@ -130,7 +137,7 @@ def test_which_calls_take_one_kernel():
         dict(B=2, N=2),
         dict(K=64),
         dict(V=64),
-        dict(dtype=FLOAT_DTYPES["float16"]),
+        dict(dtype=FLOAT_DTYPES["float16"], B=3, N=3),
         dict(B=1, T=32768, varlen=True),
     ]
 
@@ -140,5 +147,6 @@ def test_which_calls_take_one_kernel():
     assert files(call) == ["channel_forward.cu"]
     assert files(replace(call, B=1, N=1, H=128, HV=128)) == ["channel_forward.cu"]
     assert files(replace(call, qk_l2norm=True))[1:] == ["channel_forward.cu"]
+    assert files(replace(call, dtype=FLOAT_DTYPES["float16"])) == ["channel_forward.cu"]
     for options in others:
         assert "channel_factors.cu" in files(replace(call, **options)), options

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from channel_calls import BF16, call_of, check, make_case, same
+from channel_calls import BF16, F16, call_of, check, make_case, same
 from channels import patterns
 from emulator import HOPPER, EmulatorDevice, Run, copy_in
 
@@ -49,6 +49,8 @@ def computed(args, kw, leg="source", run=None, most=3, **options):
         (dict(K=72, V=104, layout="vk", G=2), "source"),
         (dict(initial=False, H=2), "source"),
         (dict(layout="vk"), "ptx"),
+        (dict(dtype=F16), "source"),
+        (dict(dtype=F16, K=72, V=104, initial=False), "ptx"),
         (dict(K=72, V=104, initial=False), "ptx"),
     ],
 )
@@ -117,11 +119,16 @@ def test_in_any_order(seed):
 
 
 @pytest.mark.parametrize("leg", LEGS)
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_a_long_sequence_declines_the_call(most, leg):
-    args, kw = ragged_case([0, 20, 150, 150, 160])
-    results, declined = computed(args, kw, leg, most=most)
-    assert declined == (most < 3)
+@pytest.mark.parametrize(
+    ("ends", "chunks"),
+    [([0, 20, 149, 149, 160], 3), ([0, 20, 20 + 128], 2), ([*range(36), 110, 111, 112], 2)],
+)
+@pytest.mark.parametrize("shorter", [False, True])
+def test_a_long_sequence_declines_the_call(ends, chunks, shorter, leg):
+    """One that is the last, and one of many."""
+    args, kw = ragged_case(ends)
+    results, declined = computed(args, kw, leg, most=chunks - shorter)
+    assert declined == shorter
     check(args, kw, results)
 
 
@@ -163,7 +170,7 @@ def test_how_long_a_sequence_may_be():
 
     def most(**options):
         one = replace(call, **options)
-        budget = cost.walked_cost(one, H200) / cost.CHANNEL_RAGGED
+        budget = cost.walked_cost(one, H200) / (1.1 * 5.3)
         return cost.longest_whole(one, H200), budget, one.N * one.HV / 132
 
     longest, budget, _ = most()
