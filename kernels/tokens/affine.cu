@@ -28,6 +28,57 @@ struct Tile {
   }
 };
 
+// What a thread brings of the next tile.
+struct Ahead {
+  Vector at[LOADS];
+  PRIM void load(const REAL* p, Tile tile, int K) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      const int place = i * THREADS + threadIdx.x;
+      const int row = tile.row + place / VECTORS, k = tile.k + place % VECTORS * VECTOR;
+      if (row < K && k < K) at[i] = *(const Vector*)(p + (int64_t)row * K + k);
+    }
+  }
+  PRIM void store(Vector* tile) const {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      const int place = i * THREADS + threadIdx.x;
+      tile[place / VECTORS * PITCH + place % VECTORS] = at[i];
+    }
+  }
+};
+
+// A thread's elements of the result.
+struct Sums {
+  REAL at[OWN_ROWS][OWN_COLUMNS];
+  PRIM static int row(int i) { return threadIdx.x / ACROSS + i * DOWN; }
+  PRIM static int column(int c) { return threadIdx.x % ACROSS + c * ACROSS; }
+  PRIM void clear() {
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; i++)
+#pragma unroll
+      for (int c = 0; c < OWN_COLUMNS; c++) at[i][c] = 0;
+  }
+  PRIM void add(const Vector* tile, const REAL* rows, int depth) {
+#pragma unroll 4
+    for (int k = 0; k < depth; k += VECTOR) {
+      REAL x[VECTOR][OWN_COLUMNS];
+#pragma unroll
+      for (int j = 0; j < VECTOR; j++)
+#pragma unroll
+        for (int c = 0; c < OWN_COLUMNS; c++) x[j][c] = rows[(k + j) * COLUMNS + column(c)];
+#pragma unroll
+      for (int i = 0; i < OWN_ROWS; i++) {
+        const Vector factors = tile[row(i) * PITCH + k / VECTOR];
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++)
+#pragma unroll
+          for (int c = 0; c < OWN_COLUMNS; c++) at[i][c] += factors.at[j] * x[j][c];
+      }
+    }
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     affine(const REAL* p, const REAL* x, const REAL* h, REAL* y, REAL* spare, int64_t p_at, int64_t x_at, int64_t h_at,
            int64_t step, int maps, int K, int columns) {
@@ -38,7 +89,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int slices = (columns + COLUMNS - 1) / COLUMNS;
   const int64_t matrix = blockIdx.x / slices, part = matrix * K * columns + blockIdx.x % slices * COLUMNS;
   const int width = min(COLUMNS, columns - (int)(blockIdx.x % slices) * COLUMNS);
-  const int own_column = threadIdx.x % ACROSS, own_row = threadIdx.x / ACROSS;
   p += p_at + matrix * K * K, x += x_at + part, y += part;
 #if ADD
   h += h_at + part, spare += part;
@@ -46,70 +96,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // What map `map` leaves.
   auto state = [&](int map) -> REAL* { return (maps - map) % 2 == 1 ? y : spare; };
 
-  Vector ahead[LOADS];
-  auto fetch = [&](Tile next) {
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const int at = i * THREADS + threadIdx.x, row = next.row + at / VECTORS, k = next.k + at % VECTORS * VECTOR;
-      if (row < K && k < K) ahead[i] = *(const Vector*)(p + next.map * step + (int64_t)row * K + k);
-    }
-  };
-  REAL sums[OWN_ROWS][OWN_COLUMNS];
+  Ahead ahead;
+  Sums sums;
   const int tiles = maps * ((K + DEPTH - 1) / DEPTH) * ((K + TILE_ROWS - 1) / TILE_ROWS);
-  fetch(Tile(0, K));
+  ahead.load(p, Tile(0, K), K);
   for (int n = 0; n < tiles; n++) {
-    const Tile now(n, K);
+    const Tile now(n, K), next(n + 1, K);
     const int depth = min(DEPTH, K - now.k);
-    __syncthreads();  // the tile before is read, and what a map left is written
     const REAL* before = (now.map == 0 ? x : state(now.map - 1)) + (int64_t)now.k * columns;
+    __syncthreads();  // the tile before is read, and what a map left is written
 #pragma unroll
     for (int at = threadIdx.x; at < DEPTH * COLUMNS; at += THREADS) {
       const int k = at / COLUMNS, column = at % COLUMNS;
       rows[at] = k < depth && column < width ? before[(int64_t)k * columns + column] : 0;
     }
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const int at = i * THREADS + threadIdx.x;
-      tile[at / VECTORS * PITCH + at % VECTORS] = ahead[i];
-    }
+    ahead.store(tile);
     __syncthreads();
-    if (n + 1 < tiles) fetch(Tile(n + 1, K));
-
-    if (now.k == 0)
-#pragma unroll
-      for (int i = 0; i < OWN_ROWS; i++)
-#pragma unroll
-        for (int c = 0; c < OWN_COLUMNS; c++) sums[i][c] = 0;
-#pragma unroll 4
-    for (int k = 0; k < depth; k += VECTOR) {
-      REAL s[VECTOR][OWN_COLUMNS];
-#pragma unroll
-      for (int j = 0; j < VECTOR; j++)
-#pragma unroll
-        for (int c = 0; c < OWN_COLUMNS; c++) s[j][c] = rows[(k + j) * COLUMNS + own_column + c * ACROSS];
-#pragma unroll
-      for (int i = 0; i < OWN_ROWS; i++) {
-        const Vector factors = tile[(own_row + i * DOWN) * PITCH + k / VECTOR];
-#pragma unroll
-        for (int j = 0; j < VECTOR; j++)
-#pragma unroll
-          for (int c = 0; c < OWN_COLUMNS; c++) sums[i][c] += factors.at[j] * s[j][c];
-      }
-    }
+    if (n + 1 < tiles) ahead.load(p + next.map * step, next, K);
+    if (now.k == 0) sums.clear();
+    sums.add(tile, rows, depth);
     if (now.k + DEPTH < K) continue;
 #pragma unroll
-    for (int i = 0; i < OWN_ROWS; i++) {
-      const int row = now.row + own_row + i * DOWN;
+    for (int i = 0; i < OWN_ROWS; i++)
 #pragma unroll
       for (int c = 0; c < OWN_COLUMNS; c++) {
-        const int column = own_column + c * ACROSS;
+        const int row = now.row + Sums::row(i), column = Sums::column(c);
         if (row >= K || column >= width) continue;
         const int64_t at = (int64_t)row * columns + column;
+        REAL sum = sums.at[i][c];
 #if ADD
-        sums[i][c] += h[now.map * step + at];
+        sum += h[now.map * step + at];
 #endif
-        state(now.map)[at] = sums[i][c];
+        state(now.map)[at] = sum;
       }
-    }
   }
 }
