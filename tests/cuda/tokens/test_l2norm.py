@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import EmulatorDevice
+from emulator import EmulatorDevice, copy_in
 from helpers import normalised, normalised_gradient
 
 from cupy_delta.call import Call
@@ -50,7 +50,7 @@ def test_gradients_of_rows_of_every_width(leg, K, dtype):
     rng = np.random.default_rng(2)
     dy = {f"d{name}": rng.standard_normal((1, ROWS, 1, K)).astype(dtype) for name in "qk"}
     launch = l2norm.l2norm_launch(call_of(K, dtype), [("q", "dq"), ("k", "dk")], backward=True)
-    ready = {name: x.copy() for name, x in dy.items()}
+    ready = {name: copy_in(x, name) for name, x in dy.items()}
     found = execute(Plan((launch,), {}), arrays, EmulatorDevice(leg=leg), ready=ready)
     for name, x in arrays.items():
         expected = normalised_gradient(dy[f"d{name}"].astype(np.float64), x)
