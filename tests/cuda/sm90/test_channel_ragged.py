@@ -139,11 +139,12 @@ def test_normalised_rows():
     check(args, kw, results)
 
 
-def test_narrow_gates():
+@pytest.mark.parametrize("leg", ["source", "fused"])
+def test_narrow_gates(leg):
     args, kw = ragged_case()
     few = args[4].astype(BF16)
-    found, _ = computed([*args[:4], few], kw, narrow_gate=True)
-    wide, _ = computed([*args[:4], few.astype(np.float32)], kw)
+    found, _ = computed([*args[:4], few], kw, leg, narrow_gate=True)
+    wide, _ = computed([*args[:4], few.astype(np.float32)], kw, leg)
     for x, y in zip(found, wide, strict=True):
         assert same(x, y)
 

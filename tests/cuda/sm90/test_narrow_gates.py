@@ -62,13 +62,19 @@ def test_outputs_and_gradients(emulated, T, K, V, dtype, options):
 
 def narrow(args):
     """Return the inputs with gates of 16 bits, and with these in float32."""
-    g = args[4].astype(BF16)
+    g = args[4].astype(args[0].dtype)
     return [*args[:4], g], [*args[:4], g.astype(np.float32)]
 
 
 @pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize(
-    "sizes", [dict(T=1), dict(T=130, K=72, V=104), dict(T=200, H=12, decay="patterns")]
+    "sizes",
+    [
+        dict(T=1),
+        dict(T=130, K=72, V=104),
+        dict(T=200, H=12, decay="patterns"),
+        dict(T=200, H=12, decay="patterns", dtype=F16),
+    ],
 )
 def test_one_kernel(sizes, leg):
     by_patterns = sizes.get("decay") == "patterns"
