@@ -20,9 +20,10 @@
 // sums in float, the core as in sm90/factors.cu; results rounded once.
 //
 // Macros: DTYPE (bf16 or f16), GATE (float or DTYPE), HEAD_K (up to 128, a multiple of 8), CHUNK (64), HAS_GATE (2),
-// VARLEN; IF_DECLINED, as in sm90/channel_forward.cu. Grid: slots * HV blocks of 128 threads. Shared memory: x, then
-// scaled keys, then M and the core in its place; K and Q, then what is read; decays over blocks; beta; see
-// cupy_delta/cuda/sm90/channel.py.
+// VARLEN; IF_DECLINED, as in sm90/channel_forward.cu. Grid: slots * HV blocks of 128 threads, with IF_DECLINED fewer
+// that take turns, as each one that leaves takes its time. Shared memory: x, then scaled keys, then M and the core in
+// its place; K and Q, then what is read; decays over blocks; beta; see cupy_delta/cuda/sm90/channel.py.
+#include "primitives/hopper.cuh"
 #include "sm90/channel_factors/pairs.cuh"
 #include "sm90/core.cuh"
 #include "tiles/sequence.cuh"
@@ -31,66 +32,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     channel_factors_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const GATE* g, const int64_t* cu_seqlens,
                            DTYPE* core, DTYPE* p, DTYPE* k_read, DTYPE* q_read, DTYPE* k_write, float* channel_decays,
 #if IF_DECLINED
-                           const int* declined,
+                           const int* declined, uint32_t blocks,
 #endif
                            int N, int T, int H, int HV) {
 #if IF_DECLINED
   if (*declined == 0) return;
+  auto own_thread = [] { return opaque(threadIdx.x); };  // so that no address is kept from turn to turn
+  auto has_another = [=](uint32_t& block) {
+    block += gridDim.x;
+    if (block >= blocks) return false;
+    __syncthreads();  // shared memory is read
+    return true;
+  };
+#else
+  auto own_thread = [] { return threadIdx.x; };
+  auto has_another = [](uint32_t&) { return false; };
 #endif
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int hv = blockIdx.x % HV, h = hv / (HV / H);
-  const int64_t slot = blockIdx.x / HV;
-  const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
-  if (chunk.tokens <= 0) return;
-  const int tokens = chunk.tokens;
-  const int64_t key = (chunk.first * H + h) * HEAD_K, first = chunk.first * HV + hv;
-  const int64_t key_stride = (int64_t)H * HEAD_K, row_stride = (int64_t)HV * HEAD_K, pair_stride = (int64_t)HV * CHUNK;
-
   DynSmem smem;
   const Shared s = take_shared(smem);
   smem.all_taken(SHARED_BYTES);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, k + key, key_stride, tokens, HEAD_K, thread);
-  load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, q + key, key_stride, tokens, HEAD_K, thread);
-  cp_async_commit();
-  if (thread < CHUNK) s.beta[thread] = thread < tokens ? beta[first + (int64_t)thread * HV] : 0.0f;
-  const int row = warp * BLOCK;
-  const int within = sum_gates(s, g + first * HEAD_K, row_stride, tokens - row, warp, lane);
-  cp_async_wait<0>();
-  __syncthreads();
-  multiply_decays(s, channel_decays + (slot * HV + hv) * HEAD_K, thread);
-  __syncthreads();
+  uint32_t block = blockIdx.x;
+  do {
+    const int thread = own_thread(), warp = thread / 32, lane = thread % 32;
+    const int hv = block % HV, h = hv / (HV / H);
+    const int64_t slot = block / HV;
+    const Chunk chunk = find_chunk<CHUNK>(cu_seqlens, slot, N, T);
+#if IF_DECLINED
+    if (chunk.tokens <= 0) continue;
+#else
+    if (chunk.tokens <= 0) return;
+#endif
+    const int tokens = chunk.tokens;
+    const int64_t key = (chunk.first * H + h) * HEAD_K, first = chunk.first * HV + hv;
+    const int64_t key_stride = (int64_t)H * HEAD_K, row_stride = (int64_t)HV * HEAD_K,
+                  pair_stride = (int64_t)HV * CHUNK;
+    load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.k, k + key, key_stride, tokens, HEAD_K, thread);
+    load_tile<DTYPE, CHUNK, KP, HEAD_K, THREADS>(s.q, q + key, key_stride, tokens, HEAD_K, thread);
+    cp_async_commit();
+    if (thread < CHUNK) s.beta[thread] = thread < tokens ? beta[first + (int64_t)thread * HV] : 0.0f;
+    const int row = warp * BLOCK;
+    const int within = sum_gates(s, g + first * HEAD_K, row_stride, tokens - row, warp, lane);
+    cp_async_wait<0>();
+    __syncthreads();
+    multiply_decays(s, channel_decays + (slot * HV + hv) * HEAD_K, thread);
+    __syncthreads();
 
-  Own own = {}, beyond = {};
-  if (within < BLOCK) multiply_one_by_one(beyond, s, warp, within, lane);
-  scale_block(own, {k_read + first * HEAD_K, q_read + first * HEAD_K, k_write + first * HEAD_K, row_stride, tokens}, s,
-              warp, lane);
-  own.finish(beyond, within, lane);
-  DTYPE* pairs = p + first * CHUNK;
-  write_pairs(pairs + row * pair_stride + row, pair_stride, own.p, tokens - row, lane);
-  write_zeros(pairs + row * pair_stride, pair_stride, warp, tokens - row, lane);
-  __syncthreads();
+    Own own = {}, beyond = {};
+    if (within < BLOCK) multiply_one_by_one(beyond, s, warp, within, lane);
+    scale_block(own, {k_read + first * HEAD_K, q_read + first * HEAD_K, k_write + first * HEAD_K, row_stride, tokens},
+                s, warp, lane);
+    own.finish(beyond, within, lane);
+    DTYPE* pairs = p + first * CHUNK;
+    write_pairs(pairs + row * pair_stride + row, pair_stride, own.p, tokens - row, lane);
+    write_zeros(pairs + row * pair_stride, pair_stride, warp, tokens - row, lane);
+    __syncthreads();
 
-  Met met[3];
-  const Meeting meeting = {warp};
+    Met met[3];
+    const Meeting meeting = {warp};
 #pragma unroll
-  for (int n = 0; n < 3; n++) {
-    if (n >= meeting.count()) continue;
-    const int a = meeting.later(n) * BLOCK, b = meeting.earlier(n) * BLOCK;
-    if (meeting.apart())
-      met[n].multiply<true>(s, meeting.later(n), meeting.earlier(n), lane);
-    else
-      met[n].multiply<false>(s, meeting.later(n), meeting.earlier(n), lane);
-    write_pairs(pairs + a * pair_stride + b, pair_stride, met[n].p, tokens - a, lane);
-  }
-  __syncthreads();  // everyone is done with the scaled keys
+    for (int n = 0; n < 3; n++) {
+      if (n >= meeting.count()) continue;
+      const int a = meeting.later(n) * BLOCK, b = meeting.earlier(n) * BLOCK;
+      if (meeting.apart())
+        met[n].multiply<true>(s, meeting.later(n), meeting.earlier(n), lane);
+      else
+        met[n].multiply<false>(s, meeting.later(n), meeting.earlier(n), lane);
+      write_pairs(pairs + a * pair_stride + b, pair_stride, met[n].p, tokens - a, lane);
+    }
+    __syncthreads();  // everyone is done with the scaled keys
 
-  store_block_of_m(s.x, own.m, row, row, lane);
+    store_block_of_m(s.x, own.m, row, row, lane);
 #pragma unroll
-  for (int n = 0; n < 3; n++)
-    if (n < meeting.count())
-      store_block_of_m(s.x, met[n].m, meeting.later(n) * BLOCK, meeting.earlier(n) * BLOCK, lane);
-  __syncthreads();
-  if (warp < 2)
-    CoreWarp{s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, 1, lane}.write(core + first * CHUNK,
-                                                                                          pair_stride, tokens);
+    for (int n = 0; n < 3; n++)
+      if (n < meeting.count())
+        store_block_of_m(s.x, met[n].m, meeting.later(n) * BLOCK, meeting.earlier(n) * BLOCK, lane);
+    __syncthreads();
+    if (warp < 2)
+      CoreWarp{s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, 1, lane}.write(core + first * CHUNK,
+                                                                                            pair_stride, tokens);
+  } while (has_another(block));
 }

@@ -16,6 +16,8 @@ from .tiles import CHUNK
 
 LEADS = np.dtype(np.int32)
 PARTS = 4  # threads of a channel that sum a chunk
+# So many blocks leave in the time of a launch, where each of more takes its own.
+LEAVE_AT_ONCE = 2048
 
 
 def supports_cut(call: Call) -> bool:
@@ -50,12 +52,17 @@ def plan_cut(call: Call, cut: Cut, otherwise: Plan, common: int) -> Plan:
 
 def if_declined(launch: Launch) -> Launch:
     """The same, which does nothing if segments were walked."""
-    arguments = launch.arguments
+    arguments, blocks = launch.arguments, launch.grid
     numbers = next(i for i, x in enumerate(arguments) if isinstance(x, np.generic))
+    more: tuple = ("declined",)
+    if launch.entry == "channel_factors_hopper":
+        more = "declined", i32(blocks)
+        blocks = -(-blocks // -(-blocks // LEAVE_AT_ONCE))
     return replace(
         launch,
+        grid=blocks,
         defines=(*launch.defines, ("IF_DECLINED", 1)),
-        arguments=(*arguments[:numbers], "declined", *arguments[numbers:]),
+        arguments=(*arguments[:numbers], *more, *arguments[numbers:]),
     )
 
 

@@ -14,7 +14,7 @@ from cupy_delta.arrays import FLOAT_DTYPES
 from cupy_delta.call import Call
 from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.execute import execute
-from cupy_delta.cuda.sm90 import cost
+from cupy_delta.cuda.sm90 import channel_cut, cost
 from cupy_delta.cuda.sm90.channel import channel_walked
 from cupy_delta.cuda.sm90.channel_cut import plan_cut
 from cupy_delta.cuda.sm90.channel_whole import plan_whole
@@ -124,6 +124,16 @@ def test_one_slow_channel_declines_the_call(whole, leg):
     results, leads, declined = computed(args, kw, (2, 8, 2), leg, whole=whole)
     assert declined
     assert leads[1] == -1 < leads[0]
+    check(args, kw, results)
+
+
+@pytest.mark.parametrize("most", [2, 5, 18])
+def test_blocks_of_factors_take_turns(most, monkeypatch):
+    """Of 18, some have one chunk less than others."""
+    monkeypatch.setattr(channel_cut, "LEAVE_AT_ONCE", most)
+    args, kw = make_case(64 * 9, H=2, decay=0.01)
+    results, _, declined = computed(args, kw, (2, 8, 1))
+    assert declined
     check(args, kw, results)
 
 

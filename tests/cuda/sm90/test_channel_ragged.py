@@ -12,7 +12,7 @@ from emulator import HOPPER, EmulatorDevice, Run, copy_in
 from cupy_delta.call import Call
 from cupy_delta.cuda.plan import made
 from cupy_delta.cuda.runtime.execute import execute
-from cupy_delta.cuda.sm90 import cost
+from cupy_delta.cuda.sm90 import channel_cut, cost
 from cupy_delta.cuda.sm90.channel import channel_walked
 from cupy_delta.cuda.sm90.channel_ragged import plan_ragged
 from cupy_delta.cuda.spec import DeviceFacts
@@ -129,6 +129,16 @@ def test_a_long_sequence_declines_the_call(ends, chunks, shorter, leg):
     args, kw = ragged_case(ends)
     results, declined = computed(args, kw, leg, most=chunks - shorter)
     assert declined == shorter
+    check(args, kw, results)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_blocks_of_factors_take_turns(blocks, monkeypatch):
+    """Some of which have no chunk."""
+    monkeypatch.setattr(channel_cut, "LEAVE_AT_ONCE", blocks)
+    args, kw = ragged_case([0, 20, 149, 149, 160])
+    results, declined = computed(args, kw, most=2)
+    assert declined
     check(args, kw, results)
 
 
