@@ -48,7 +48,7 @@ bool happened_before_exit(Moment m, const Block& block) {
 }
 
 bool shown_to_async(Moment m, const Fiber* f) {
-  if (index_of(m) == (uint64_t)f->number) return (uint32_t)m <= f->fenced;
+  if (index_of(m) == (uint64_t)f->number && (uint32_t)m <= f->fenced) return true;
   return m >> 32 < launch_thread || (f->knows && covers(f->knows->fenced, m));
 }
 
@@ -85,7 +85,8 @@ static void set(Clock& clock, int index, uint32_t value) {
 // What a thread adds to what it knows: all that it has done itself.
 static void add_own(Knowledge& into, Fiber* f) {
   set(into.seen, f->number, f->clock++);
-  if (f->fenced) set(into.fenced, f->number, f->fenced);
+  // Others, whom this thread had told of more, may have fenced since.
+  if (f->fenced && !covers(into.fenced, moment_of(f->number, f->fenced))) set(into.fenced, f->number, f->fenced);
 }
 
 void join_all(const std::vector<Fiber*>& threads) {
