@@ -11,9 +11,9 @@
 // A block has a sequence and value head, or with CUT a segment of one that begins from zero, where gates and keys
 // forget what came before (sm90/channel_forward/lead.cuh). Two warps sum gates. Two warpgroups walk, with 64 value
 // channels of S^T each in accumulators; before a chunk they scale the rows of the next one, in the place of K, Q and
-// sums, half of the key channels each. Of what they leave four warps make M, Pqk, K~ and Q~, each of a block of 16
-// tokens; with CUT these scale rows. Two load K and Q and solve the core in the place of M. Walkers bring V for
-// themselves, to where O has just left. mbarriers hand stages over. Roles: sm90/channel_forward/.
+// sums, half of the key channels each. Of what they leave four warps make M, Pqk, K~ and Q~; one of them brings V to
+// where O has just left, and sends O. With CUT these four scale rows, and walkers bring V for themselves. Two load K
+// and Q and solve the core in the place of M. mbarriers hand stages over. Roles: sm90/channel_forward/.
 //
 // Of ragged sequences the last chunk's rows past the end are another's: those who read them first make zeros of K and V
 // there, and O leaves row by row. A call with a sequence of more than `most` chunks, whose block would be walking
@@ -61,8 +61,8 @@ PRIM void walk(const Shared& s, const Work& work, const Rows& o, const TensorMap
   }
   in_parts(s, work, [&](const Work& work) {
     Walker walker = {s, work, o, v, part, scale, S};
-    if (part.thread == 0) walker.ask_values(0);
 #if CUT
+    if (part.thread == 0) walker.ask_values(0);
     Place place;
     if (work.lead > 0 && !LeadWalker{walker, s, work, part}.walk(place) && lane == 0) atomicAdd(work.declined, 1);
     walker.walk(place);
@@ -141,8 +141,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     walk(s, work, {&o_map, o}, &v_map, initial_state, final_state, scale);
   } else if (warpgroup == MATH) {
     fewer_registers<FACTOR_REGISTERS>();
-    in_parts(s, work,
-             [&](const Work& work) { make_factors(s, work, uniform(threadIdx.x / 32) % 4, threadIdx.x % 32); });
+    in_parts(s, work, [&](const Work& work) {
+      make_factors(s, work, {s, work, &v_map, &o_map}, uniform(threadIdx.x / 32) % 4, threadIdx.x % 32);
+    });
   } else {
     supply(s, work, &q_map, &k_map, g, beta);
   }

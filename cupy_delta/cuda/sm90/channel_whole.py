@@ -41,7 +41,7 @@ def channel_forward_shared(cut: bool = False) -> int:
     rows = (STAGES * POWER_ROWS * HEAD, 2), (STAGES * BLOCKS * HEAD, 4), (STAGES * HEAD, 4)
     own = 0 if cut else 2 * (BLOCKS - 1) * OWN_PAIRS  # where walkers scale rows
     tokens = (HEAD, 4), (STAGES * CHUNK, 4), (own, 4), (STAGES * 2 * BLOCKS, 4), (cut, 4)
-    barriers = 2 * KEY_STAGES + 5 * STAGES + MATH + (0 if cut else STAGES + 2)
+    barriers = 2 * KEY_STAGES + 5 * STAGES + MATH + (0 if cut else STAGES + MATH + 2)
     end = carve(*rows, *tokens, start=tiles * count * size)
     return -(-end // BARRIER) * BARRIER + barriers * BARRIER
 

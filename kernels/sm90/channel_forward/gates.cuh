@@ -155,28 +155,19 @@ struct GateWarp {
 
   PRIM void sum_chunk(const Stage& at, Two& u) const {
     Two F[COUNT + 1] = {};
-    if constexpr (WALKERS_SCALE) {
-      Two sum = {};
+    Two sum = {};
 #pragma unroll 1  // instructions of all roles have little room in their cache
-      for (int b = 0; b < COUNT; b++) {
-        sum_block(at, b, sum, u);
-        store_two(at.exponents + b * KP + channel(), sum);
-      }
-#pragma unroll
-      for (int b = 0; b < COUNT; b++) load_two(F[b + 1], at.exponents + b * KP + channel());
-    } else {
-#pragma unroll
-      for (int b = 0; b < COUNT; b++) {
-        F[b + 1][0] = F[b][0], F[b + 1][1] = F[b][1];
-        sum_block(at, b, F[b + 1], u);
-        store_two(at.exponents + b * KP + channel(), F[b + 1]);
-      }
+    for (int b = 0; b < COUNT; b++) {
+      sum_block(at, b, sum, u);
+      store_two(at.exponents + b * KP + channel(), sum);
     }
+#pragma unroll
+    for (int b = 0; b < COUNT; b++) load_two(F[b + 1], at.exponents + b * KP + channel());
 #pragma unroll
     for (int b = 0; b < COUNT; b++) {
       if (b < COUNT - 1) store_power(at, UNTIL + b, F[b + 1], F[b], 0.0f);
       store_power(at, WRITES + b, F[COUNT], F[b], HALF_RANGE);
-      store_power(at, READS + b, F[b], F[0], -HALF_RANGE);
+      if (!WALKERS_SCALE || b > 0) store_power(at, READS + b, F[b], F[0], -HALF_RANGE);
     }
     const Two carried = {exp2f(F[COUNT][0]), exp2f(F[COUNT][1])};
     store_two(at.carried + channel(), carried);

@@ -17,7 +17,7 @@ struct Segments {
 PRIM int longest_lead(const int* leads, int count) {
   int longest = 0;
   bool endless = false;
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
+  for (int i = opaque(threadIdx.x) % 32; i < count; i += 32) {
     longest = max(longest, leads[i]);
     endless |= leads[i] < 0;
   }

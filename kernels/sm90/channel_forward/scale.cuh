@@ -2,7 +2,8 @@
 // tokens and half of the key channels, or, beside leads, the four warps that make factors. X and the powers are those
 // of sm90/channel_forward/gates.cuh. In place of K, Q and the sums of a chunk they leave
 //
-//   2^X K, 2^X Q                       read by pairs with earlier blocks, then times READS: by the state that enters
+//   2^X K, 2^X Q                       read by pairs with earlier blocks, then times READS: by the state that enters;
+//                                      in the first block times READS at once, where those that walk scale
 //   2^-X K times UNTIL                 pairs with later blocks
 //   2^-X K times WRITES                written into the state that leaves
 //
@@ -44,8 +45,6 @@ PRIM uint4 times(const float (&x)[8], const uint4& powers) {
 PRIM uint4& eight(DTYPE* tile, int place) { return *(uint4*)&tile[place]; }
 // Whether keys for other blocks and for the state are their own rounded rows times powers of two.
 constexpr bool SHARES_ROWS = !IsHalf<DTYPE>::value;
-PRIM void load_some(Four& y, const float* at) { load_four(y, at); }
-PRIM void load_some(Two& y, const float* at) { load_two(y, at); }
 
 // 16 x 16 of M and of Pqk, as accumulators of a warp.
 struct Pairs {
@@ -82,12 +81,6 @@ struct Pairs {
       }
   }
 
-  PRIM void finish(const Pairs& beyond, int within, int lane) {
-    make_up();
-    replace(beyond, within, lane);
-    clear_later(lane);
-  }
-
   // To OWN_PAIRS floats from `to` on, without the quarter above the diagonal; and what lies there added.
   PRIM void store(float* to, int lane) const {
 #pragma unroll
@@ -108,11 +101,11 @@ struct Pairs {
   }
 };
 
-// TURNS of the four with which a block's 128 key channels are done, 32 each, two in a box, from `box` on.
+// TURNS of the four with which a block's 128 key channels are done, 32 each, two in a box, from `first_turn` on.
 template <int TURNS>
 struct ScaleWarp {
   const Stage& at;
-  int block, box, lane;
+  int block, first_turn, lane;
 
   // Of two rows and eight channels: sums, K and Q, which become 2^X K and 2^X Q, and 2^-X K.
   struct Rows {
@@ -150,6 +143,14 @@ struct ScaleWarp {
         }
       }
     }
+    // From the block's start to the chunk's, where they are one.
+    PRIM void bring() {
+      constexpr uint32_t POWER = (127 - (int)HALF_RANGE) << 7, BOTH = POWER << 16 | POWER;
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) k[h][i] = times<DTYPE>(k[h][i], BOTH), q[h][i] = times<DTYPE>(q[h][i], BOTH);
+    }
     static PRIM uint32_t scaled(uint32_t (&step)[4], int h, float x, float y) {
       step[h] = __float_as_uint(x), step[2 + h] = __float_as_uint(y);
       return pack2<DTYPE>(x, y);
@@ -161,10 +162,11 @@ struct ScaleWarp {
   // tokens are within range, and what goes to other blocks is 2^-X K times powers.
   template <bool WITHIN>
   PRIM void scale_rows(Pairs& own) const {
-    const int start = piece_place(block * BLOCK + lane / 4, box * 8 + lane % 4 * 2);
+    const int start = piece_place(block * BLOCK + lane / 4, lane % 4 * 2);
 #pragma unroll 1
     for (int i = 0; i < TURNS; i++) {
-      const int piece = (box + i / 2) * 8 + lane % 4 * 2 + i % 2, first = (start ^ i % 2 * 8) + i / 2 * TILE;
+      const int turn = first_turn + i, odd = turn & 1, box = turn >> 1;
+      const int piece = box * 8 + lane % 4 * 2 + odd, first = (start ^ odd * 8) + box * TILE;
       const uint4 until = at.eight_powers(UNTIL + block % (COUNT - 1), piece),
                   writes = at.eight_powers(WRITES + block, piece);
       Rows rows;
@@ -180,6 +182,7 @@ struct ScaleWarp {
         }
       }
       rows.scale(own);
+      if (WALKERS_SCALE && HALF_RANGE > 0.0f && block == 0) rows.bring();
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int place = first + h * 8 * BOX;
@@ -216,21 +219,19 @@ struct ScaleWarp {
     return packed(y);
   }
 
-  // The same M and p for rows from `within` on, pair by pair: a lane has TURNS channels side by side.
+  // The same M and p for rows from `within` on, pair by pair: a lane has a channel of every turn.
   PRIM void multiply_one_by_one(Pairs& own, int within) const {
     typedef float Channels[TURNS];
-    constexpr int LANES = 8 / TURNS;  // of eight channels
-    auto place = [&](int i) { return piece_place(block * BLOCK + i, box * 8 + lane / LANES); };
-    auto load = [&](Channels& y, const DTYPE* tile, int i) {
-      const DTYPE* from = &tile[place(i) + lane % LANES * TURNS];
-#pragma unroll
-      for (int n = 0; n < TURNS; n += 2) {
-        const float2 x = load_pair(from + n);
-        y[n] = x.x, y[n + 1] = x.y;
-      }
+    auto place = [&](int row, int turn) {
+      return piece_place(block * BLOCK + row, turn / 2 * 8 + lane / 8 * 2 + turn % 2);
     };
-    auto load_sums = [&](Channels& y, int i) {
-      load_some(y, at.sums(lane % LANES / (LANES / 2), place(i)) + lane % (LANES / 2) * TURNS);
+    auto load = [&](Channels& y, const DTYPE* tile, int row) {
+#pragma unroll
+      for (int t = 0; t < TURNS; t++) y[t] = widen(tile[place(row, first_turn + t) + lane % 8]);
+    };
+    auto load_sums = [&](Channels& y, int row) {
+#pragma unroll
+      for (int t = 0; t < TURNS; t++) y[t] = at.sums(lane / 4 % 2, place(row, first_turn + t))[lane % 4];
     };
 #pragma unroll 1
     for (int i = within; i < BLOCK; i++) {
@@ -242,9 +243,9 @@ struct ScaleWarp {
         load(earlier, at.k, j), load_sums(before, j);
         float sums[2] = {};
 #pragma unroll
-        for (int n = 0; n < TURNS; n++) {
-          const float decayed = exp2f(x[n] - before[n]) * earlier[n];
-          sums[0] += k[n] * decayed, sums[1] += q[n] * decayed;
+        for (int t = 0; t < TURNS; t++) {
+          const float decayed = exp2f(x[t] - before[t]) * earlier[t];
+          sums[0] += k[t] * decayed, sums[1] += q[t] * decayed;
         }
         put_pair(own, sums, i, j, lane);
       }
@@ -257,17 +258,21 @@ struct ScaleWarp {
 #pragma unroll 1
     for (int row = max(tokens, block * BLOCK) + lane / 8; row < (block + 1) * BLOCK; row += 4)
 #pragma unroll
-      for (int n = 0; n < TURNS / 2; n++) eight(at.k, piece_place(row, (box + n) * 8 + lane % 8)) = {};
+      for (int n = 0; n < TURNS / 2; n++) eight(at.k, piece_place(row, (first_turn / 2 + n) * 8 + lane % 8)) = {};
     __syncwarp();
   }
 
-  // Own pairs of rows that are within range, and of those that are not.
-  PRIM void run(Pairs& own, Pairs& beyond, int within) const {
+  // All of it. Own pairs of rows that are not within range are formed one by one.
+  PRIM void run(Pairs& own, int within) const {
     if (within == BLOCK) {
       scale_rows<true>(own);
+      own.make_up();
     } else {
+      Pairs beyond = {};
       multiply_one_by_one(beyond, within);
       scale_rows<false>(own);
+      own.make_up();
+      own.replace(beyond, within, lane);
     }
   }
 };

@@ -46,7 +46,7 @@ struct Shared {
   int* within;       // of each half of the channels and block, the first token that is out of range
   int* declined;     // whether the call is, as those that walk have seen it
   uint64_t *keys_full, *keys_free, *sums_full, *scaled_full, *pairs_full, *factors_full, *core_full, *stage_free;
-  uint64_t *values_full, *own_full, *own_free;
+  uint64_t *values_full, *rows_done, *own_full, *own_free;
 };
 
 PRIM Shared take_shared(DynSmem& smem) {
@@ -78,6 +78,7 @@ PRIM Shared take_shared(DynSmem& smem) {
   s.stage_free = barriers(STAGES, "stage free");
   s.values_full = barriers(MATH, "values full");
   if constexpr (WALKERS_SCALE) {
+    s.rows_done = barriers(MATH, "rows done");
     s.own_full = barriers(1, "own pairs of m full");
     s.own_free = barriers(1, "own pairs free");
   }
@@ -91,7 +92,10 @@ PRIM void init_barriers(const Shared& s) {
     if constexpr (WALKERS_SCALE) mbarrier_init(s.scaled_full + i, 4 * MATH);
     mbarrier_init(s.pairs_full + i, 4), mbarrier_init(s.factors_full + i, 4), mbarrier_init(s.core_full + i, 2);
   }
-  for (int i = 0; i < MATH; i++) mbarrier_init(s.values_full + i, 1);
+  for (int i = 0; i < MATH; i++) {
+    mbarrier_init(s.values_full + i, 1);
+    if constexpr (WALKERS_SCALE) mbarrier_init(s.rows_done + i, 4);
+  }
   if constexpr (WALKERS_SCALE) mbarrier_init(s.own_full, 4), mbarrier_init(s.own_free, 2);
   mbarrier_init_fence();
 }

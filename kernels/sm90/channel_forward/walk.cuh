@@ -50,50 +50,48 @@ struct Walker {
     if (part.lane() == 0) tma_store_wait_read<0>();
   }
 
-  // The same where walkers scale rows: a chunk ahead, whose place is `next`.
+  // The same where walkers scale rows, a chunk ahead, whose place is `next`; others carry V and O.
   PRIM void walk_and_scale() {
     Place next;
     for (int c = -1; c < work.chunks; c++, next.advance()) {
       if (c + 1 < work.chunks) prepare(next, c + 1);
       if (c < 0) continue;
-      const Place place = next.before();
+      Place place = next.before();
+      place.stage.stage = uniform(place.stage.stage), place.key.stage = uniform(place.key.stage);  // of descriptors
       const int stage = place.stage.stage;
       const Stage at(s, place.key.stage, stage);
       float R[8][4], O[8][4];
       uint32_t N[4][4];
+      mbarrier_wait(s.values_full + part.warpgroup, c & 1);
+      if (VARLEN && work.tokens(c) < CHUNK) clear_values(work.tokens(c));
+      load_values(R);
       mbarrier_wait(s.factors_full + stage, place.stage.parity);
       read_halves(R, O, at, s.keys_free + place.key.stage);
-      mbarrier_wait(s.values_full + part.warpgroup, c % 2);
-      if (VARLEN && work.tokens(c) < CHUNK) clear_values(work.tokens(c));
-      add_values(R);
       mbarrier_wait(s.core_full + stage, place.stage.parity);
       correct(R, at);
       round_columns<DTYPE>(N, R, at.beta, part.lane());
       add_chunk(O, N, at);
       say(s.stage_free + stage);
-      send(O, c);
+      hand_over(O, c);
     }
-    if (part.lane() == 0) tma_store_wait_read<0>();
   }
 
-  // Rows of chunk c, half of the channels by each warpgroup.
+  // Rows of chunk c, half of the channels by each warpgroup. What wgmma reads of them goes through those that make
+  // factors, who show it to the async proxy.
   PRIM void prepare(const Place& place, int c) const {
     const int stage = place.stage.stage, lane = opaque(part.lane()) & 31;
     const Stage at(s, place.key.stage, stage);
     const int block = part.warp() & 3, half = part.warpgroup & 1;
     mbarrier_wait(s.keys_full + place.key.stage, place.key.parity);
     mbarrier_wait(s.sums_full + stage, place.stage.parity);
-    const ScaleWarp<2> rows = {at, block, half, lane};
+    const ScaleWarp<2> rows = {at, block, 2 * half, lane};
     const int within = min(at.within[block], at.within[COUNT + block]);
     if (VARLEN && work.tokens(c) < CHUNK) rows.clear_past(work.tokens(c));
-    Pairs own = {}, beyond = {};
-    rows.run(own, beyond, within);
-    own.make_up();
-    if (within < BLOCK) own.replace(beyond, within, lane);
+    Pairs own = {};
+    rows.run(own, within);
     mbarrier_wait(s.own_free, (c & 1) ^ 1);
     __syncwarp();  // of the last block, sums are read
     own.store(at.own_pairs(half, block), lane);
-    async_proxy_fence();
     say(s.scaled_full + stage);
   }
 
@@ -114,7 +112,7 @@ struct Walker {
     pin(R);
     pin(state);
   }
-  // R = -K S and O = Q S, by halves of the key channels, and what is left of S. `read`: K and Q were.
+  // R = V - K S from R = V, and O = Q S, by halves of the key channels, and what is left of S. `read`: K and Q were.
   PRIM void read_halves(float (&R)[8][4], float (&O)[8][4], const Stage& at, uint64_t* read) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -122,12 +120,13 @@ struct Walker {
       uint32_t state[K_STEPS / 2][4];
       round_sums<DTYPE>(state, (Half)S[half * K_TILES / 2]);
       pin(state);
-      if (half > 0) pin(R), pin(O);
+      pin(R);
+      if (half > 0) pin(O);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < K_STEPS / 2; i++) {
         const int step = half * K_STEPS / 2 + i;
-        wgmma<DTYPE, false, true>(R, state[i], step_along_rows(at.k, step), step > 0);
+        wgmma<DTYPE, false, true>(R, state[i], step_along_rows(at.k, step), true);
       }
 #pragma unroll
       for (int i = 0; i < K_STEPS / 2; i++) {
@@ -149,6 +148,11 @@ struct Walker {
     for (int row = tokens + part.lane() / 2; row < CHUNK; row += 16)
       eight(box(), swizzled(row, part.warp() * 16 + part.lane() % 2 * 8)) = {};
     __syncwarp();
+  }
+  PRIM void load_values(float (&R)[8][4]) const {
+    const int lane = opaque(part.lane());  // no address is kept from chunk to chunk
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) read_box_transposed(R[j], R[j + 1], box(), j * 8, part.warp() * 16, lane);
   }
   PRIM void add_values(float (&R)[8][4]) const {
 #pragma unroll
@@ -221,18 +225,37 @@ struct Walker {
     pin(S);
     pin(O);
   }
-  // O through the place of V, which the next V takes after it.
-  PRIM void send(float (&O)[8][4], int c) const {
-    uint32_t out[4][4];
+  PRIM void round_outputs(uint32_t (&out)[4][4], float (&O)[8][4]) const {
 #pragma unroll
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) O[j][i] *= scale;
     round_sums<DTYPE>(out, O);
+  }
+  // O through the place of V, which the next V takes after it.
+  PRIM void send(float (&O)[8][4], int c) const {
+    uint32_t out[4][4];
+    round_outputs(out, O);
     send_rows(o, out, box(), work, c, work.tokens(c), part);
     if (part.thread == 0 && c + 1 < work.chunks) {
       tma_store_wait_read<0>();
       ask_values(c + 1);
     }
+  }
+  // O in the place of V, for who carries both (sm90/channel_forward/carry.cuh); rows of a chunk after which another
+  // sequence begins to where they go.
+  PRIM void hand_over(float (&O)[8][4], int c) const {
+    uint32_t out[4][4];
+    round_outputs(out, O);
+    const int warp = part.warp(), lane = opaque(part.lane()), tokens = work.tokens(c);
+    stage_rows(box(), out, warp, lane);
+    if (VARLEN && tokens < CHUNK) {
+      __syncwarp();
+      const int value = part.column + warp * 16;
+      const int64_t row = (work.sequence.first + (int64_t)c * CHUNK) * part.HV + work.hv;
+      write_rows(o.rows + row * HEAD_V + value, (int64_t)part.HV * HEAD_V, box(), tokens, HEAD_V - value, warp, lane);
+    }
+    async_proxy_fence();
+    say(s.rows_done + part.warpgroup);
   }
 };
