@@ -3,8 +3,8 @@
 Cold: nothing compiled before. Warm: with the cache that a cold process has left. Every figure is
 the median of new processes, each cold one with a new cache; one that is not counted goes first, so
 that the files of Python, CuPy and CUDA lie in memory. Kernels are compiled together, as a call does
-it, and in more cold processes one after the other, which shows what each takes alone. Needs CuPy
-and a GPU, and of cupy_delta no more than this checkout.
+it, and with --alone in more cold processes one after the other, which shows what each takes alone.
+Needs CuPy and a GPU, and of cupy_delta no more than this checkout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 # What kernels of one file differ in, where the name alone does not tell them apart.
-TELLING = ("TRANSFER", "JOINS", "KEPT", "MATH", "CLUSTER", "PLACED", "SEGMENTS", "HEAD_V")
+TELLING = ("TRANSFER", "JOINS", "KEPT", "MATH", "CLUSTER", "PLACED", "SEGMENTS", "STARTS", "HEAD_V")
 
 
 def arguments() -> argparse.Namespace:
@@ -31,7 +31,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--value-heads", type=int, help="of v (default: as many)")
     parser.add_argument("--size", type=int, default=128, help="K and V")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--gate", action="store_true", help="one per value head")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--alone", action="store_true", help="also in processes that compile one after the other"
+    )
     parser.add_argument("-o", "--output", help="JSON file")
     parser.add_argument("--child", choices=("together", "alone"), help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
@@ -73,13 +77,15 @@ def child(args: argparse.Namespace) -> None:
     B, T, H, HV, D = 1, args.tokens, args.heads, args.value_heads or args.heads, args.size
     dtype = FLOAT_DTYPES[args.dtype]
     zeros = [np.zeros((B, T, heads, D), dtype) for heads in (H, H, HV)]
-    arrays = [cupy.asarray(x) for x in (*zeros, np.zeros((B, T, HV), np.float32))]
+    of_tokens = [np.full((B, T, HV), x, np.float32) for x in (0.0, -0.1)[: 1 + args.gate]]
+    arrays = [cupy.asarray(x) for x in (*zeros, *of_tokens)]
     cupy.cuda.runtime.deviceSynchronize()
     phases.ends("arrays")
     cupy.cuda.nvrtc.getVersion()
     phases.ends("NVRTC's library")
     options = dict(scale=None, qk_l2norm=False, state_layout="kv", out=None)
-    problem = operator_problem(*arrays, None, initial_state=None, cu_seqlens=None, **options)
+    given = arrays if args.gate else (*arrays, None)
+    problem = operator_problem(*given, initial_state=None, cu_seqlens=None, **options)
     device = operators.device_of(arrays[2])
     with device:
         launches = plans.plan("forward", problem, device.facts).working
@@ -130,14 +136,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             runs["cold"].append(measure("together", cache))
             runs["warm"].append(measure("together", cache))
-        with tempfile.TemporaryDirectory() as cache:
-            runs["alone"].append(measure("alone", cache))
+        if args.alone:
+            with tempfile.TemporaryDirectory() as cache:
+                runs["alone"].append(measure("alone", cache))
     heads = f"{args.heads}/{args.value_heads or args.heads}"
     print(
-        f"{args.dtype}, {args.tokens} tokens, heads {heads}, K = V = {args.size}:"
+        f"{args.dtype}, {args.tokens} tokens, heads {heads}, K = V = {args.size},"
+        f" {'a gate' if args.gate else 'no gate'}:"
         f" seconds, medians of {args.repeats} processes, {os.cpu_count()} cores"
     )
-    cold, warm, alone = (medians(runs[name]) for name in ("cold", "warm", "alone"))
+    cold, warm, alone = (medians(runs[name]) if runs[name] else {} for name in runs)
     print(f"{'':20}{'cold':>8}{'warm':>8}")
     second = cold.pop("second call"), warm.pop("second call")
     whole = "first result"
@@ -148,7 +156,8 @@ def main() -> None:
     for name in cold:
         print(f"{name:20}{cold[name]:8.3f}{warm[name]:8.3f}")
     print(f"{'second call':20}{second[0]:8.3f}{second[1]:8.3f}")
-    print("one after the other, cold:")
+    if args.alone:
+        print("one after the other, cold:")
     for name, seconds in alone.items():
         if name[0].isdigit():
             print(f"{seconds:8.3f}  {name}")
