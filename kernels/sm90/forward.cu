@@ -124,36 +124,69 @@ PRIM void init_barriers(const Shared& s, const Work& work) {
   mbarrier_init_fence();
 }
 
-// Whether any of the block's chunks is paired; every warp leaves in `found` what it has met.
-PRIM bool meets_pairs(const Work& work, int* found) {
-  int met = 0;
-  for (int c = threadIdx.x; c < work.chunks; c += THREADS) met |= is_paired(work.record(c));
-  met = any_bits(met);
-  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = met;
-  __syncthreads();
-  for (int warp = 0; warp < THREADS / 32; warp++) met |= found[warp];
-  return met != 0;
-}
-// Or of those of one in MANY of the value heads that walk the same tokens: blocks of two slices hinder each other where
-// some of them take units of tokens and others do not.
-constexpr int MANY = 8;
-PRIM bool meets_many_pairs(const Work& work, const int* paired_heads, int* found) {
-  const int groups = (work.HV + HEADS - 1) / HEADS;
-  const int* words = paired_heads + (int64_t)work.first_chunk * groups;
-  int own = 0, heads = 0;
-  for (int group = threadIdx.x / 32; group < groups; group += THREADS / 32) {
+// A block asks first which chunks are paired, then has its shared memory made ready, and decides when all have come
+// together anyway: what it waits for is memory. It looks at its own, or, with OTHERS, at those of all value heads that
+// walk the same tokens: blocks of two slices hinder each other where some of them take units of tokens and others do
+// not.
+constexpr bool OTHERS = MATH == 2 && !TRANSFER && !JOINS;
+constexpr int MANY = 8;  // one in so many heads is enough
+constexpr int WARPS = THREADS / 32;
+
+// Which heads' a launch is given.
+#if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
+#define GIVEN_HEADS paired_heads
+#else
+#define GIVEN_HEADS nullptr
+#endif
+
+struct Pairs {
+  const Work& work;
+  const int* heads;  // a bit each, by group of HEADS; see sm90/gates.cu
+  int* found;        // by every warp
+
+  PRIM int groups() const { return (work.HV + HEADS - 1) / HEADS; }
+  PRIM int bits_of(int group) const {
     int met = 0;
-    for (int c = threadIdx.x % 32; c < work.chunks; c += 32) met |= words[c * groups + group];
-    met = any_bits(met);
-    heads += __popc(met);
-    if (group == work.hv / HEADS) own = met >> work.hv % HEADS & 1;
+    const int* words = heads + (int64_t)work.first_chunk * groups();
+#pragma unroll 4
+    for (int c = threadIdx.x % 32; c < work.chunks; c += 32) met |= words[c * groups() + group];
+    return met;
   }
-  if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = 2 * heads + own;
-  __syncthreads();
-  int sum = 0;
-  for (int warp = 0; warp < THREADS / 32; warp++) sum += found[warp];
-  return sum % 2 != 0 || sum / 2 * MANY >= work.HV;
-}
+  // Returns this thread's part, which has yet to come.
+  PRIM int ask() const {
+    if constexpr (OTHERS) return (int)threadIdx.x / 32 < groups() ? bits_of(threadIdx.x / 32) : 0;
+    int met = 0;
+#pragma unroll 1  // a block has hardly more: code that is unrolled takes longer to come than to run
+    for (int c = threadIdx.x; c < work.chunks; c += THREADS) met |= is_paired(work.record(c));
+    return met;
+  }
+  PRIM void leave(int met) const {
+    const int warp = threadIdx.x / 32;
+    int own = 0, sum = 0;
+    met = any_bits(met);
+    if constexpr (OTHERS) {
+#pragma unroll 1
+      for (int group = warp; group < groups(); group += WARPS) {
+        if (group > warp) met = any_bits(bits_of(group));
+        sum += __popc(met);
+        if (group == work.hv / HEADS) own = met >> work.hv % HEADS & 1;
+      }
+      met = 2 * sum + own;
+    }
+    if (threadIdx.x % 32 == 0) found[warp] = met;
+  }
+  // After a barrier.
+  PRIM bool suffice() const {
+    int met = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++)
+      if constexpr (OTHERS)
+        met += found[warp];
+      else
+        met |= found[warp];
+    return OTHERS ? met % 2 != 0 || met / 2 * MANY >= work.HV : met != 0;
+  }
+};
 
 // ---- roles of warpgroups ----------------------------------------------------------------------------------------
 
@@ -195,7 +228,7 @@ PRIM void walk(const Shared& s, const Work& work, const States& states, const Jo
     if (slot >= 0)
 #pragma unroll
       for (int j = 0; j < K_TILES; j++) load_state(S[j], states.pool + slot + head, value, j * 8, lane);
-  } else if (states.initial != nullptr && (!LATE || at.step == 0)) {
+  } else if (states.initial != nullptr && (!LATE || work.silent == 0)) {
 #pragma unroll
     for (int j = 0; j < K_TILES; j++) load_state(S[j], states.initial + state, value, j * 8, lane);
   }
@@ -234,16 +267,19 @@ PRIM Joins take_joins(DynSmem& smem, const States& states, const Shared& s) {
 }
 
 // What all threads of a block, or of a cluster, do before they part.
-PRIM void begin(const Shared& s, const Work& work, const Joins& joins) {
+PRIM void begin(const Shared& s, Work& work, const Joins& joins, const Pairs& pairs) {
+  const int met = LOOKS_FIRST ? pairs.ask() : 0;
   if (threadIdx.x == 0) {
     if constexpr (JOINS) joins.init();
     init_barriers(s, work);
   }
   clear_factors(s, threadIdx.x);
+  if constexpr (LOOKS_FIRST) pairs.leave(met);
   if constexpr (CLUSTER > 1)
     cluster_sync();
   else
     __syncthreads();
+  if constexpr (LOOKS_FIRST) work.pairs = uniform(pairs.suffice());
 }
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
@@ -299,14 +335,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   DynSmem smem;
   const Shared s = take_shared(smem);
   const Joins joins = take_joins(smem, states, s);
-  int* found = LOOKS_FIRST ? smem.take<int>(THREADS / 32, "paired chunks") : nullptr;
+  int* found = LOOKS_FIRST ? smem.take<int>(WARPS, "paired chunks") : nullptr;
   smem.all_taken(SHARED_BYTES);
-#if HAS_GATE && MATH == 2 && !TRANSFER && !JOINS
-  if constexpr (LOOKS_FIRST) work.pairs = uniform(meets_many_pairs(work, paired_heads, found));
-#else
-  if constexpr (LOOKS_FIRST) work.pairs = uniform(meets_pairs(work, found));
-#endif
-  begin(s, work, joins);
+  begin(s, work, joins, {work, GIVEN_HEADS, found});
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   if (warpgroup == 0) {
@@ -317,10 +348,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1)
   } else {
     fewer_registers<SOLVER_REGISTERS>();
     const int solver = SOLVERS == 1 ? 0 : warpgroup - 1 - MATH;
-    if (WITH_PAIRS && work.pairs) {
-      if constexpr (WITH_PAIRS) solve_chunks<true>(s, work, solver, threadIdx.x % 128);
+    const int thread = threadIdx.x % 128;
+    if constexpr (ONE_SOLVER) {
+      solve_chunks(s, work, work.pairs, solver, thread);
+    } else if (WITH_PAIRS && work.pairs) {
+      if constexpr (WITH_PAIRS) solve_chunks(s, work, true, solver, thread);
     } else {
-      if constexpr (WITHOUT_PAIRS) solve_chunks<false>(s, work, solver, threadIdx.x % 128);
+      if constexpr (WITHOUT_PAIRS) solve_chunks(s, work, false, solver, thread);
     }
   }
   // No block leaves while others still read what it sends or say that they are done.

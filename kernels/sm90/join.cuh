@@ -125,6 +125,10 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
   const bool loads = part.warpgroup == 0 && thread == 0;
   if (loads)
     for (int i = 0; i < min(count, 2); i++) joins.load(index + i, part.hv, i);
+#if HAS_GATE == 1
+  // Of all at once, a lane each: who waits for one waits for H, which is asked for beside it, too.
+  const float decays = lane < count ? joins.decays[(index + lane) * part.HV + part.hv] : 1.0f;
+#endif
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const int buffer = i % 2, parity = i / 2 % 2;
@@ -143,18 +147,10 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
 #pragma unroll
         for (int l = 0; l < 4; l++) S[j][l] += H[j][l];
     };
-#if HAS_GATE == 1
-    const float c = joins.decays[(index + i) * part.HV + part.hv];
-#endif
     if (WITH_H && EARLY_H) load_h();
     uint32_t high[K_STEPS][4], rest[K_STEPS][4];
     split_sums(high, rest, S);
-#if HAS_GATE == 1
-#pragma unroll
-    for (int j = 0; j < K_TILES; j++)
-#pragma unroll
-      for (int l = 0; l < 4; l++) S[j][l] *= c;
-#elif HAS_GATE == 2
+#if HAS_GATE == 2
     decay_channels(S, joins.decays + ((index + i) * part.HV + part.hv) * HEAD_K, lane);
 #endif
     if (WITH_H && H_FIRST) {
@@ -165,6 +161,15 @@ PRIM void join(float (&S)[K_TILES][4], const Joins& joins, int64_t index, int co
     pin(high);
     pin(rest);
     pin(S);
+#if HAS_GATE == 1
+    // Not before S is split: its registers are not twice there.
+    const float c = __shfl_sync(~0u, decays, i);
+#pragma unroll
+    for (int j = 0; j < K_TILES; j++)
+#pragma unroll
+      for (int l = 0; l < 4; l++) S[j][l] *= c;
+    pin(S);
+#endif
     wgmma_fence();
     multiply_transfer(S, rest, joins.buffer(buffer));
     multiply_transfer(S, high, joins.buffer(buffer));

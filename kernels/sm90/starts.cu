@@ -12,7 +12,8 @@
 //
 // Where m of the second segment decides whether a sequence is cut so or by `other`, it is -1, too, where the other's
 // second segment begins before this one; and no chunk counts as leaving less than LEAST: a few resets say nothing of
-// later segments.
+// later segments. In a sequence whose first segment has no token the second one begins with the sequence itself, 0
+// chunks early, and the third one decides, if it has tokens.
 //
 // A block looks at one segment and up to HEADS value heads of one key head: a warp finds m of a value head by its
 // gates, then all look at the keys of as many chunks as any of them needs.
@@ -74,6 +75,7 @@ struct Keys {
 struct Before {
   Sequence sequence;
   int first, count;  // the chunk next to the segment, in its sequence; how many there are
+  int tokens;        // of the segment
 
   PRIM int chunk(int n) const { return BACKWARD ? first + n : first - n; }
   PRIM int64_t slot(int n) const { return sequence.slot + chunk(n); }
@@ -163,24 +165,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   float* factors = smem.take<float>(WARPS * GROUP, "largest factors");
   smem.all_taken(SHARED_BYTES);
 
-  Before before = {find_sequence<CHUNK>(cu_seqlens, n, T)};
-  // The step-th segment of a cut, and of its sequence the chunk that a walk meets before it.
-  auto segment_of = [&](const Cut& cut, int step) {
-    return find_segment<CHUNK>(cu_seqlens, n, cut, BACKWARD ? cut.segments - 1 - step : step, T);
+  auto look_before = [&](const Cut& cut, int step) {
+    const Sequence sequence = find_sequence<CHUNK>(cu_seqlens, n, T);
+    const Sequence segment = find_segment<CHUNK>(cu_seqlens, n, cut, BACKWARD ? cut.segments - 1 - step : step, T);
+    const int start = (int)(segment.slot - sequence.slot), end = start + (segment.tokens + CHUNK - 1) / CHUNK;
+    const int chunks = (sequence.tokens + CHUNK - 1) / CHUNK;
+    return Before{sequence, BACKWARD ? end : start - 1, BACKWARD ? chunks - end : start, segment.tokens};
   };
-  auto chunk_before = [&](const Sequence& segment) {
-    const int place = (int)(segment.slot - before.sequence.slot);
-    return BACKWARD ? place + (segment.tokens + CHUNK - 1) / CHUNK : place - 1;
+  // Those before the first segment that has some.
+  auto look_before_second = [&](const Cut& cut) {
+    const Before second = look_before(cut, 1);
+    return second.count > 0 || cut.segments == 2 ? second : look_before(cut, 2);
   };
-  const Sequence segment = segment_of({segments, first_percent, last_percent}, step);
-  before.first = chunk_before(segment);
-  before.count = BACKWARD ? (before.sequence.tokens + CHUNK - 1) / CHUNK - before.first : before.first + 1;
-  if (segment.tokens == 0) before.count = 0;
+  const Cut cut = {segments, first_percent, last_percent};
   const bool decides = step == 1 && other_segments > 0;
+  Before before = look_before(cut, step);
+  const bool begins = decides && before.count == 0 && before.tokens > 0;  // with the sequence
+  if (begins) before = look_before_second(cut);
+  const bool alone = begins && (before.count == 0 || before.tokens == 0);
   if (decides && other_segments > 1) {
-    const int sooner = chunk_before(segment_of({other_segments, other_first_percent, other_last_percent}, 1));
-    if (BACKWARD ? sooner > before.first : sooner < before.first) before.count = 0;
+    const Before sooner = look_before_second({other_segments, other_first_percent, other_last_percent});
+    if (sooner.count > 0 && sooner.count < before.count) before.count = 0;
   }
+  if (before.tokens == 0) before.count = 0;
 
   const Gates gates = {gates_of_chunks, beta, HV};
   if (warp < heads) {
@@ -208,7 +215,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int bits = 16; bits > 0; bits /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bits));
   }
   const int own = found[warp];
-  if (lane == 0)
-    starts[(int64_t)part * HV + first_head + warp] =
-        own > 0 && largest <= exp2f(REGAINED / (float)(CHUNK * own)) ? own : -1;
+  const bool suits = alone || (own > 0 && largest <= exp2f(REGAINED / (float)(CHUNK * own)));
+  if (lane == 0) starts[(int64_t)part * HV + first_head + warp] = !suits ? -1 : begins ? 0 : own;
 }

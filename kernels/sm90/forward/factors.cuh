@@ -110,9 +110,9 @@ PRIM void load_kept(const Shared& s, const TensorMap* kept, const Work& work) {
 }
 
 // What a solving warp makes of its 16 rows of K K^T, and of its 16 columns of Q K^T, of a chunk.
-template <bool PAIRS>
 struct Solver {
-  const float* F;  // references of tokens, with PAIRS
+  bool pairs;      // the chunk may be paired
+  const float* F;  // references of tokens, then
   float b_low, b_high;
   int warp, lane;
 
@@ -123,7 +123,7 @@ struct Solver {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 > warp || j / 4 < warp / 2) continue;
-      if constexpr (PAIRS) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if (pairs) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_above_diagonal(M[j], M[j + 1], lane);
       float* at = a + row * INVERSE_PITCH + j % 4 * 8 + lane % 4 * 2;
       *(float2*)at = make_float2(b_low * M[j][0], b_low * M[j][1]);
@@ -139,7 +139,7 @@ struct Solver {
     if (warp < 2) return;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      if constexpr (PAIRS) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
+      if (pairs) decay_pairs<false>(M[j], M[j + 1], F, warp * 16, j * 8, lane);
       write_box(tile, M[j], M[j + 1], warp * 16, j * 8, lane);
       keep_rest(M[j]);
       keep_rest(M[j + 1]);
@@ -153,16 +153,16 @@ struct Solver {
     for (int j = 0; j < 8; j += 2) {
       if (j / 2 < warp) continue;
       float (&p0)[4] = products[FIRST + j], (&p1)[4] = products[FIRST + j + 1];
-      if constexpr (PAIRS) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
+      if (pairs) decay_pairs<true>(p0, p1, F, warp * 16, j * 8, lane);
       if (j / 2 == warp) cut_below_diagonal(p0, p1, lane);
       write_box_transposed(p, p0, p1, j * 8, warp * 16, lane);
     }
   }
 };
 
-// GIVEN: P alone. PAIRS: with decays of pairs.
-template <bool GIVEN, bool PAIRS>
-PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_warpgroup) {
+// GIVEN: P alone. `pairs`: with decays of pairs.
+template <bool GIVEN>
+PRIM void solve(const Shared& s, const Work& work, bool pairs, int solver, int thread_in_warpgroup) {
   const int id = SOLVER_BARRIER + solver;
   constexpr bool INVERTS = !WITH_INVERTERS && !GIVEN;
   Ring<KEY_STAGES> keys;
@@ -193,13 +193,17 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     if constexpr (INVERTS) named_barrier(id, 128);  // everyone is done with the A of the chunk before
     const float* tokens = tokens_of(s, keys.stage);
     const int row = warp * 16 + lane / 4;
-    const Solver<PAIRS> mine = {tokens + REFERENCE_AT, tokens[BETA_AT + factor_place(row)],
-                                tokens[BETA_AT + factor_place(row + 8)], warp, lane};
+    const Solver mine = {pairs,
+                         tokens + REFERENCE_AT,
+                         tokens[BETA_AT + factor_place(row)],
+                         tokens[BETA_AT + factor_place(row + 8)],
+                         warp,
+                         lane};
     DTYPE* x = s.x + factors.stage * TILE;
     float* a = s.a + stages.stage * CHUNK * INVERSE_PITCH;
     wgmma_wait<0>();
     pin(products);
-    if (lane == 0 && !PAIRS) mbarrier_arrive(s.keys_free + keys.stage);
+    if (lane == 0 && !pairs) mbarrier_arrive(s.keys_free + keys.stage);
     // The blocks of A to be inverted, which takes longest, then M21, then P.
     if constexpr (!GIVEN) {
       mine.write_a(a, products);
@@ -217,16 +221,15 @@ PRIM void solve(const Shared& s, const Work& work, int solver, int thread_in_war
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) {
-      if constexpr (PAIRS) mbarrier_arrive(s.keys_free + keys.stage);
+      if (pairs) mbarrier_arrive(s.keys_free + keys.stage);
       mbarrier_arrive(s.factors_full + factors.stage);
     }
     advance(CLUSTER * SOLVERS, SOLVERS);
   }
 }
-template <bool PAIRS>
-PRIM void solve_chunks(const Shared& s, const Work& work, int solver, int thread_in_warpgroup) {
+PRIM void solve_chunks(const Shared& s, const Work& work, bool pairs, int solver, int thread_in_warpgroup) {
   if constexpr (WITH_GIVEN) {
-    if (work.given) return solve<true, PAIRS>(s, work, solver, thread_in_warpgroup);
+    if (work.given) return solve<true>(s, work, pairs, solver, thread_in_warpgroup);
   }
-  solve<false, PAIRS>(s, work, solver, thread_in_warpgroup);
+  solve<false>(s, work, pairs, solver, thread_in_warpgroup);
 }

@@ -10,6 +10,7 @@ PRIM int any_bits(int bits) {
 }
 
 // How many chunks before each segment but the first, of `counted`, a walk may start from zero, or -1: (N, counted, HV).
+// 0: the segment begins with the sequence, from what is known.
 struct Starts {
   const int* chunks;
   int counted, HV;

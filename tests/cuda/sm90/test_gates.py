@@ -1,6 +1,7 @@
 """Gates on compute capability 9.0: within the range of tokens' units, at its border, beyond."""
 
 from contextlib import nullcontext
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -114,6 +115,16 @@ def test_the_division_of_value_channels_changes_no_bit(divided, gates, segments)
         results.append(cd.chunk_delta_rule(*args, **kw))
     for x, y in zip(*results, strict=True):
         assert np.array_equal(x.view("u1"), y.view("u1"))
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_transfers_that_are_joined_have_decays_of_their_own(divided, tiles):
+    """Of states that little but gates changes, four segments of a chunk each."""
+    divided(tiles, 4, tiles)
+    gates = np.repeat([-0.001, -0.05, -0.02, -0.001], CHUNK)[:T]
+    args, kw = gated(gates, V=128, K=128, H=2, beta=(0, 0.1))
+    args[4] *= np.array([1.0, 0.3, 0.7, 0.1], np.float32)
+    check(args, kw)
 
 
 # Later gates change the chunk's reference, make tokens leave its range, or another chunk do so.
@@ -245,13 +256,19 @@ def test_factors_say_which_chunks_are_paired(divided, leg, H):
 
 
 @pytest.mark.parametrize("leg", ["source"])
-@pytest.mark.parametrize("H", [4, 5])
-@pytest.mark.parametrize("strong", [[], [0], [1], [-1], [0, -2], [1, -1]])
-def test_a_block_takes_units_of_tokens_where_one_head_in_eight_does(divided, leg, strong, H):
+@pytest.mark.parametrize(
+    ("H", "strong"),
+    [
+        *product([4, 5], [[], [0], [1], [-1], [0, -2], [1, -1]]),
+        (68, [*range(1, 10), *range(128, 136)]),  # eight of the 17th group
+    ],
+)
+def test_a_block_takes_units_of_tokens_where_one_head_in_eight_does(divided, leg, H, strong):
     """Of eight heads one is enough, of ten two; head 0 always follows its own chunks.
 
-    By both walks results have the same bits, but one reads what was not written of a chunk that is
-    not paired, if its record says that it is.
+    There may be more groups of heads than warps that look at them. By both walks results have the
+    same bits, but one reads what was not written of a chunk that is not paired, if its record says
+    that it is.
     """
     divided(2)
 

@@ -199,9 +199,28 @@ def test_sequences_of_any_lengths(monkeypatch, leg, choice, decay):
         x[:, 1200:] = np.nan
     o, final, starts = computed(monkeypatch, args, kw, choice, LATE, leg)
     suits = np.all(starts[:, 0] >= 0, axis=-1)
-    assert suits.tolist() == [False, False, False, True, False, False]
+    assert suits.tolist() == [False, True, False, True, False, True]
     args, o = part_of(args, slice(1200)), o[:, :1200]
     check((o, final), args, kw)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize("choice", [WHOLE, JOINED])
+def test_sequences_whose_first_segment_has_no_token(monkeypatch, leg, choice):
+    """They begin with the second one, from what is given; the third decides how they are walked."""
+    late = cost.Late(2, 6, 4, 134)
+    ends = np.cumsum([0, 20, 1, 20]) * CHUNK - np.array([0, 5, 5, 9])
+    decay = np.full((ends[-1], 1), FORGETS[0, 0])
+    decay[ends[2] :] = KEEPS
+    args, kw = make_case(decay, T=int(ends[-1]), cu_seqlens=ends.tolist())
+    o, final, starts = computed(monkeypatch, args, kw, choice, late, leg)
+    assert np.all(starts[:, 0] == np.array([[0], [0], [-1]]))
+    check((o, final), args, kw)
+    changed = [x.copy() for x in args]
+    changed[4][:, 3 * CHUNK : 4 * CHUNK] = -KEEPS  # what the third segment starts after
+    other, _, starts = computed(monkeypatch, changed, kw, choice, late, leg)
+    assert np.all(starts[:, 0] == np.array([[-1], [0], [-1]]))
+    assert same([o[:, : 3 * CHUNK].copy()], [other[:, : 3 * CHUNK].copy()])
 
 
 CHANGES = {

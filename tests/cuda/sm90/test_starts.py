@@ -79,10 +79,16 @@ def definition(call, arrays, part, most, walk="forward", other=None):
             if at[segment] == at[segment + 1]:
                 continue
             decides = step == 1 and other is not None
+            begins = decides and at[segment + backward] == (chunks if backward else 0)
+            if begins:
+                segment += -1 if backward else 1
+                if not 0 < at[segment + backward] < chunks:
+                    starts[n, 0] = 0
+                    continue
             if decides and other.segments > 1:
-                i = other.segments - 1 if backward else 1
-                place, sooner = at[segment + backward], borders(chunks, other)[i]
-                if place < sooner if backward else place > sooner:
+                place = at[segment + backward]
+                inner = [x for x in borders(chunks, other)[1:-1] if 0 < x < chunks] or [place]
+                if place < inner[-1] if backward else place > inner[0]:
                     continue
             for hv in range(call.HV):
                 for m in range(1, most + 1):
@@ -100,7 +106,7 @@ def definition(call, arrays, part, most, walk="forward", other=None):
                         sizes = np.sum(k[b, rows, h] ** 2, -1)
                         largest = max(1, np.abs(1 - beta[b, rows, hv] * sizes).max())
                         if np.log2(largest) * CHUNK * m <= 26:
-                            starts[n, step - 1, hv] = m
+                            starts[n, step - 1, hv] = 0 if begins else m
                         break
     return starts
 
@@ -255,3 +261,20 @@ def test_any_order_of_events_gives_the_same_starts(leg):
     call, arrays = make_case(CHUNK * 12, ENOUGH / 3, H=2, G=2)
     for run in (Run("descending", "early"), Run("random", "either", preempt=30, seed=1)):
         check(call, arrays, Part(3), 4, leg=leg, run=run)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize(("other", "start"), [(WHOLE, 0), (Part(3), 0), (Part(8), -1)])
+def test_a_first_segment_without_tokens_leaves_the_choice_to_the_third(leg, other, start):
+    """Between two divisions; the second one begins with the sequence then, where all is known.
+
+    Sequences of as many segments of four chunks as come after the first, of such with a first one,
+    of one chunk, and one that does not forget.
+    """
+    chunks = [20, 0, 1, 25, 20]
+    ends = np.cumsum([0, *chunks]) * CHUNK
+    decay = np.full((ends[-1], 1), ENOUGH / 4)
+    decay[ends[-2] :] = 0.01
+    call, arrays = make_case(int(ends[-1]), decay, cu_seqlens=ends.tolist())
+    expected = check(call, arrays, Part(6, 134), 4, other=other, leg=leg)[..., 0]
+    assert expected[:, 0].tolist() == [start, -1, 0, 4 if start == 0 else -1, -1]
