@@ -28,6 +28,19 @@
 #include "sm90/core.cuh"
 #include "tiles/sequence.cuh"
 
+#if IF_DECLINED
+// Blocks that take turns; no address is kept from turn to turn.
+PRIM int own_thread() { return opaque(threadIdx.x); }
+PRIM bool has_another(uint32_t& block, uint32_t blocks) {
+  block += gridDim.x;
+  if (block >= blocks) return false;
+  __syncthreads();  // shared memory is read
+  return true;
+}
+#else
+PRIM int own_thread() { return threadIdx.x; }
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     channel_factors_hopper(const DTYPE* q, const DTYPE* k, const float* beta, const GATE* g, const int64_t* cu_seqlens,
                            DTYPE* core, DTYPE* p, DTYPE* k_read, DTYPE* q_read, DTYPE* k_write, float* channel_decays,
@@ -37,16 +50,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                            int N, int T, int H, int HV) {
 #if IF_DECLINED
   if (*declined == 0) return;
-  auto own_thread = [] { return opaque(threadIdx.x); };  // so that no address is kept from turn to turn
-  auto has_another = [=](uint32_t& block) {
-    block += gridDim.x;
-    if (block >= blocks) return false;
-    __syncthreads();  // shared memory is read
-    return true;
-  };
-#else
-  auto own_thread = [] { return threadIdx.x; };
-  auto has_another = [](uint32_t&) { return false; };
 #endif
   DynSmem smem;
   const Shared s = take_shared(smem);
@@ -110,5 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     if (warp < 2)
       CoreWarp{s.x, s.x + warp * TRIANGLE, s.x + 2 * TRIANGLE, s.beta, warp, 1, lane}.write(core + first * CHUNK,
                                                                                             pair_stride, tokens);
-  } while (has_another(block));
+#if IF_DECLINED
+  } while (has_another(block, blocks));
+#else
+  } while (false);
+#endif
 }
