@@ -95,6 +95,7 @@ COUNTS = {
     "parts",
     "size",
     "most",
+    "blocks",
     *Part._fields,
     *Cut._fields,
 }

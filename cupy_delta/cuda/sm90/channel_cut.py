@@ -56,7 +56,7 @@ def if_declined(launch: Launch) -> Launch:
     numbers = next(i for i, x in enumerate(arguments) if isinstance(x, np.generic))
     more: tuple = ("declined",)
     if launch.entry == "channel_factors_hopper":
-        more = "declined", i32(blocks)
+        more = "declined", np.uint32(blocks)
         blocks = -(-blocks // -(-blocks // LEAVE_AT_ONCE))
     return replace(
         launch,
