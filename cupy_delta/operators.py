@@ -347,7 +347,7 @@ def delta_rule_step(
         qk_l2norm,
         state_layout,
     )
-    again = repeated.find(*arguments)
+    again = repeated.find(arguments)
     written: Any = out
     if again is not None:
         again()

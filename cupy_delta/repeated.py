@@ -16,35 +16,24 @@ _nothing = type(None)  # called, it returns None, as the reference to an array t
 _kept: dict[tuple[int, int, int], tuple] = {}
 
 
-def find(
-    q,
-    k,
-    v,
-    beta,
-    g,
-    out,
-    state,
-    state_indices,
-    output_state_indices,
-    cu_seqlens,
-    accepted,
-    scale,
-    qk_l2norm,
-    state_layout,
-) -> Callable[[], None] | None:
-    """Return the launch of a step on these arrays, or None where there was none.
+def find(arguments: tuple) -> Callable[[], None] | None:
+    """Return the launch of a step with these arguments, or None where there was none.
+
+    They are q, k, v, beta, g, out, state, state_indices, output_state_indices, cu_seqlens,
+    accepted, scale, qk_l2norm and state_layout.
 
     A CuPy array keeps its memory, its device and its dtype as long as it lives. Only its shape can
     be assigned, and its strides follow. So the same objects with the shapes that they had are the
     same call, which has passed every check. A gate or strength of raw parameters is frozen.
     Of what is gone a reference gives None, as of what was never given, so None is told by itself.
     """
+    q, k, v, beta, g, out, state, read, written, ends, accepted, scale, l2norm, layout = arguments
     kept = _kept.get((id(state), id(out), id(accepted)))
     if kept is None or q is None or k is None or v is None or beta is None:
         return None
     given, shapes, others, options, again = kept
     q_, k_, v_, beta_, g_, out_, state_, read_, written_, ends_, accepted_ = given
-    ungated, scale_, type_, qk_l2norm_, state_layout_ = options
+    ungated, scale_, type_, l2norm_, layout_ = options
     if (
         q_() is q
         and k_() is k
@@ -54,12 +43,12 @@ def find(
         and (g is None) is ungated
         and out_() is out
         and state_() is state
-        and read_() is state_indices
-        and written_() is output_state_indices
-        and ends_() is cu_seqlens
+        and read_() is read
+        and written_() is written
+        and ends_() is ends
         and accepted_() is accepted
-        and qk_l2norm_ is qk_l2norm
-        and state_layout_ is state_layout
+        and l2norm_ is l2norm
+        and layout_ is layout
         and type(scale) is type_
         and scale == scale_
         and (q.shape, k.shape, v.shape, out.shape, state.shape) == shapes
